@@ -1,0 +1,51 @@
+"""SemAIM's recipe: ViT-B/16, 224 px, pixels, total batch 2048, AdamW, cosine. Configs name only what differs."""
+
+model = dict(
+    type="Pretraining",
+    network=dict(
+        type="SemAIM",
+        size="base",
+        img_size=224,
+        patch_size=16,
+        order="semantic",
+        similarity="cls",
+        guide="online",
+        head="mlp",
+        target=dict(type="PixelTarget", blur_kernel=9, blur_sigma=1.0, norm_pix=True, loss="l2"),
+    ),
+    precision="bf16",
+)
+compile = False
+
+dataset = dict(type="PretrainImages", root="data/imagenet", img_size=224, patch_size=16, min_scale=0.2)
+total_batch_size = 2048
+images_per_gpu = 256
+num_workers = 8
+
+base_lr = 2e-4  # peak 1.6e-3 = 2e-4 x 2048 / 256
+optim_wrapper = dict(
+    type="OptimWrapper",
+    constructor="GroupedOptimizer",
+    optimizer=dict(type="AdamW", betas=(0.9, 0.95), weight_decay=0.05),
+    clip_grad=dict(max_norm=3.0),
+)
+param_scheduler = dict(type="CosineWithWarmup", warmup_epochs=30, min_lr=0.0)
+train_cfg = dict(type="PretrainLoop", max_epochs=800)
+
+seed = 0
+default_hooks = dict(
+    runtime_info=dict(type="RuntimeInfoHook"),
+    timer=dict(type="IterTimerHook"),
+    sampler_seed=None,  # the batch sampler seeds itself
+    logger=dict(type="LoggerHook", interval=20),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="SaveCheckpoints", interval=20, keep=3),
+    ema=dict(type="UpdateEma"),
+    pictures=dict(type="OrderPictures", interval=20, images=8),
+    progress=dict(type="ProgressBar"),
+)
+log_processor = dict(type="PretrainLog", window_size=20)
+visualizer = dict(
+    type="Visualizer",
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
+)

@@ -1,0 +1,185 @@
+"""Images for pretraining: a folder of any depth or a list file, random crops that a seed repeats, batches that resume.
+
+All randomness of a sample - its crop, its flip, and the uniform numbers that later break ties in its order - comes from
+(seed, epoch, index). So a run does not depend on the number of workers, processes or accumulated steps, and
+continues in the middle of an epoch by skipping the batches that were seen.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode, v2
+
+from semaim.errors import UserError
+
+
+def find_images(root: str | os.PathLike) -> list[str]:
+    """Paths of the images under `root`, sorted.
+
+    `root` is a folder (of class folders or flat; its `train` folder if it has one), or a text file with one path
+    a line, relative to that file, optionally followed by a label.
+    """
+    root = Path(root)
+    if root.is_file():
+        return _read_list(root)
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
+    if (root / "train").is_dir():
+        root = root / "train"
+    paths = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    ]
+    if not paths:
+        raise UserError(f"no images in {root}: looked in all its folders for {', '.join(IMG_EXTENSIONS)}")
+    return sorted(paths)
+
+
+def _read_list(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text file: give a folder of images, or a list of paths, one a line") from None
+    paths = []
+    for line in lines:
+        path, _, label = line.rpartition(" ")
+        paths.append(os.path.join(file.parent, path.rstrip() if path and label.isdigit() else line))
+    if not paths:
+        raise UserError(f"no images in {file}: it is an empty list")
+    return paths
+
+
+def load_image(path: str, smallest: int = 1) -> Image.Image:
+    """An image file as RGB; `UserError` names the file where it is broken or has a side below `smallest` pixels."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except Exception as error:  # Pillow raises many types for the many ways a file can be broken
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({error})"
+        raise UserError(f"cannot read image {path}: {reason}; mend or remove it") from None
+    if min(image.size) < smallest:
+        width, height = image.size
+        raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
+    return image
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from non-negative whole numbers, well mixed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class PretrainImages(Dataset):
+    """Random crops of unlabelled images.
+
+    Args:
+        root: as in `find_images`.
+        img_size: side of the crops in pixels.
+        patch_size: side of a patch in pixels.
+        min_scale: smallest share of an image's area that a crop may have.
+        flip: probability of a horizontal flip.
+        seed: of the run.
+
+    An item is asked for by (epoch, index) and is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
+    uniform number per patch.
+    """
+
+    metainfo: dict = {}  # mmengine asks for it
+
+    def __init__(
+        self,
+        root: str,
+        img_size: int = 224,
+        patch_size: int = 16,
+        min_scale: float = 0.2,
+        flip: float = 0.5,
+        seed: int = 0,
+    ):
+        if img_size < patch_size or img_size % patch_size:
+            raise UserError(f"crops of {img_size} pixels are no whole number of patches of {patch_size}")
+        # One array of bytes in place of a list of str: workers share it without copying.
+        self.paths = np.array([os.fsencode(path) for path in find_images(root)])
+        self.seed, self.img_size, self.patch_size = seed, img_size, patch_size
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(flip),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        image = load_image(os.fsdecode(self.paths[index]), self.patch_size)
+        state = torch.get_rng_state()
+        # Not torch.manual_seed, which would seed the GPU's generator too.
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        try:
+            return {"image": self.transform(image), "draw": torch.rand((self.img_size // self.patch_size) ** 2)}
+        finally:
+            torch.set_rng_state(state)
+
+    def preview(self, count: int) -> Tensor:
+        """`count` images spread over the data, centre-cropped: uint8 (count, 3, S, S)."""
+        crop = v2.Compose(
+            [
+                v2.Resize(self.img_size, interpolation=InterpolationMode.BICUBIC),
+                v2.CenterCrop(self.img_size),
+                v2.PILToTensor(),
+            ]
+        )
+        places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+        return torch.stack([crop(load_image(os.fsdecode(self.paths[i]), self.patch_size)) for i in places])
+
+
+class ResumableBatches(Sampler[list[tuple[int, int]]]):
+    """Shuffled batches of (epoch, index) for one process.
+
+    A total batch of `images * processes * accumulation` images is the same for every split of it into processes and
+    accumulated steps. What is left at an epoch's end and fills no total batch waits for the next epoch's shuffle.
+
+    Args:
+        length: images in the data set.
+        images: images per process and step.
+        accumulation: steps whose gradients are summed before the optimizer steps.
+        processes, rank: of the distributed run.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, length: int, images: int, accumulation: int = 1, processes: int = 1, rank: int = 0, seed: int = 0
+    ):
+        self.length, self.images, self.accumulation = length, images, accumulation
+        self.processes, self.rank, self.seed = processes, rank, seed
+        self.epoch = 0
+        self.start = 0  #: batches of this epoch already seen
+        total = images * accumulation * processes
+        if length < total:
+            raise UserError(
+                f"{length} images are fewer than one batch of {total}: set --cfg-options total_batch_size=N"
+            )
+        self.steps = length // total
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever it starts."""
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        order = order[: len(self) * self.processes * self.images]
+        mine = order.view(len(self), self.processes, self.images)[self.start :, self.rank]
+        epoch = self.epoch
+        for batch in mine:
+            yield [(epoch, index) for index in batch.tolist()]

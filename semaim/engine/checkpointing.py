@@ -1,0 +1,154 @@
+"""Checkpoints that hold tensors and plain containers only, are written whole or not at all, and resume exactly."""
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from semaim import __version__
+from semaim.errors import UserError
+
+FORMAT = "semaim"  #: value of a checkpoint's `format`
+HISTORY = 100  #: logged values kept per scalar, so that smoothed numbers go on where they stood
+
+
+def plain(value: Any) -> Any:
+    """`value` with every container a dict, list or tuple, so that `weights_only=True` can read it back."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else list(value)
+    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+        return value
+    raise TypeError(f"a checkpoint holds no {type(value).__name__}: {value!r}")
+
+
+def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
+    """Write a checkpoint atomically: a kill or a full disk leaves the file that was there before."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(plain(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch wraps the file's OSError in a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left on the disk" if full else str(cause or error)
+        raise UserError(f"cannot save {path}: {reason}; earlier checkpoints are whole, go on with --resume") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Read one of our own checkpoints, on the CPU; `UserError` if it is something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such checkpoint: {path}") from None
+    except Exception as error:  # unpickling and zip errors are of many types
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no checkpoint of SemAIM pretraining ({reason})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise UserError(f"{path} is no checkpoint of SemAIM pretraining: it holds {held[:150]}")
+    return checkpoint
+
+
+def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
+    """The newest checkpoint in a work folder, or None."""
+    latest = Path(work_dir) / "latest.pth"
+    return latest if latest.exists() else None
+
+
+def training_state(runner, epoch: int, iteration: int) -> dict:
+    """Everything a run needs to go on from `epoch` finished epochs and `iteration` finished iterations."""
+    model = getattr(runner.model, "module", runner.model)
+    accumulation = runner.train_dataloader.batch_sampler.accumulation
+    history = {
+        name: [(torch.from_numpy(part[-HISTORY:].copy())) for part in buffer.data]
+        for name, buffer in runner.message_hub.log_scalars.items()
+    }
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "epoch": epoch,
+        "step": iteration // accumulation,  # optimizer steps: the same for any number of processes
+        "images": runner.train_dataloader.batch_sampler.length,
+        "model": model.network.state_dict(),
+        "optimizer": runner.optim_wrapper.optimizer.state_dict(),
+        "history": history,
+        "config": runner.cfg.to_dict(),
+    }
+
+
+def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
+    """Continue a run from `training_state`, on any number of processes."""
+    model = getattr(runner.model, "module", runner.model)
+    try:
+        model.network.load_state_dict(checkpoint["model"])
+        runner.optim_wrapper.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit this config ({first}): resume with the config it was made by") from None
+    batches = runner.train_dataloader.batch_sampler
+    iteration = checkpoint["step"] * batches.accumulation
+    epoch = checkpoint["epoch"]
+    if checkpoint["images"] != batches.length:
+        # Another data set has another shuffle: begin its epoch anew.
+        runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
+        iteration = epoch * len(batches)
+    runner.train_loop.seek(epoch, iteration)
+    for scheduler in runner.param_schedulers:
+        scheduler.seek(iteration)
+    for name, (values, counts) in checkpoint["history"].items():
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            runner.message_hub.update_scalar(name, value, int(count))
+
+
+@HOOKS.register_module()
+class SaveCheckpoints(Hook):
+    """Saves epoch_N.pth and points latest.pth at it; older files go only after the new one is whole.
+
+    Args:
+        interval: epochs between two checkpoints; the last epoch is always saved.
+        keep: newest checkpoints to keep; 0 keeps all.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, interval: int = 20, keep: int = 3):
+        self.interval, self.keep = interval, keep
+
+    def after_train_epoch(self, runner) -> None:
+        """Save after every `interval` epochs and after the last."""
+        done = runner.epoch + 1
+        if done % self.interval == 0 or done == runner.max_epochs:
+            self.save(runner, done, runner.iter, f"epoch_{done}.pth")
+
+    def save(self, runner, epoch: int, iteration: int, name: str) -> None:
+        """Write `name` in the work folder, point latest.pth at it, and drop what is too old."""
+        if not is_main_process():
+            return
+        folder = Path(runner.work_dir)
+        write_checkpoint(training_state(runner, epoch, iteration), folder / name)
+        link = folder / ".latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        os.replace(link, folder / "latest.pth")
+        runner.logger.info(f"saved {folder / name}")
+        numbered = sorted(
+            folder.glob("epoch_*.pth"), key=lambda path: int(re.findall(r"\d+", path.stem)[0]), reverse=True
+        )
+        for old in numbered[self.keep :] if self.keep else []:
+            old.unlink()

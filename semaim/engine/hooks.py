@@ -1,0 +1,129 @@
+"""What happens around training steps: the running average, the log line, the progress bar, pictures of orders."""
+
+import datetime
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, LOG_PROCESSORS
+from mmengine.runner import LogProcessor
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from semaim.models.targets import ema_decay
+
+
+@HOOKS.register_module()
+class UpdateEma(Hook):
+    """Updates the guide's running average after every optimizer step, with the decay of the epoch."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Update where the optimizer has just stepped."""
+        network = getattr(runner.model, "module", runner.model).network
+        accumulation = runner.train_dataloader.batch_sampler.accumulation
+        if hasattr(network, "ema") and (runner.iter + 1) % accumulation == 0:
+            network.update_ema(ema_decay(runner.epoch))
+
+
+@LOG_PROCESSORS.register_module()
+class PretrainLog(LogProcessor):
+    """One line: place in the run, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
+
+    def get_log_after_iter(self, runner, batch_idx: int, mode: str) -> tuple[dict, str]:
+        """Scalars for the writers and the line for the terminal."""
+        tag, _ = super().get_log_after_iter(runner, batch_idx, mode)
+        batches = runner.train_dataloader.batch_sampler
+        tag["images_per_second"] = batches.images * get_world_size() / tag["time"]
+        tag["data_share"] = tag["data_time"] / tag["time"]
+        eta = datetime.timedelta(seconds=int(runner.message_hub.get_info("eta")))
+        epochs, steps = runner.max_epochs, len(batches)
+        line = (
+            f"epoch {runner.epoch + 1:{len(str(epochs))}}/{epochs} [{batch_idx + 1:{len(str(steps))}}/{steps}]"
+            f"  loss {tag['loss']:.4f}  lr {tag['lr']:.3e}"
+            + (f"  grad {tag['grad_norm']:.3f}" if "grad_norm" in tag else "")
+            + f"  {tag['images_per_second']:.1f} images/s  data {100 * tag['data_share']:.0f}%"
+            + (f"  memory {tag['memory']} MB" if "memory" in tag else "")
+            + f"  ETA {eta}"
+        )
+        return tag, line
+
+
+@HOOKS.register_module()
+class ProgressBar(Hook):
+    """A bar under the log lines, where the terminal is interactive."""
+
+    def before_train(self, runner) -> None:
+        """Show the bar, and pass the log lines through it so that they scroll above."""
+        self.progress = None
+        if not (is_main_process() and sys.stderr.isatty()):
+            return
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.progress.start()
+        self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
+        for handler in self.streams:
+            handler.setStream(sys.stderr)  # rich has put its own in place
+        self.task = self.progress.add_task("pretraining", total=runner.max_iters, completed=runner.iter)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Move the bar."""
+        if self.progress:
+            self.progress.update(self.task, completed=runner.iter + 1, description=f"loss {outputs['loss']:.4f}")
+
+    def after_train(self, runner) -> None:
+        """Take the bar away."""
+        if self.progress:
+            self.progress.stop()
+            for handler in self.streams:
+                handler.setStream(sys.stderr)
+
+
+@HOOKS.register_module()
+class OrderPictures(Hook):
+    """Pictures of what the model makes of a few images: similarity map, order, reconstruction.
+
+    Written to `orders/epoch_NNNN.png` in the work folder, and to TensorBoard, before the first epoch, then every
+    `interval` epochs and after the last.
+
+    Args:
+        interval: epochs between two pictures; 0 for none.
+        images: how many images a picture shows.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int = 20, images: int = 8):
+        self.interval, self.images = interval, images
+
+    def before_train(self, runner) -> None:
+        """The picture before training."""
+        if self.interval and runner.iter == 0:
+            self.draw(runner, 0)
+
+    def after_train_epoch(self, runner) -> None:
+        """The picture after every `interval` epochs and after the last."""
+        done = runner.epoch + 1
+        if self.interval and (done % self.interval == 0 or done == runner.max_epochs):
+            self.draw(runner, done)
+
+    def draw(self, runner, epoch: int) -> None:
+        """Draw and write one picture, on the main process."""
+        if not is_main_process():
+            return
+        from semaim.pictures import draw_orders  # matplotlib takes a second to import
+
+        model = getattr(runner.model, "module", runner.model)
+        images = runner.train_dataloader.dataset.preview(self.images)
+        picture = draw_orders(model, images, title=f"epoch {epoch}")
+        folder = Path(runner.work_dir) / "orders"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"epoch_{epoch:04d}.png")
+        runner.visualizer.add_image("orders", np.asarray(picture), step=epoch)

@@ -1,0 +1,80 @@
+"""One optimizer constructor for all tasks: weight decay by parameter, learning rate by depth."""
+
+from collections.abc import Callable, Iterable
+
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from torch import nn
+
+
+def group_parameters(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    depth_of: Callable[[str], tuple[int, int]] | None = None,
+    undecayed: Iterable[str] = (),
+) -> list[dict]:
+    """Optimizer groups, equal ones merged.
+
+    Args:
+        parameters: (name, parameter) pairs; those without gradient are left out.
+        lr, weight_decay: of the whole model.
+        layer_decay: learning rate of a layer over that of the layer above it.
+        depth_of: name -> (layer, layers), layer 0 being the embeddings and layer `layers` - 1 the head; the
+            learning rate is scaled by layer_decay ** (layers - 1 - layer). Needed where `layer_decay` is not 1.
+        undecayed: last parts of names without weight decay, besides all biases and one-dimensional parameters.
+
+    Returns:
+        Groups with `params`, `names`, `lr`, `lr_scale` and `weight_decay`.
+    """
+    undecayed = set(undecayed)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        last = name.rpartition(".")[2]
+        decay = 0.0 if parameter.ndim <= 1 or last == "bias" or last in undecayed else weight_decay
+        scale = 1.0
+        if layer_decay != 1:
+            layer, layers = depth_of(name)
+            scale = layer_decay ** (layers - 1 - layer)
+        group = groups.setdefault(
+            (scale, decay),
+            {"params": [], "names": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class GroupedOptimizer(DefaultOptimWrapperConstructor):
+    """Builds the optimizer from `group_parameters`; arguments of it but the first three go into `paramwise_cfg`."""
+
+    def __call__(self, model: nn.Module):
+        """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
+        model = getattr(model, "module", model)
+        wrapper, optimizer = dict(self.optim_wrapper_cfg), dict(self.optimizer_cfg)
+        depth_of = getattr(model, "get_layer_depth", None)
+        groups = group_parameters(
+            model.named_parameters(),
+            optimizer["lr"],
+            optimizer.get("weight_decay", 0.0),
+            depth_of=depth_of,
+            **(self.paramwise_cfg or {}),
+        )
+        if is_main_process():
+            for group in groups:
+                count = sum(parameter.numel() for parameter in group["params"])
+                print_log(
+                    f"{count:,} weights in {len(group['params'])} tensors: learning rate {group['lr']:.4g}"
+                    f" (x {group['lr_scale']:.3g}), weight decay {group['weight_decay']:g}",
+                    logger="current",
+                )
+        optimizer["params"] = [{k: v for k, v in group.items() if k != "names"} for group in groups]
+        wrapper.setdefault("type", "OptimWrapper")
+        wrapper["optimizer"] = OPTIMIZERS.build(optimizer)
+        return OPTIM_WRAPPERS.build(wrapper)

@@ -1,0 +1,150 @@
+"""mmengine's Runner with our checkpoints, a loop that resumes inside an epoch, and DDP that also runs on a CPU."""
+
+import math
+import signal
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import get_rank, get_world_size
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import DATASETS, LOOPS, MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.utils.data import DataLoader, default_collate
+
+from semaim.data.folder import ResumableBatches, seed_of
+from semaim.engine.checkpointing import SaveCheckpoints, read_checkpoint, restore_training_state
+from semaim.engine.schedule import BatchPlan
+from semaim.errors import UserError
+
+
+def pretraining_loader(dataset: dict, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
+    """The loader of one process of a run."""
+    images = DATASETS.build({**dataset, "seed": seed})
+    batches = ResumableBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=default_collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+@LOOPS.register_module()
+class PretrainLoop(EpochBasedTrainLoop):
+    """Epoch loop that can start anywhere and whose randomness follows from (seed, iteration, rank) alone."""
+
+    def seek(self, epoch: int, iteration: int) -> None:
+        """Stand after `epoch` whole epochs and `iteration` iterations in all."""
+        self._epoch, self._iter = epoch, iteration
+
+    def run(self) -> torch.nn.Module:
+        """Train; a single process that bad data, Ctrl-C or SIGTERM stops saves its state first."""
+        self._stop = None
+        if get_world_size() > 1:
+            return super().run()
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return super().run()
+        except (UserError, KeyboardInterrupt):
+            saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
+            steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
+            if saver and steps and self._stop != "diverged":
+                saver.save(self.runner, self._epoch, self._iter - rest, "interrupted.pth")
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame) -> None:
+        """Stop after this iteration, where weights and counters agree; a second signal stops at once."""
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = signal.Signals(number).name
+        self.runner.logger.warning(f"{self._stop}: stopping after this iteration")
+
+    def run_epoch(self) -> None:
+        """One epoch, from where the run stands in it."""
+        batches = self.dataloader.batch_sampler
+        batches.epoch, batches.start = self._epoch, self._iter - self._epoch * len(batches)
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        for index, batch in enumerate(self.dataloader, batches.start):
+            self.run_iter(index, batch)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def run_iter(self, idx: int, data_batch: dict) -> None:
+        """One forward and backward pass; the logged loss is the mean over all processes."""
+        runner = self.runner
+        torch.manual_seed(seed_of(runner.seed, self._iter, get_rank()))  # drop path, and nothing else
+        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
+        loss = outputs["loss"].detach().clone()
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= get_world_size()
+        outputs["loss"] = loss.item()
+        if not math.isfinite(outputs["loss"]):
+            self._stop = "diverged"
+            raise UserError(
+                f"the loss is {outputs['loss']} in iteration {self._iter + 1}: the run diverged; continue from the"
+                " last checkpoint with --resume and a lower --cfg-options base_lr=..."
+            )
+        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
+        if self._stop:
+            raise KeyboardInterrupt
+
+
+@MODEL_WRAPPERS.register_module()
+class DistributedModel(MMDistributedDataParallel):
+    """DDP that leaves `device_ids` out on a CPU, where torch refuses it."""
+
+    def __init__(self, module, device_ids=None, **kwargs):
+        if not torch.cuda.is_available():
+            device_ids = None
+        super().__init__(module=module, device_ids=device_ids, broadcast_buffers=False, **kwargs)
+
+
+@RUNNERS.register_module()
+class PretrainRunner(Runner):
+    """Runner that resumes our own checkpoints and keeps its set-up reports to the log file."""
+
+    def load_or_resume(self) -> None:
+        """Continue from the checkpoint that `load_from` names, if any."""
+        if self._has_loaded or not self._load_from:
+            return
+        checkpoint = read_checkpoint(self._load_from)
+        restore_training_state(self, checkpoint, self._load_from)
+        self._has_loaded = True
+        self.logger.info(
+            f"resumed from {self._load_from}: {self.epoch} epochs, {checkpoint['step']} steps behind it"
+        )
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
+        """On one process the model itself, on several `DistributedModel`."""
+        if not self.distributed:
+            return model.to(get_device())
+        return super().wrap_model({"type": "DistributedModel"}, model)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        on_gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if on_gpu else f"CPU with {torch.get_num_threads()} threads"
+        self.logger.info(f"torch {torch.__version__} on {get_world_size()} x {device}; seed {self.seed}")
+
+    def build_logger(self, *args, **kwargs):
+        """mmengine's logger without the experiment's name after every epoch."""
+        logger = super().build_logger(*args, **kwargs)
+        logger.addFilter(lambda record: not str(record.msg).startswith("Exp name"))
+        return logger
+
+    def get_hooks_info(self) -> str:
+        """One line in place of a page."""
+        return ", ".join(dict.fromkeys(type(hook).__name__ for hook in self.hooks))

@@ -132,15 +132,20 @@ class PretrainImages(Dataset):
 
     def preview(self, count: int) -> Tensor:
         """`count` images spread over the data, centre-cropped: uint8 (count, 3, S, S)."""
-        crop = v2.Compose(
-            [
-                v2.Resize(self.img_size, interpolation=InterpolationMode.BICUBIC),
-                v2.CenterCrop(self.img_size),
-                v2.PILToTensor(),
-            ]
-        )
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return torch.stack([crop(load_image(os.fsdecode(self.paths[i]), self.patch_size)) for i in places])
+        return centre_crops([os.fsdecode(self.paths[place]) for place in places], self.img_size)
+
+
+def centre_crops(paths: list[str], img_size: int) -> Tensor:
+    """The middle of each image, its short side resized to `img_size` pixels: uint8 (len(paths), 3, S, S)."""
+    crop = v2.Compose(
+        [
+            v2.Resize(img_size, interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(img_size),
+            v2.PILToTensor(),
+        ]
+    )
+    return torch.stack([crop(load_image(path)) for path in paths])
 
 
 class ResumableBatches(Sampler[list[tuple[int, int]]]):

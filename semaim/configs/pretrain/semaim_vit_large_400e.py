@@ -1,0 +1,5 @@
+"""Published: 85.5 ImageNet top-1 after fine-tuning."""
+
+_base_ = "semaim_vit_large_800e.py"
+
+train_cfg = dict(max_epochs=400)

@@ -43,7 +43,7 @@ def main() -> int:
         checkpoint = read_checkpoint(args.checkpoint)
         model = model_from_checkpoint(checkpoint, args.cfg_options)
         paths = [path for given in args.images for path in (find_images(given) if Path(given).is_dir() else [given])]
-        images = centre_crops(paths[: args.most], checkpoint["config"]["dataset"]["img_size"])
+        images = centre_crops(paths[: args.most], checkpoint["config"]["model"]["network"]["img_size"])
         picture = draw_orders(model, images, title=f"{Path(args.checkpoint).name}, epoch {checkpoint['epoch']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)

@@ -103,8 +103,6 @@ class PretrainImages(Dataset):
         flip: float = 0.5,
         seed: int = 0,
     ):
-        if img_size < patch_size or img_size % patch_size:
-            raise UserError(f"crops of {img_size} pixels are no whole number of patches of {patch_size}")
         # One array of bytes in place of a list of str: workers share it without copying.
         self.paths = np.array([os.fsencode(path) for path in find_images(root)])
         self.seed, self.img_size, self.patch_size = seed, img_size, patch_size

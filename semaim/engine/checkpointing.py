@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from semaim.errors import UserError
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
 HISTORY = 100  #: logged values kept per scalar, so that smoothed numbers go on where they stood
+
+
+class CannotSave(UserError):
+    """A checkpoint could not be written."""
 
 
 def plain(value: Any) -> Any:
@@ -45,7 +50,7 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left on the disk" if full else str(cause or error)
-        raise UserError(f"cannot save {path}: {reason}; earlier checkpoints are whole, go on with --resume") from None
+        raise CannotSave(f"cannot save {path}: {reason}; earlier checkpoints are whole, go on with --resume") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -57,8 +62,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is no checkpoint of SemAIM pretraining ({reason})") from None
+        reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
+        raise UserError(f"{path} is no checkpoint of SemAIM pretraining: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(f"{path} is no checkpoint of SemAIM pretraining: it holds {held[:150]}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -56,7 +57,9 @@ def spawn(arguments: list[str], processes: int) -> int:
         max_restarts=0,
     )
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing process has said why
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
@@ -66,7 +69,11 @@ def spawn(arguments: list[str], processes: int) -> int:
 
 
 def plan_run(cfg: Config, processes: int) -> BatchPlan:
-    """The batch arithmetic of a run, checked against the data."""
+    """The batch arithmetic of a run; model and data are checked before anything is started."""
+    network = cfg.model.network
+    with torch.device("meta"):  # sizes and names are checked without memory; a teacher's weights wait
+        guide = "online" if isinstance(network.get("guide"), dict) else network.get("guide", "online")
+        MODELS.build({**cfg.model, "network": {**network, "guide": guide}})
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
     ResumableBatches(len(find_images(cfg.dataset.root)), plan.images, plan.accumulation, processes)
     return plan
@@ -101,11 +108,14 @@ def pretrain(cfg: Config, resume_from: str | None = None) -> PretrainRunner:
     world = torch.distributed.get_world_size() if distributed else 1
     plan = plan_run(cfg, world)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.4
     # With accumulation the schedule moves before the first optimizer step, on purpose.
     warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
     torch.manual_seed(cfg.seed)
 
-    loader = pretraining_loader(cfg.dataset.to_dict(), plan, cfg.seed, cfg.num_workers)
+    network = cfg.model.network
+    sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
+    loader = pretraining_loader({**cfg.dataset, **sizes}, plan, cfg.seed, cfg.num_workers)
     epochs, per_epoch = cfg.train_cfg.max_epochs, len(loader)
     cfg.optim_wrapper.optimizer.lr = plan.lr
     cfg.optim_wrapper.accumulative_counts = plan.accumulation
@@ -148,5 +158,10 @@ def pretrain(cfg: Config, resume_from: str | None = None) -> PretrainRunner:
         f" guide {network.guide if isinstance(network.guide, str) else 'teacher'};"
         f" target {type(network.target).__name__}"
     )
-    runner.train()
+    try:
+        runner.train()
+    except RuntimeError as error:
+        if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
+            sys.exit(1)  # another process stopped, and has said why
+        raise
     return runner

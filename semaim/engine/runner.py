@@ -12,7 +12,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, default_collate
 
 from semaim.data.folder import ResumableBatches, seed_of
-from semaim.engine.checkpointing import SaveCheckpoints, read_checkpoint, restore_training_state
+from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 
@@ -52,6 +52,8 @@ class PretrainLoop(EpochBasedTrainLoop):
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return super().run()
+        except CannotSave:
+            raise
         except (UserError, KeyboardInterrupt):
             saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)

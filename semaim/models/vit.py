@@ -184,7 +184,7 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(self.embed_dim, self.grid), requires_grad=False)
-        rates = torch.linspace(0, drop_path_rate, self.depth).tolist()
+        rates = [drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth)]
         self.blocks = nn.ModuleList(
             Block(self.embed_dim, self.num_heads, mlp_ratio, rate, with_cp) for rate in rates
         )

@@ -17,7 +17,7 @@ model = dict(
 )
 compile = False
 
-dataset = dict(type="PretrainImages", root="data/imagenet", img_size=224, patch_size=16, min_scale=0.2)
+dataset = dict(type="PretrainImages", root="data/imagenet", min_scale=0.2)  # crops as large as the network's images
 total_batch_size = 2048
 images_per_gpu = 256
 num_workers = 8

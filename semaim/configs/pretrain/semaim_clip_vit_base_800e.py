@@ -4,7 +4,7 @@ _base_ = "../_base_/pretrain.py"
 
 model = dict(
     network=dict(
-        guide=dict(type="Teacher", name="vit_base_patch16_clip_224.openai", project=True),
+        guide=dict(_delete_=True, type="Teacher", name="vit_base_patch16_clip_224.openai", project=True),
         target=dict(_delete_=True, type="FeatureTarget"),
     )
 )

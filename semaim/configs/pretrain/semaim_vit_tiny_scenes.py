@@ -3,7 +3,7 @@
 _base_ = "../_base_/pretrain.py"
 
 model = dict(network=dict(size="tiny", depth=6, img_size=64, patch_size=8, target=dict(blur_kernel=0)))
-dataset = dict(root="data/scenes/classes", img_size=64, patch_size=8)
+dataset = dict(root="data/scenes/classes")
 total_batch_size = 64
 num_workers = 1
 base_lr = 4e-3  # peak 1e-3 = 4e-3 x 64 / 256

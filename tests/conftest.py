@@ -20,3 +20,44 @@ def shared() -> Path:
     if not (path / "golden").is_dir():
         pytest.skip(f"no recorded results at {path}: set SEMAIM_SHARED to the folder that holds golden/")
     return path
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Class folders of 40 training and 10 validation scenes of 32 pixels."""
+    from semaim.data.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, 50, 32, seed=0)
+    return folder / "classes"
+
+
+@pytest.fixture
+def tiny_config(scenes, tmp_path):
+    """A function that makes a pretraining config small enough for a second; keywords are `--cfg-options`."""
+    from semaim.engine.config import load_config
+
+    def make(work_dir: str = "run", **options):
+        cfg = load_config(
+            ROOT / "semaim/configs/pretrain/semaim_vit_tiny_scenes.py",
+            {
+                "dataset.root": str(scenes),
+                "model.network.img_size": 32,
+                "model.network.embed_dim": 32,
+                "model.network.num_heads": 2,
+                "model.network.depth": 2,
+                "total_batch_size": 8,
+                "num_workers": 0,
+                "train_cfg.max_epochs": 2,
+                "param_scheduler.warmup_epochs": 1,
+                "default_hooks.logger.interval": 1,
+                "default_hooks.pictures.interval": 0,
+                "default_hooks.checkpoint.interval": 1,
+                "log_processor.window_size": 1,
+                **options,
+            },
+        )
+        cfg.work_dir = str(tmp_path / work_dir)
+        return cfg
+
+    return make

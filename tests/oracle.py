@@ -152,8 +152,7 @@ def gaussian(size, sigma):
     """Weights of a Gaussian that sum to 1: nested lists (size, size)."""
     middle = (size - 1) / 2
     raw = [
-        [math.exp(-((i - middle) ** 2 + (j - middle) ** 2) / (2 * sigma**2)) for j in range(size)]
-        for i in range(size)
+        [math.exp(-((i - middle) ** 2 + (j - middle) ** 2) / (2 * sigma**2)) for j in range(size)] for i in range(size)
     ]
     total = sum(map(sum, raw))
     return [[value / total for value in row] for row in raw]

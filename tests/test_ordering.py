@@ -210,6 +210,14 @@ def test_boxes_on_the_grid_of_the_reference(centre, starts):
     assert torch.equal(-box_key(index, (14, 14))[0].view(14, 14), count)
 
 
+@pytest.mark.parametrize("grid", [(28, 42), (42, 28)])
+def test_boxes_grow_with_the_grid(grid):
+    count = -box_key(torch.tensor([grid[0] // 2 * grid[1] + grid[1] // 2]), grid).view(grid)
+    for level, side in ((3, 2), (2, 6), (1, 10)):  # sides on 14 x 14
+        spans = [box_side(count >= level, axis) for axis in (0, 1)]
+        assert [high - low for low, high in spans] == [side * n // 14 for n in grid]
+
+
 @given(grid=grids, seed=seeds)
 def test_rings_never_go_inwards(grid, seed):
     similarity, draw = inputs(grid, seed)

@@ -6,7 +6,9 @@ import math
 
 import oracle
 import pytest
+import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch.nn import functional as F
 
@@ -180,6 +182,15 @@ def test_teacher_gets_images_in_its_own_statistics():
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_statistics_of_a_model_of_timm_are_found():
+    network = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1)
+    assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    tokens = Teacher(network)((pixels - mean) / std, (2, 3))
+    torch.testing.assert_close(tokens, network.forward_features(pixels * 2 - 1), atol=1e-4, rtol=1e-4)
+
+
 def test_register_tokens_are_skipped():
     network, images = small_vit(reg_tokens=3), random(2, 3, 12, 16)
     tokens, own = Teacher(network)(images, (3, 4)), network.forward_features(images)
@@ -197,9 +208,10 @@ def test_projection_passes_the_head():
 
 
 @pytest.mark.parametrize(
-    "network", [torch.nn.Linear(3, 3), small_vit(class_token=False, global_pool="avg")], ids=["no vit", "no class"]
+    "make", [lambda: torch.nn.Linear(3, 3), lambda: small_vit(class_token=False, global_pool="avg")]
 )
-def test_what_cannot_teach(network):
+def test_what_cannot_teach(make):
+    network = make()
     with pytest.raises(ValueError, match=f"{type(network).__name__} cannot be a teacher.*class token"):
         Teacher(network)
 

@@ -71,9 +71,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
     if not path.is_file():
         ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
         if str(path) not in ours:
-            short = {name: name for name in ours if "_base_" not in name}
-            short |= {Path(name).name: name for name in short}
-            raise UserError(f"no such config: {path}: {nearest(path.name, short)}")
+            raise UserError(f"no such config: {path}: {nearest(path.name, {Path(name).name for name in ours if "_base_" not in name})}")
         path = ours[str(path)]
     try:
         cfg = Config.fromfile(path)

@@ -1,5 +1,7 @@
 """SemAIM under mmengine's runner: builds the network from a config, normalises on the device, sets the precision."""
 
+from pathlib import Path
+
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseDataPreprocessor, BaseModel
@@ -24,11 +26,13 @@ def build_teacher(name: str, weights: str | None = None, project: bool = False) 
         weights: a local file (.safetensors, or .pth of tensors only); None fetches them from the hub.
         project: also pass tokens through the model's head (CLIP).
     """
+    if weights and not Path(weights).is_file():
+        raise UserError(f"no such file of teacher weights: {weights}")
     overlay = {"file": weights} if weights else None
     try:
         network = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, dynamic_img_size=True)
     except Exception as error:  # timm, the hub client and the network each raise their own
-        cause = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        cause = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         if weights:
             raise UserError(f"cannot load teacher {name} from {weights}: {cause}") from None
         raise UserError(

@@ -87,6 +87,10 @@ class SemAIM(VisionTransformer):
             for _ in range(0 if share_weights else decoder_depth)
         )
         width = target.width or self.embed_dim
+        if isinstance(target, FeatureTarget):
+            seen = guide.width if isinstance(guide, Teacher) else self.embed_dim
+            if width != seen:
+                raise ValueError(f"the target has {width} channels, the guide's tokens have {seen}")
         self.prediction_head = (
             Mlp(self.embed_dim, 4 * self.embed_dim, width) if head == "mlp" else nn.Linear(self.embed_dim, width)
         )
@@ -102,14 +106,15 @@ class SemAIM(VisionTransformer):
             tokens = self.guide(images, self.grid_of(images.shape[-2:]))
             return tokens, similarity_map(tokens, self.similarity, scaling="minmax")
         encoder = self if self.guide == "online" else self.ema
-        training = self.training
+        in_training = [module for module in self.modules() if module.training]
         self.eval()  # no drop path
         try:
             if self.similarity == "self":
                 return VisionTransformer.forward_with_attention(encoder, images)
             tokens = VisionTransformer.forward(encoder, images)
         finally:
-            self.train(training)
+            for module in in_training:
+                module.training = True
         return tokens, similarity_map(tokens, self.similarity)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:

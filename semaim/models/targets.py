@@ -123,6 +123,8 @@ class Teacher:
     ):
         if not getattr(network, "has_class_token", False) or not hasattr(network, "patch_embed"):
             raise ValueError(f"{type(network).__name__} cannot be a teacher: it needs patches and a class token")
+        if project and not hasattr(network.head, "out_features"):
+            raise ValueError(f"{type(network).__name__} has no projection: leave project off")
         self.network = network.eval().requires_grad_(False)
         self.project = project
         cfg = getattr(network, "pretrained_cfg", {})

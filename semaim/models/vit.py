@@ -69,7 +69,8 @@ class Attention(nn.Module):
         """
         query, key, _ = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
         scale = key.shape[-1] ** -0.5
-        weights = (query[:, :, :1].float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):  # a maximum is taken of it: bf16 would make ties
+            weights = (query[:, :, :1].float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)
         return weights.mean(dim=1)[:, 0, 1:]
 
 

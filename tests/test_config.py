@@ -1,0 +1,77 @@
+"""Every config reads and builds; a misspelt one says so."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import semaim.engine.launcher  # noqa: F401  registers what configs name
+from semaim.engine.config import CONFIGS, load_config
+from semaim.errors import UserError
+from semaim.models.vit import SIZES
+
+PRETRAINING = sorted((CONFIGS / "pretrain").glob("*.py"))
+BASE = CONFIGS / "pretrain/semaim_vit_base_800e.py"
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_config_builds_and_its_name_tells_the_truth(path):
+    cfg = load_config(path)
+    network = cfg.model.network.to_dict()
+    if isinstance(network["guide"], dict):
+        assert network["guide"].pop("type") == "Teacher"
+        network["guide"] = "online"  # the teacher's weights are not here
+    with torch.device("meta"):
+        model = MODELS.build({**cfg.model.to_dict(), "network": network})
+    size = next(part for part in path.stem.split("_") if part in SIZES)
+    assert network["size"] == size and model.network.embed_dim == SIZES[size]["embed_dim"]
+    if path.stem.endswith("e"):
+        assert cfg.train_cfg.max_epochs == int(path.stem.rpartition("_")[2][:-1])
+    assert cfg.param_scheduler.warmup_epochs < cfg.train_cfg.max_epochs
+
+
+def test_the_base_config_is_the_papers_recipe():
+    cfg = load_config(BASE)
+    assert cfg.total_batch_size == 2048 and cfg.base_lr * 2048 / 256 == pytest.approx(1.6e-3)
+    assert cfg.optim_wrapper.optimizer.to_dict() == {"type": "AdamW", "betas": (0.9, 0.95), "weight_decay": 0.05}
+    assert cfg.optim_wrapper.clip_grad.max_norm == 3 and cfg.param_scheduler.warmup_epochs == 30
+    assert cfg.dataset.min_scale == 0.2 and not cfg.compile
+    assert cfg.model.network.target == {
+        "type": "PixelTarget", "blur_kernel": 9, "blur_sigma": 1.0, "norm_pix": True, "loss": "l2"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"totl_batch_size": 8}, "unknown config key totl_batch_size: did you mean total_batch_size"),
+        ({"model.network.ordr": "raster"}, r"unknown config key model.network.ordr: did you mean order\?"),
+        ({"model.network.target.blr_kernel": 3}, "model.network.target.blr_kernel: did you mean blur_kernel"),
+        ({"model.network.drop_path": 0.1}, "unknown config key model.network.drop_path: did you mean drop_path_rate"),
+        ({"optim_wrapper.optimizer.type": "AdmW"}, "unknown type 'AdmW' in optim_wrapper.optimizer: did you mean"),
+        ({"optim_wrapper.optimizer.momentum": 0.9}, "unknown config key optim_wrapper.optimizer.momentum"),
+        ({"train_cfg.epochs": 3}, "unknown config key train_cfg.epochs: did you mean max_epochs"),
+        ({"default_hooks.checkpoint.intervall": 3}, "default_hooks.checkpoint.intervall: did you mean interval"),
+        ({"dataset.root.x": 1}, "--cfg-options"),
+    ],
+)
+def test_misspelt_keys_are_errors_that_name_the_right_one(options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(BASE, options)
+
+
+def test_accepted_arguments_of_base_classes_are_known():
+    cfg = load_config(BASE, {"model.network.drop_path_rate": 0.1, "model.network.with_cp": True})
+    assert cfg.model.network.with_cp
+
+
+def test_missing_and_broken_config_files(tmp_path):
+    with pytest.raises(UserError, match="no such config.*did you mean semaim_vit_base_800e.py"):
+        load_config("semaim_vit_base_800.py")
+    (tmp_path / "broken.py").write_text("model = dict(\n")
+    with pytest.raises(UserError, match="cannot read config .*broken.py"):
+        load_config(tmp_path / "broken.py")
+
+
+def test_own_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("semaim/configs/pretrain/semaim_vit_base_400e.py").train_cfg.max_epochs == 400

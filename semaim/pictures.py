@@ -63,15 +63,15 @@ def draw_orders(model, images: Tensor, title: str = "") -> Image.Image:
             if row == 0:
                 axis.set_title(name, fontsize=9)
             if name == "image":
-                axis.imshow(images[row].permute(1, 2, 0).cpu())
+                axis.imshow(images[row].permute(1, 2, 0).cpu().numpy())
             elif name == "similarity":
-                axis.imshow(output.similarity[row].view(grid).float().cpu(), cmap="viridis")
+                axis.imshow(output.similarity[row].view(grid).float().cpu().numpy(), cmap="viridis")
             elif name == "order":
-                axis.imshow(-rank[row], cmap="magma")
+                axis.imshow(-rank[row].numpy(), cmap="magma")
                 first_row, first_column = divmod(int(output.order[row, 0]), grid[1])
                 axis.plot(first_column, first_row, "+", color="black", markersize=7)
             else:
-                axis.imshow(rebuilt[row].permute(1, 2, 0))
+                axis.imshow(rebuilt[row].permute(1, 2, 0).numpy())
     return render(figure)
 
 

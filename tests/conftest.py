@@ -47,6 +47,7 @@ def tiny_config(scenes, tmp_path):
                 "model.network.num_heads": 2,
                 "model.network.depth": 2,
                 "total_batch_size": 8,
+                "base_lr": 0.032,  # peak 1e-3
                 "num_workers": 0,
                 "train_cfg.max_epochs": 2,
                 "param_scheduler.warmup_epochs": 1,

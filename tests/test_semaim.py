@@ -341,10 +341,16 @@ def test_teacher_gives_order_and_features():
 def test_teacher_is_neither_saved_nor_trained():
     network = small_teacher()
     model = taught(network).train()
-    own = build(target=FeatureTarget(24))
-    assert set(model.state_dict()) == set(own.state_dict())
+    assert set(model.state_dict()) == set(build().state_dict())
     model(images_of((3, 4), (4, 4))).loss.backward()
     assert not network.training and all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_teachers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="the target has 16 channels, the guide's tokens have 24"):
+        build(target=FeatureTarget(16), guide=Teacher(small_teacher()))
+    with pytest.raises(ValueError, match="has no projection"):
+        Teacher(small_teacher(num_classes=0), project=True)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
     if not path.is_file():
         ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
         if str(path) not in ours:
-            raise UserError(f"no such config: {path}: {nearest(path.name, {Path(name).name for name in ours if "_base_" not in name})}")
+            names = {Path(name).name for name in ours if "/_base_/" not in name}
+            raise UserError(f"no such config: {path}: {nearest(path.name, names)}")
         path = ours[str(path)]
     try:
         cfg = Config.fromfile(path)

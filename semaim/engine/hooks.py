@@ -10,7 +10,6 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from semaim.models.targets import ema_decay
@@ -58,19 +57,18 @@ class ProgressBar(Hook):
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
         self.progress = None
-        if not (is_main_process() and sys.stderr.isatty()):
+        if not (is_main_process() and sys.stdout.isatty()):
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
         )
         self.progress.start()
         self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
         for handler in self.streams:
-            handler.setStream(sys.stderr)  # rich has put its own in place
+            handler.setStream(sys.stdout)  # rich has put its own in place
         self.task = self.progress.add_task("pretraining", total=runner.max_iters, completed=runner.iter)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -83,7 +81,7 @@ class ProgressBar(Hook):
         if self.progress:
             self.progress.stop()
             for handler in self.streams:
-                handler.setStream(sys.stderr)
+                handler.setStream(sys.stdout)
 
 
 @HOOKS.register_module()

@@ -141,7 +141,7 @@ def pretrain(cfg: Config, resume_from: str | None = None) -> PretrainRunner:
         log_processor=cfg.log_processor,
         visualizer=cfg.visualizer,
         randomness={"seed": cfg.seed},
-        experiment_name=Path(cfg.work_dir).name,
+        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_"),
         cfg=cfg,
     )
     network = getattr(runner.model, "module", runner.model).network

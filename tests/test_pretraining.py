@@ -1,0 +1,386 @@
+"""Training runs: they learn, resume to the last bit, split over processes, and stop with one clear line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from semaim.data.folder import ResumableBatches, find_images
+from semaim.engine.checkpointing import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
+from semaim.engine.launcher import check_processes, choose_checkpoint, plan_run, pretrain
+from semaim.engine.pretraining import build_teacher, model_from_checkpoint
+from semaim.errors import UserError
+from semaim.pictures import read_scalars
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def losses(cfg):
+    """iteration -> loss, all digits."""
+    return {line["iter"]: line["loss"] for line in read_scalars(cfg.work_dir)}
+
+
+def flags(cfg):
+    """The command line of a config of `tiny_config`: what it changes, as --cfg-options."""
+    network = cfg.model.network
+    options = {
+        **{f"model.network.{key}": network[key] for key in ("img_size", "embed_dim", "num_heads", "depth")},
+        "total_batch_size": cfg.total_batch_size,
+        "base_lr": cfg.base_lr,
+        "num_workers": cfg.num_workers,
+        "train_cfg.max_epochs": cfg.train_cfg.max_epochs,
+        "param_scheduler.warmup_epochs": cfg.param_scheduler.warmup_epochs,
+        "default_hooks.logger.interval": 1,
+        "default_hooks.pictures.interval": cfg.default_hooks.pictures.interval,
+        "default_hooks.checkpoint.interval": cfg.default_hooks.checkpoint.interval,
+        "log_processor.window_size": 1,
+    }
+    places = ["--data-root", cfg.dataset.root, "--work-dir", cfg.work_dir]
+    return [*places, "--cfg-options", *(f"{key}={value}" for key, value in options.items())]
+
+
+def command(*arguments, **options):
+    """tools/pretrain.sh, run for real."""
+    line = [str(ROOT / "tools/pretrain.sh"), *map(str, arguments)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, **options)
+
+
+SCENES = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
+
+
+def test_a_run_learns_writes_and_logs(tiny_config):
+    cfg = tiny_config(**{"default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 4})
+    pretrain(cfg)
+    curve = losses(cfg)
+    assert len(curve) == 4 * 40 // 8
+    assert curve[20] < curve[1] - 0.1
+    names = {path.name for path in Path(cfg.work_dir).iterdir()}
+    assert {"epoch_4.pth", "epoch_3.pth", "epoch_2.pth", "latest.pth", "orders"} <= names
+    assert "epoch_1.pth" not in names, "keep=3"
+    assert os.readlink(Path(cfg.work_dir) / "latest.pth") == "epoch_4.pth"
+    assert {path.name for path in (Path(cfg.work_dir) / "orders").iterdir()} == {
+        f"epoch_{epoch:04d}.png" for epoch in range(5)
+    }
+    line = read_scalars(cfg.work_dir)[-1]
+    assert {"loss", "lr", "grad_norm", "images_per_second", "data_share", "epoch", "iter"} <= set(line)
+    assert line["images_per_second"] > 0 and 0 <= line["data_share"] <= 1
+    assert list(Path(cfg.work_dir).glob("*/vis_data/events.out.tfevents.*"))
+    log = next(Path(cfg.work_dir).glob("*/*.log")).read_text()
+    assert "batch 8 = 1 process x 8 images x 1 accumulated; learning rate 0.001 = 0.032 x 8 / 256" in log
+    assert "images/s" in log and "ETA" in log and "data " in log
+
+
+@pytest.mark.parametrize("guide", ["online", "ema"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, guide):
+    options = {"model.network.drop_path_rate": 0.3, "model.network.guide": guide, "train_cfg.max_epochs": 3}
+    if guide == "ema":
+        options["model.network.target"] = {"_delete_": True, "type": "FeatureTarget"}
+    whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
+    pretrain(whole)
+    os.makedirs(parts.work_dir)
+    shutil.copy(Path(whole.work_dir) / "epoch_1.pth", parts.work_dir)
+    pretrain(parts, str(Path(parts.work_dir) / "epoch_1.pth"))
+    expected = {i: loss for i, loss in losses(whole).items() if i > 5}
+    assert losses(parts) == expected
+    ours, theirs = (read_checkpoint(Path(cfg.work_dir) / "epoch_3.pth") for cfg in (parts, whole))
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        for index, state in theirs["optimizer"]["state"].items():
+            assert torch.equal(ours["optimizer"]["state"][index][key], state[key])
+    assert ours["history"]["train/loss"][0].equal(theirs["history"]["train/loss"][0])
+    moved = [name for name in theirs["model"] if name.startswith("ema.")]
+    assert bool(moved) == (guide == "ema")
+    if moved:
+        start = read_checkpoint(Path(whole.work_dir) / "epoch_1.pth")["model"]
+        assert any(not torch.equal(start[name], theirs["model"][name]) for name in moved)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_inside_the_epoch(tiny_config):
+    options = {"train_cfg.max_epochs": 30, "default_hooks.checkpoint.interval": 30}
+    whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
+    pretrain(whole)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools/pretrain.py"), SCENES, *flags(parts)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "[2/5]" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, rest
+    assert rest.strip().splitlines()[-1] == "interrupted" and "Traceback" not in rest
+    saved = read_checkpoint(newest_checkpoint(parts.work_dir))
+    assert 2 <= saved["step"] < 150 and saved["epoch"] == saved["step"] // 5
+    pretrain(parts, choose_checkpoint(parts, "auto"))
+    assert losses(parts) == losses(whole)
+
+
+def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
+    one, two, accumulated = tiny_config("one"), tiny_config("two"), tiny_config("accumulated", images_per_gpu=4)
+    pretrain(one)
+    done = command(SCENES, 2, *flags(two), cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "batch 8 = 2 processes x 4 images x 1 accumulated" in done.stderr + done.stdout
+    alone, together = losses(one), losses(two)
+    assert len(alone) == len(together) == 10
+    assert together[1] == pytest.approx(alone[1], abs=1e-6)
+    assert all(together[i] == pytest.approx(alone[i], abs=1e-4) for i in alone)
+    pretrain(accumulated)
+    halves = losses(accumulated)
+    assert (halves[1] + halves[2]) / 2 == pytest.approx(alone[1], abs=1e-6)
+    assert (halves[19] + halves[20]) / 2 == pytest.approx(alone[10], abs=1e-4)
+
+    # What two processes saved, one goes on with, and with accumulated steps.
+    again = tiny_config("two", images_per_gpu=2, **{"train_cfg.max_epochs": 3})
+    runner = pretrain(again, choose_checkpoint(again, "auto"))
+    assert runner.iter == 3 * 5 * 4 and read_checkpoint(newest_checkpoint(again.work_dir))["step"] == 15
+
+
+def test_activation_checkpointing_trains_the_same(tiny_config):
+    plain_run, recomputed = tiny_config("plain"), tiny_config("cp", **{"model.network.with_cp": True})
+    pretrain(plain_run)
+    pretrain(recomputed)
+    expected = losses(plain_run)
+    assert all(loss == pytest.approx(expected[i], abs=1e-6) for i, loss in losses(recomputed).items())
+
+
+def test_a_teacher_from_a_local_file_guides(tiny_config, tmp_path):
+    name = "test_vit"
+    network = timm.create_model(name, dynamic_img_size=True)
+    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    teacher = {"_delete_": True, "type": "Teacher", "name": name, "weights": str(tmp_path / "teacher.safetensors")}
+    options = {"model.network.guide": teacher, "model.network.target": {"_delete_": True, "type": "FeatureTarget"}}
+    cfg = tiny_config(**options, **{"train_cfg.max_epochs": 4})
+    pretrain(cfg)
+    curve = losses(cfg)
+    assert curve[20] < curve[1]
+    saved = read_checkpoint(newest_checkpoint(cfg.work_dir))
+    assert not any("teacher" in key or "guide" in key for key in saved["model"])
+    assert saved["model"]["prediction_head.fc2.bias"].shape == (network.embed_dim,)
+
+
+def test_a_teacher_out_of_reach_names_the_file_to_give(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"vit_base_patch16_224.dino.*model.safetensors of timm/.*weights=FILE"):
+        build_teacher("vit_base_patch16_224.dino")
+    with pytest.raises(UserError, match="no such file of teacher weights: nowhere.pth"):
+        build_teacher("vit_base_patch16_224.dino", weights="nowhere.pth")
+    with pytest.raises(UserError, match="cannot be a teacher"):
+        build_teacher_without_weights("resnet18")
+
+
+def build_teacher_without_weights(name):
+    """`build_teacher` of a model that timm builds without fetching anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semaim.engine.pretraining.create_model", lambda *_, **__: timm.create_model(name))
+        return build_teacher(name)
+
+
+# Bad input, as a user gives it.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["semaim_vit_base_800.py"], "no such config: semaim_vit_base_800.py: did you mean semaim_vit_base_800e.py"),
+        ([], "no such folder: data/imagenet"),
+        ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes asked for; this machine has no GPU and"),
+        ([SCENES, "--data-root", "EMPTY"], "no images in"),
+        ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.order=semantc"], "did you mean semantic"),
+        ([SCENES, "--data-root", "SCENES", "--cfg-options", "total_batch_size=4096"], "fewer than one batch of 4096"),
+        ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.img_size=60"], "60 x 60 pixels is no whole"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_no_run(scenes, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"SCENES": str(scenes), "EMPTY": str(tmp_path / "empty")}
+    done = command(*(places.get(word, word) for word in arguments), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "work_dirs").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_broken_image_is_named_and_nothing_is_lost(tiny_config, scenes, tmp_path, processes):
+    shutil.copytree(scenes, tmp_path / "data")
+    fourth_batch = list(ResumableBatches(40, 8))[3]
+    victim = Path(find_images(tmp_path / "data")[fourth_batch[0][1]])
+    victim.write_bytes(victim.read_bytes()[:200])
+    cfg = tiny_config(**{"dataset.root": str(tmp_path / "data")})
+    done = command(SCENES, processes, *flags(cfg), cwd=ROOT)
+    assert done.returncode != 0
+    assert f"error: cannot read image {victim}" in done.stderr and "Traceback" not in done.stderr
+    if processes == 1:
+        saved = read_checkpoint(newest_checkpoint(cfg.work_dir))
+        assert saved["step"] == 3
+        victim.unlink()
+        pretrain(cfg, choose_checkpoint(cfg, "auto"))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny_config):
+    cfg = tiny_config(**{"default_hooks.checkpoint.interval": 2})
+    pretrain(cfg)
+    before = (Path(cfg.work_dir) / "epoch_2.pth").read_bytes()
+    longer = tiny_config(**{"train_cfg.max_epochs": 3})
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails with EFBIG
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = command(SCENES, "1", "--resume", *flags(longer), cwd=ROOT, preexec_fn=small_files)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: cannot save") and "epoch_3.pth: no space left" in last and "--resume" in last
+    assert {path.name for path in Path(cfg.work_dir).glob("*.pth")} == {"epoch_2.pth", "latest.pth"}
+    assert not list(Path(cfg.work_dir).glob(".*partial"))
+    assert (Path(cfg.work_dir) / "latest.pth").read_bytes() == before
+
+
+def test_a_diverged_run_stops_without_saving(tiny_config):
+    cfg = tiny_config(base_lr=1e30)
+    with pytest.raises(UserError, match="the loss is (nan|inf) in iteration .*lower --cfg-options base_lr"):
+        pretrain(cfg)
+    assert newest_checkpoint(cfg.work_dir) is None
+
+
+def test_a_used_work_folder_asks_for_resume(tiny_config):
+    cfg = tiny_config(**{"train_cfg.max_epochs": 2})
+    pretrain(cfg)
+    with pytest.raises(UserError, match="latest.pth is there already: go on with --resume"):
+        choose_checkpoint(cfg, None)
+    assert choose_checkpoint(cfg, "auto").endswith("latest.pth")
+    other = tiny_config("other")
+    assert choose_checkpoint(other, "auto") is None
+    wider = tiny_config(**{"model.network.embed_dim": 48})
+    with pytest.raises(UserError, match="does not fit this config.*resume with the config it was made by"):
+        pretrain(wider, choose_checkpoint(wider, "auto"))
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_processes(None) == 2
+    with pytest.raises(UserError, match="8 GPUs asked for, 2 visible"):
+        check_processes(8)
+
+
+def test_a_batch_that_cannot_be_split(tiny_config):
+    with pytest.raises(UserError, match="a total batch of 8 images cannot be split evenly over 3 processes"):
+        plan_run(tiny_config(), 3)
+
+
+# Checkpoint files.
+
+
+class Hostile:
+    """Pickles to a call that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path, tiny_config):
+    torch.save({"format": "semaim", "model": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="hostile.pth is no checkpoint of SemAIM pretraining: no file of tensors"):
+        read_checkpoint(tmp_path / "hostile.pth")
+    assert not (tmp_path / "executed").exists()
+    torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="mae.pth is no checkpoint of SemAIM pretraining: it holds model, epoch"):
+        read_checkpoint(tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    # A config inside a checkpoint names sizes, never what to build.
+    call = {"type": "pathlib.Path.touch", "self": str(tmp_path / "executed")}
+    for model in (call, {"type": "Pretraining", "network": call}):
+        with pytest.raises(UserError, match="not SemAIM pretraining"):
+            model_from_checkpoint({"config": {"model": model}, "model": {}})
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_hold_plain_containers_only(tmp_path):
+    with pytest.raises(TypeError, match="a checkpoint holds no Hostile"):
+        plain({"a": [Hostile(tmp_path)]})
+    write_checkpoint({"format": "semaim", "model": {"w": torch.ones(2)}, "list": (1, "a", None)}, tmp_path / "a.pth")
+    again = read_checkpoint(tmp_path / "a.pth")
+    assert again["list"] == (1, "a", None) and again["model"]["w"].equal(torch.ones(2))
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    write_checkpoint({"format": "semaim", "n": 1}, tmp_path / "a.pth")
+
+    def half(checkpoint, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(CannotSave, match="a.pth: no space left on the disk; earlier checkpoints are whole"):
+        write_checkpoint({"format": "semaim", "n": 2}, tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth")["n"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
+    write_checkpoint({"format": "semaim", "n": 1}, tmp_path / "a.pth")
+    script = (
+        "import sys, time, torch; from semaim.engine.checkpointing import write_checkpoint\n"
+        "save = torch.save\n"
+        "def slow(checkpoint, file):\n"
+        "    save(checkpoint, file); file.flush(); print('half', flush=True); time.sleep(60)\n"
+        "torch.save = slow\n"
+        "write_checkpoint({'format': 'semaim', 'n': 2}, sys.argv[1])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "a.pth"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "half\n"
+    process.kill()
+    process.wait(30)
+    assert read_checkpoint(tmp_path / "a.pth")["n"] == 1
+
+
+def test_progress_bar_on_a_terminal(tiny_config):
+    """Log lines scroll above the bar when standard output is a terminal."""
+    import pty
+
+    cfg = tiny_config()
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools/pretrain.py"), SCENES, *flags(cfg)],
+        stderr=slave, stdout=slave, cwd=ROOT, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    )  # fmt: skip
+    os.close(slave)
+    seen, deadline = b"", time.time() + 120
+    while time.time() < deadline:
+        try:
+            seen += os.read(master, 65536)
+        except OSError:  # the terminal is gone: the process has ended
+            break
+    os.close(master)
+    assert process.wait(30) == 0, seen.decode(errors="replace")[-2000:]
+    text = seen.decode(errors="replace")
+    assert "10/10" in text and "images/s" in text
+
+
+def test_scalars_of_a_resumed_run_replace_what_they_repeat(tmp_path):
+    for stamp, iterations in (("1", range(1, 6)), ("2", range(4, 8))):
+        folder = tmp_path / stamp / "vis_data"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"iter": i, "loss": i + int(stamp) / 10, "lr": 0.1}) for i in iterations]
+        (folder / "scalars.json").write_text("\n".join(lines))
+    assert [line["loss"] for line in read_scalars(tmp_path)] == [1.1, 2.1, 3.1, 4.2, 5.2, 6.2, 7.2]
+    with pytest.raises(UserError, match="no logged scalars"):
+        read_scalars(tmp_path / "1" / "vis_data")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain SemAIM.
+# Pretrain SemAIM (tools/pretrain.py --help shows all flags).
 #
 #   tools/pretrain.sh                          ViT-B/16, 800 epochs, on data/imagenet, all visible GPUs
 #   tools/pretrain.sh CONFIG GPUS --data-root DIR --work-dir DIR --resume --cfg-options k=v ...

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from semaim.engine.optim import group_parameters
 from semaim.engine.schedule import cosine_with_warmup
-from semaim.models import FeatureTarget, PixelTarget, SemAIM
+from semaim.models import FeatureTarget, PixelTarget, SemAIM, Teacher
 from semaim.models.ordering import ORDERS, box_counts, make_order, rows_and_columns, similarity_map, square_key
 from semaim.models.targets import ema_decay
 from semaim.models.vit import VisionTransformer, sincos_positions
@@ -35,13 +35,25 @@ def check(case: Case, report: CaseReport) -> None:
         check_schedules(case, report)
 
 
+class RecordedTeacher(Teacher):
+    """Gives the tokens that the reference's teacher gave."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.width = tokens, tokens.shape[-1]
+
+    def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The recorded tokens, whatever the images."""
+        return self.tokens
+
+
 def build_model(case: Case) -> SemAIM:
     """Our model of a case's configuration, with its parameters."""
     cfg = case.meta["config"]
-    features = cfg["predict_feature"] != "none"
+    features, guide = cfg["predict_feature"] != "none", "online"
+    if "teacher_tokens" in case.tensors:
+        guide = RecordedTeacher(case.tensors["teacher_tokens"])
     if features:
-        tokens = case.tensors.get("teacher_tokens")
-        target = FeatureTarget(None if tokens is None else tokens.shape[-1])
+        target = FeatureTarget(None if guide == "online" else guide.width)
     else:
         target = PixelTarget(
             (cfg["patch_size"],) * 2,
@@ -55,6 +67,7 @@ def build_model(case: Case) -> SemAIM:
         target,
         OFFICIAL_ORDERS[cfg["permutation_type"]],
         cfg["attention_type"],
+        guide,
         decoder_depth=cfg["query_depth"],
         head=cfg["prediction_head_type"].lower(),
         img_size=cfg["img_size"],
@@ -108,14 +121,10 @@ def check_model(case: Case, report: CaseReport) -> None:
         compare("param.gaussian_blur.weight", fresh)
 
     # Look.
-    tokens = golden.get("teacher_tokens")
-    if tokens is not None:
-        similarity = similarity_map(tokens, cfg["attention_type"], scaling="minmax")
-        compare("similarity", similarity)
-    else:
-        tokens, similarity = model.look(images)
+    tokens, similarity = model.look(images)
+    compare("similarity", similarity)
+    if "teacher_tokens" not in golden:
         compare("encoder_tokens", tokens)
-        compare("similarity", similarity)
         for source in ("cls", "gap"):
             compare(f"similarity_{source}", similarity_map(tokens, source))
         compare("similarity_self", model.forward_with_attention(images)[1])

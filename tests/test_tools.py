@@ -1,0 +1,161 @@
+"""The command-line tools, run for real, and the pictures they make."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from semaim.engine.launcher import pretrain
+from semaim.engine.pretraining import model_from_checkpoint
+from semaim.models.vit import patchify
+from semaim.pictures import draw_orders, reconstruct
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tool(name, *arguments):
+    """A Python tool, run for real on the CPU."""
+    line = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+
+
+def one_line(done, message):
+    """A failure as users see it."""
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tools").glob("*.*"))])
+def test_every_tool_has_help(name):
+    script = ROOT / "tools" / name
+    if name == "test.sh":
+        return  # its arguments are pytest's
+    start = [sys.executable] if name.endswith(".py") else ["bash"]
+    done = subprocess.run([*start, script, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+
+
+# Parity with the recorded reference.
+
+
+def test_every_recorded_case_passes(shared):
+    done = tool("check_parity.py", shared / "golden")
+    assert done.returncode == 0, done.stdout
+    assert "6 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
+    for case in ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema"):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"semaim/{case} "))
+        assert line.endswith("  pass")
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "change"),
+    [
+        ("pixel", "loss_map", lambda t: t + 1e-4),
+        ("pixel", "grad.query_blocks.3.attn.q.bias", lambda t: t.flip(0)),
+        ("pixel", "param.blocks.1.norm2.bias", lambda t: t + 1e-3),
+        ("feature", "teacher_tokens", lambda t: t.roll(1, 1)),
+        ("orders", "key.attention_center", lambda t: t.flip(-1)),
+        ("orders", "box_count_by_centre", lambda t: t.roll(1, 0)),
+        ("ema", "update.average_after", lambda t: t + 1e-5),
+    ],
+)
+def test_a_changed_record_fails(shared, tmp_path, case, name, change):
+    """The tool sees differences: each of these must turn its case from pass to fail."""
+    folder = tmp_path / "semaim"
+    folder.mkdir()
+    shutil.copy(shared / "golden/images.safetensors", tmp_path)
+    shutil.copy(shared / f"golden/semaim/{case}.json", folder)
+    tensors = load_file(shared / f"golden/semaim/{case}.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / f"{case}.safetensors")
+    done = tool("check_parity.py", folder)
+    assert done.returncode == 1 and "0 passed, 1 failed" in done.stdout, done.stdout
+
+
+def test_tied_keys_are_listed_and_the_rest_is_compared(shared, tmp_path):
+    tensors = load_file(shared / "golden/semaim/pixel.safetensors")
+    key = tensors["order_key"]
+    order = key[1].argsort()
+    key[1, order[5]] = key[1, order[6]]
+    (tmp_path / "semaim").mkdir()
+    save_file(tensors, tmp_path / "semaim/pixel.safetensors")
+    shutil.copy(shared / "golden/semaim/pixel.json", tmp_path / "semaim")
+    shutil.copy(shared / "golden/images.safetensors", tmp_path)
+    done = tool("check_parity.py", tmp_path, "--verbose")
+    assert done.returncode == 0 and "deviation: images [1] have patches with equal keys" in done.stdout, done.stdout
+    assert "query_stream.3" in done.stdout and "loss_fp64" not in done.stdout
+
+
+def test_parity_of_what_is_no_case(tmp_path):
+    one_line(tool("check_parity.py", tmp_path / "nowhere"), "no such folder")
+    one_line(tool("check_parity.py", tmp_path), "no recorded cases in")
+    (tmp_path / "broken.json").write_text("{")
+    one_line(tool("check_parity.py", tmp_path), "broken.json")
+    (tmp_path / "broken.json").write_text(json.dumps({"case": "semaim/x", "status": "ok"}))
+    one_line(tool("check_parity.py", tmp_path), "no recorded case")
+
+
+# Pictures.
+
+
+def test_order_and_curve_pictures(tiny_config, scenes, tmp_path):
+    cfg = tiny_config()
+    pretrain(cfg)
+    checkpoint = Path(cfg.work_dir) / "latest.pth"
+    images = sorted((scenes / "val").rglob("*.jpg"))[:2]
+    done = tool("visualize.py", "order", checkpoint, *images, "--out", tmp_path / "new/orders.png")
+    assert done.returncode == 0, done.stderr
+    shown = np.asarray(Image.open(tmp_path / "new/orders.png"))
+    assert shown.ndim == 3 and len(np.unique(shown.reshape(-1, 3), axis=0)) > 50
+    done = tool("visualize.py", "curve", cfg.work_dir, "--out", tmp_path / "curve.png")
+    assert done.returncode == 0 and Image.open(tmp_path / "curve.png").size == (700, 400)
+
+    out = tmp_path / "x.png"
+    one_line(tool("visualize.py", "order", ROOT / "setup.py", images[0], "--out", out), "setup.py is no checkpoint of")
+    one_line(tool("visualize.py", "order", checkpoint, tmp_path / "no.jpg", "--out", out), "no.jpg: no such file")
+    one_line(tool("visualize.py", "curve", tmp_path, "--out", tmp_path / "x.txt"), "name a .png")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("target", ["PixelTarget", "FeatureTarget"])
+def test_pictures_show_what_there_is(target):
+    network = {
+        "type": "SemAIM", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2,
+        "order": "semantic" if target == "PixelTarget" else "raster", "target": {"type": target},
+    }  # fmt: skip
+    config = {"model": {"type": "Pretraining", "network": network}}
+    weights = build(network).state_dict()
+    model = model_from_checkpoint({"config": config, "model": weights})
+    model.network.train()
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    picture = draw_orders(model, images)
+    assert model.network.training, "drawing must not leave the network in another mode"
+    # Four columns with pixels; with features there is nothing to rebuild, but a similarity map.
+    assert picture.width == (640 if target == "PixelTarget" else 480)
+
+
+def build(network):
+    """The network of a config."""
+    from semaim.engine.pretraining import build_semaim
+
+    return build_semaim(**{key: value for key, value in network.items() if key != "type"})
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_perfect_prediction_rebuilds_the_image(norm_pix):
+    target = {"type": "PixelTarget", "blur_kernel": 0, "norm_pix": norm_pix}
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    network = build({**size, "target": target})
+    images = torch.randn(2, 3, 32, 48)
+    prediction = network.target.prepare(images)
+    assert prediction.shape == patchify(images, (8, 8)).shape
+    torch.testing.assert_close(reconstruct(network, images, prediction), images, atol=1e-4, rtol=0)

@@ -50,8 +50,8 @@ def test_every_tool_has_help(name):
 def test_every_recorded_case_passes(shared):
     done = tool("check_parity.py", shared / "golden")
     assert done.returncode == 0, done.stdout
-    assert "6 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
-    for case in ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema"):
+    assert "7 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
+    for case in ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight"):
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"semaim/{case} "))
         assert line.endswith("  pass")
 

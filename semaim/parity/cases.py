@@ -94,11 +94,11 @@ class Case:
 def run_case(case: Case, checks: Callable[[Case, CaseReport], None]) -> CaseReport:
     """Run one case with its family's checks."""
     report = CaseReport(case.name)
-    if case.meta["status"] == "ok":
-        checks(case, report)
-        report.uncovered = "" if report.checks else "it holds nothing that is known here"
-    else:
-        report.uncovered = f"the reference has no result: {case.meta.get('error', case.meta['status'])}"
+    checks(case, report)
+    if not report.checks:
+        failed = case.meta["status"] != "ok"
+        why = case.meta.get("error", case.meta["status"]) if failed else "the case holds nothing that is known here"
+        report.uncovered = f"the reference has no result: {why}" if failed else why
     return report
 
 

@@ -27,7 +27,9 @@ OFFICIAL_ORDERS = {
 
 def check(case: Case, report: CaseReport) -> None:
     """Run one case; what it holds decides what is checked."""
-    if "order_key" in case.tensors:
+    if case.meta["config"].get("share_weight") and case.meta["status"] != "ok":
+        check_shared_weights(case, report)
+    elif "order_key" in case.tensors:
         check_model(case, report)
     elif "draw" in case.tensors:
         check_orders(case, report)
@@ -58,8 +60,8 @@ def build_model(case: Case) -> SemAIM:
         target = PixelTarget(
             (cfg["patch_size"],) * 2,
             cfg["in_chans"],
-            cfg["gaussian_kernel_size"] or 0,
-            cfg["gaussian_sigma"] or 1.0,
+            cfg.get("gaussian_kernel_size") or 0,
+            cfg.get("gaussian_sigma") or 1.0,
             cfg["norm_pix_loss"],
             cfg["loss_type"].lower(),
         )
@@ -70,6 +72,7 @@ def build_model(case: Case) -> SemAIM:
         guide,
         decoder_depth=cfg["query_depth"],
         head=cfg["prediction_head_type"].lower(),
+        share_weights=cfg["share_weight"],
         img_size=cfg["img_size"],
         patch_size=cfg["patch_size"],
         in_chans=cfg["in_chans"],
@@ -85,7 +88,8 @@ def build_model(case: Case) -> SemAIM:
     if (kernel := parameters.pop("gaussian_blur.weight", None)) is not None and not features:
         target.kernel.copy_(kernel)
     parameters.pop("gaussian_blur.bias", None)
-    model.load_state_dict(parameters)
+    if parameters:
+        model.load_state_dict(parameters)
     return model
 
 
@@ -207,6 +211,31 @@ def check_model(case: Case, report: CaseReport) -> None:
         loss.backward()
         for name, norm in scalars.get("grad_l2_norm_fp64", {}).items():
             report.add_relative(f"grad_l2_norm_fp64.{name}", gradients[name].grad.norm().item(), norm)
+
+
+def check_shared_weights(case: Case, report: CaseReport) -> None:
+    """What the reference cannot run: compared with query blocks of their own that hold copies of the shared weights."""
+    torch.manual_seed(0)
+    shared = build_model(case)
+    case.meta["config"]["share_weight"] = False
+    copies = build_model(case)
+    copies.load_state_dict(shared.state_dict(), strict=False)
+    dim = shared.embed_dim
+    for index, block in enumerate(copies.query_blocks):
+        source = shared.blocks[(index + 1) * shared.step - 1].state_dict()
+        for kind in ("weight", "bias"):
+            qkv = source.pop(f"attn.qkv.{kind}")
+            source |= {f"attn.{name}.{kind}": qkv[i * dim : (i + 1) * dim] for i, name in enumerate("qkv")}
+        block.load_state_dict(source)
+    draw = torch.rand(len(case.images), shared.grid[0] * shared.grid[1])
+    with torch.no_grad():
+        ours, theirs = shared(case.images, draw), copies(case.images, draw)
+    report.add("loss_map", ours.loss_map, theirs.loss_map, EXACT)
+    report.add("pred", ours.prediction, theirs.prediction, 10 * EXACT)
+    report.deviations.append(
+        f"the reference cannot run this option ({case.meta.get('error')}); here it runs, and equals a model whose query"
+        " blocks hold copies of the shared weights"
+    )
 
 
 def reference_boxes(grid: tuple[int, int]) -> Tensor:

@@ -107,16 +107,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, gui
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_inside_the_epoch(tiny_config):
-    options = {"train_cfg.max_epochs": 30, "default_hooks.checkpoint.interval": 30}
+    options = {"train_cfg.max_epochs": 30, "default_hooks.checkpoint.interval": 30, "num_workers": 1}
     whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
     pretrain(whole)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tools/pretrain.py"), SCENES, *flags(parts)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     for line in process.stdout:
         if "[2/5]" in line:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the data loading workers too
             break
     rest = process.stdout.read()
     assert process.wait(60) == 130, rest

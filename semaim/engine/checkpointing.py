@@ -25,12 +25,14 @@ class CannotSave(UserError):
 
 
 def plain(value: Any) -> Any:
-    """`value` with every container a dict, list or tuple, so that `weights_only=True` can read it back."""
+    """`value` in dicts, lists and tuples, which `weights_only=True` reads back, with its tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else list(value)
-    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint holds no {type(value).__name__}: {value!r}")
 

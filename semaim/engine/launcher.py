@@ -160,6 +160,11 @@ def pretrain(cfg: Config, resume_from: str | None = None) -> PretrainRunner:
     )
     try:
         runner.train()
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory with {plan.images} images per pass: lower --cfg-options images_per_gpu=N (accumulated"
+            " steps keep the total batch), or set model.network.with_cp=True"
+        ) from None
     except RuntimeError as error:
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
             sys.exit(1)  # another process stopped, and has said why

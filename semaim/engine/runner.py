@@ -1,6 +1,7 @@
 """mmengine's Runner with our checkpoints, a loop that resumes inside an epoch, and DDP that also runs on a CPU."""
 
 import math
+import os
 import signal
 
 import torch
@@ -18,7 +19,9 @@ from semaim.errors import UserError
 
 
 def pretraining_loader(dataset: dict, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
-    """The loader of one process of a run."""
+    """The loader of one process of a run, with at most as many workers as the process has cores."""
+    if num_workers:
+        num_workers = max(1, min(num_workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     images = DATASETS.build({**dataset, "seed": seed})
     batches = ResumableBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
     return DataLoader(
@@ -28,12 +31,13 @@ def pretraining_loader(dataset: dict, plan: BatchPlan, seed: int, num_workers: i
         collate_fn=default_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
 
 
 @LOOPS.register_module()
@@ -117,7 +121,7 @@ class DistributedModel(MMDistributedDataParallel):
 
 @RUNNERS.register_module()
 class PretrainRunner(Runner):
-    """Runner that resumes our own checkpoints and keeps its set-up reports to the log file."""
+    """Runner that resumes our own checkpoints and reports its set-up in a line."""
 
     def load_or_resume(self) -> None:
         """Continue from the checkpoint that `load_from` names, if any."""
@@ -142,11 +146,7 @@ class PretrainRunner(Runner):
         self.logger.info(f"torch {torch.__version__} on {get_world_size()} x {device}; seed {self.seed}")
 
     def build_logger(self, *args, **kwargs):
-        """mmengine's logger without the experiment's name after every epoch."""
+        """mmengine's logger without the page of hooks and the experiment's name after every epoch."""
         logger = super().build_logger(*args, **kwargs)
-        logger.addFilter(lambda record: not str(record.msg).startswith("Exp name"))
+        logger.addFilter(lambda record: not str(record.msg).startswith(("Exp name", "Hooks will be")))
         return logger
-
-    def get_hooks_info(self) -> str:
-        """One line in place of a page."""
-        return ", ".join(dict.fromkeys(type(hook).__name__ for hook in self.hooks))

@@ -8,5 +8,5 @@ total_batch_size = 64
 num_workers = 1
 base_lr = 4e-3  # peak 1e-3 = 4e-3 x 64 / 256
 param_scheduler = dict(warmup_epochs=2)
-train_cfg = dict(max_epochs=30)
+train_cfg = dict(max_epochs=20)
 default_hooks = dict(logger=dict(interval=5), checkpoint=dict(interval=5), pictures=dict(interval=10))

@@ -1,5 +1,6 @@
 """What happens around training steps: the running average, the log line, the progress bar, pictures of orders."""
 
+import atexit
 import datetime
 import logging
 import sys
@@ -66,6 +67,7 @@ class ProgressBar(Hook):
             TimeRemainingColumn(),
         )
         self.progress.start()
+        atexit.register(self.progress.stop)  # a run that fails must not leave the terminal without its cursor
         self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
         for handler in self.streams:
             handler.setStream(sys.stdout)  # rich has put its own in place

@@ -106,8 +106,7 @@ def pretrain(cfg: Config, resume_from: str | None = None) -> PretrainRunner:
         # Before the runner does it: mmengine's own start-up needs CUDA.
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     world = torch.distributed.get_world_size() if distributed else 1
-    plan = plan_run(cfg, world)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.4
     # With accumulation the schedule moves before the first optimizer step, on purpose.
     warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")

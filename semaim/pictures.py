@@ -92,7 +92,7 @@ def read_scalars(work_dir: str | Path) -> list[dict]:
     by_iteration: dict[int, dict] = {}
     for file in files:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        lines = [line for line in lines if "loss" in line]
+        lines = [line for line in lines if "loss" in line and "iter" in line]  # not of validation
         if lines:
             by_iteration = {i: line for i, line in by_iteration.items() if i < lines[0]["iter"]}
         by_iteration.update({line["iter"]: line for line in lines})

@@ -32,6 +32,22 @@ def scenes(tmp_path_factory) -> Path:
     return folder / "classes"
 
 
+@pytest.fixture(scope="session")
+def labelled(scenes, tmp_path_factory) -> Path:
+    """The same scenes in five classes, each in both splits: 40 to train on, 10 to validate."""
+    folder = tmp_path_factory.mktemp("labelled")
+    names = sorted(path.name for path in (scenes / "train").iterdir())
+    images: dict[str, list[Path]] = {}
+    for path in sorted(scenes.rglob("*.jpg")):
+        images.setdefault(names[names.index(path.parent.name) % 5], []).append(path)
+    for name, paths in images.items():
+        for split, chosen in (("val", paths[:2]), ("train", paths[2:])):
+            (folder / split / name).mkdir(parents=True)
+            for path in chosen:
+                (folder / split / name / f"{path.parent.parent.name}_{path.name}").symlink_to(path)
+    return folder
+
+
 @pytest.fixture
 def tiny_config(scenes, tmp_path):
     """A function that makes a pretraining config small enough for a second; keywords are `--cfg-options`."""
@@ -62,3 +78,29 @@ def tiny_config(scenes, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pretrained(scenes, tmp_path_factory) -> Path:
+    """A checkpoint of a network of width 32 and two blocks, after an epoch on the scenes."""
+    from semaim.engine.config import load_config
+    from semaim.engine.training import train
+
+    cfg = load_config(
+        ROOT / "semaim/configs/pretrain/semaim_vit_tiny_scenes.py",
+        {
+            "dataset.root": str(scenes),
+            "model.network.img_size": 32,
+            "model.network.embed_dim": 32,
+            "model.network.num_heads": 2,
+            "model.network.depth": 2,
+            "total_batch_size": 8,
+            "num_workers": 0,
+            "train_cfg.max_epochs": 1,
+            "param_scheduler.warmup_epochs": 0.5,
+            "default_hooks.pictures.interval": 0,
+        },
+    )
+    cfg.work_dir = str(tmp_path_factory.mktemp("pretrained"))
+    train(cfg)
+    return Path(cfg.work_dir) / "epoch_1.pth"

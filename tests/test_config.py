@@ -1,32 +1,78 @@
 """Every config reads and builds; a misspelt one says so."""
 
+import re
+
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import LOOPS, MODELS
 
-import semaim.engine.launcher  # noqa: F401  registers what configs name
+import semaim.engine.evaluation  # noqa: F401  registers what configs name
 from semaim.engine.config import CONFIGS, load_config
 from semaim.errors import UserError
 from semaim.models.vit import SIZES
 
-PRETRAINING = sorted((CONFIGS / "pretrain").glob("*.py"))
+ALL = sorted(path for path in CONFIGS.rglob("*.py") if path.parent.name != "_base_")
 BASE = CONFIGS / "pretrain/semaim_vit_base_800e.py"
 
 
-@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config_builds_and_its_name_tells_the_truth(path):
     cfg = load_config(path)
     network = cfg.model.network.to_dict()
-    if isinstance(network["guide"], dict):
+    if isinstance(network.get("guide"), dict):
         assert network["guide"].pop("type") == "Teacher"
         network["guide"] = "online"  # the teacher's weights are not here
+    if "num_classes" in network and network["num_classes"] is None:
+        network["num_classes"] = 10
     with torch.device("meta"):
         model = MODELS.build({**cfg.model.to_dict(), "network": network})
     size = next(part for part in path.stem.split("_") if part in SIZES)
-    assert network["size"] == size and model.network.embed_dim == SIZES[size]["embed_dim"]
-    if path.stem.endswith("e"):
-        assert cfg.train_cfg.max_epochs == int(path.stem.rpartition("_")[2][:-1])
+    width = 128 if "cifar10" in path.stem else SIZES[size]["embed_dim"]
+    assert network["size"] == size and model.network.embed_dim == width
+    assert type(model.network).__name__ == {"pretrain": "MAE" if "mae" in path.stem else "SemAIM"}.get(
+        path.parent.name, "Classifier"
+    )
+    if path.parent.name == "knn" or path.stem.endswith("fast"):
+        LOOPS.build(cfg.evaluation)
+        assert network["num_classes"] == 0 and cfg.dataset.augment == "none"
+        return
+    epochs = [part for part in path.stem.split("_") if re.fullmatch(r"\d+e", part)]
+    assert not epochs or cfg.train_cfg.max_epochs == int(epochs[0][:-1])
     assert cfg.param_scheduler.warmup_epochs < cfg.train_cfg.max_epochs
+    assert cfg.total_batch_size % min(cfg.images_per_gpu, cfg.total_batch_size) == 0
+
+
+@pytest.mark.parametrize("kind", ["scenes", "cifar10"])
+def test_small_configs_share_one_encoder(kind):
+    """A checkpoint of each small pretraining config fits all evaluations of its data."""
+    sizes = set()
+    for path in ALL:
+        if kind in path.stem:
+            network = load_config(path).model.network
+            names = ("size", "embed_dim", "depth", "num_heads", "img_size", "patch_size")
+            sizes.add(tuple(network.get(name) for name in names))
+    assert len(sizes) == 1
+
+
+def test_the_evaluation_configs_are_the_official_recipes():
+    cfg = load_config(CONFIGS / "finetune/vit_base_100e.py")
+    assert cfg.total_batch_size == 1024 and cfg.base_lr * 1024 / 256 == pytest.approx(2e-3)
+    assert cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.65 and cfg.model.network.drop_path_rate == 0.1
+    assert (cfg.model.mixup, cfg.model.cutmix, cfg.model.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (cfg.param_scheduler.warmup_epochs, cfg.param_scheduler.min_lr) == (20, 1e-6)
+    assert cfg.dataset.random_erase == 0.25 and cfg.dataset.rand_augment.startswith("rand-m9")
+    assert cfg.model.network.pool == "avg" and "clip_grad" not in cfg.optim_wrapper
+    cfg = load_config(CONFIGS / "linear/vit_base_90e.py")
+    assert cfg.total_batch_size == 4096 and cfg.base_lr * 4096 / 256 == pytest.approx(1.6)
+    assert cfg.optim_wrapper.optimizer == {"type": "SGD", "momentum": 0.9, "weight_decay": 0.0}
+    assert cfg.dataset.augment == "random_crop" and cfg.model.network.pool == "cls" and cfg.model.network.probe
+    cfg = load_config(CONFIGS / "linear/vit_base_90e_mae.py")
+    assert cfg.total_batch_size == 16384 and cfg.base_lr * 16384 / 256 == pytest.approx(6.4)
+    assert cfg.optim_wrapper.optimizer.type == "LARS" and cfg.dataset.augment == "resized_crop"
+    cfg = load_config(CONFIGS / "pretrain/mae_vit_base_800e.py")
+    assert cfg.total_batch_size == 4096 and cfg.base_lr * 4096 / 256 == pytest.approx(2.4e-3)
+    assert cfg.optim_wrapper.clip_grad is None and cfg.param_scheduler.warmup_epochs == 40
+    assert cfg.model.network.mask_ratio == 0.75 and cfg.model.network.target.blur_kernel == 0
 
 
 def test_the_base_config_is_the_papers_recipe():

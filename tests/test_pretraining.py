@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from semaim.data.folder import ResumableBatches, find_images
 from semaim.engine.checkpointing import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
-from semaim.engine.launcher import check_processes, choose_checkpoint, plan_run, pretrain
+from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import build_teacher, model_from_checkpoint
+from semaim.engine.training import choose_checkpoint, plan_run, train
 from semaim.errors import UserError
 from semaim.pictures import read_scalars
 
@@ -61,7 +62,7 @@ SCENES = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
 
 def test_a_run_learns_writes_and_logs(tiny_config):
     cfg = tiny_config(**{"default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 4})
-    pretrain(cfg)
+    train(cfg)
     curve = losses(cfg)
     assert len(curve) == 4 * 40 // 8
     assert curve[20] < curve[1] - 0.1
@@ -87,10 +88,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, gui
     if guide == "ema":
         options["model.network.target"] = {"_delete_": True, "type": "FeatureTarget"}
     whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
-    pretrain(whole)
+    train(whole)
     os.makedirs(parts.work_dir)
     shutil.copy(Path(whole.work_dir) / "epoch_1.pth", parts.work_dir)
-    pretrain(parts, str(Path(parts.work_dir) / "epoch_1.pth"))
+    train(parts, str(Path(parts.work_dir) / "epoch_1.pth"))
     expected = {i: loss for i, loss in losses(whole).items() if i > 5}
     assert losses(parts) == expected
     ours, theirs = (read_checkpoint(Path(cfg.work_dir) / "epoch_3.pth") for cfg in (parts, whole))
@@ -109,9 +110,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, gui
 def test_ctrl_c_saves_and_the_run_goes_on_inside_the_epoch(tiny_config):
     options = {"train_cfg.max_epochs": 30, "default_hooks.checkpoint.interval": 30, "num_workers": 1}
     whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
-    pretrain(whole)
+    train(whole)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools/pretrain.py"), SCENES, *flags(parts)],
+        [sys.executable, str(ROOT / "tools/train.py"), SCENES, *flags(parts)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     for line in process.stdout:
@@ -123,13 +124,13 @@ def test_ctrl_c_saves_and_the_run_goes_on_inside_the_epoch(tiny_config):
     assert rest.strip().splitlines()[-1] == "interrupted" and "Traceback" not in rest
     saved = read_checkpoint(newest_checkpoint(parts.work_dir))
     assert 2 <= saved["step"] < 150 and saved["epoch"] == saved["step"] // 5
-    pretrain(parts, choose_checkpoint(parts, "auto"))
+    train(parts, choose_checkpoint(parts, "auto"))
     assert losses(parts) == losses(whole)
 
 
 def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
     one, two, accumulated = tiny_config("one"), tiny_config("two"), tiny_config("accumulated", images_per_gpu=4)
-    pretrain(one)
+    train(one)
     done = command(SCENES, 2, *flags(two), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "batch 8 = 2 processes x 4 images x 1 accumulated" in done.stderr + done.stdout
@@ -137,21 +138,21 @@ def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
     assert len(alone) == len(together) == 10
     assert together[1] == pytest.approx(alone[1], abs=1e-6)
     assert all(together[i] == pytest.approx(alone[i], abs=1e-4) for i in alone)
-    pretrain(accumulated)
+    train(accumulated)
     halves = losses(accumulated)
     assert (halves[1] + halves[2]) / 2 == pytest.approx(alone[1], abs=1e-6)
     assert (halves[19] + halves[20]) / 2 == pytest.approx(alone[10], abs=1e-4)
 
     # What two processes saved, one goes on with, and with accumulated steps.
     again = tiny_config("two", images_per_gpu=2, **{"train_cfg.max_epochs": 3})
-    runner = pretrain(again, choose_checkpoint(again, "auto"))
+    runner = train(again, choose_checkpoint(again, "auto"))
     assert runner.iter == 3 * 5 * 4 and read_checkpoint(newest_checkpoint(again.work_dir))["step"] == 15
 
 
 def test_activation_checkpointing_trains_the_same(tiny_config):
     plain_run, recomputed = tiny_config("plain"), tiny_config("cp", **{"model.network.with_cp": True})
-    pretrain(plain_run)
-    pretrain(recomputed)
+    train(plain_run)
+    train(recomputed)
     expected = losses(plain_run)
     assert all(loss == pytest.approx(expected[i], abs=1e-6) for i, loss in losses(recomputed).items())
 
@@ -163,7 +164,7 @@ def test_a_teacher_from_a_local_file_guides(tiny_config, tmp_path):
     teacher = {"_delete_": True, "type": "Teacher", "name": name, "weights": str(tmp_path / "teacher.safetensors")}
     options = {"model.network.guide": teacher, "model.network.target": {"_delete_": True, "type": "FeatureTarget"}}
     cfg = tiny_config(**options, **{"train_cfg.max_epochs": 4})
-    pretrain(cfg)
+    train(cfg)
     curve = losses(cfg)
     assert curve[20] < curve[1]
     saved = read_checkpoint(newest_checkpoint(cfg.work_dir))
@@ -228,12 +229,12 @@ def test_a_broken_image_is_named_and_nothing_is_lost(tiny_config, scenes, tmp_pa
         saved = read_checkpoint(newest_checkpoint(cfg.work_dir))
         assert saved["step"] == 3
         victim.unlink()
-        pretrain(cfg, choose_checkpoint(cfg, "auto"))
+        train(cfg, choose_checkpoint(cfg, "auto"))
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny_config):
     cfg = tiny_config(**{"default_hooks.checkpoint.interval": 2})
-    pretrain(cfg)
+    train(cfg)
     before = (Path(cfg.work_dir) / "epoch_2.pth").read_bytes()
     longer = tiny_config(**{"train_cfg.max_epochs": 3})
 
@@ -253,13 +254,13 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny_config):
 def test_a_diverged_run_stops_without_saving(tiny_config):
     cfg = tiny_config(base_lr=1e30)
     with pytest.raises(UserError, match="the loss is (nan|inf) in iteration .*lower --cfg-options base_lr"):
-        pretrain(cfg)
+        train(cfg)
     assert newest_checkpoint(cfg.work_dir) is None
 
 
 def test_a_used_work_folder_asks_for_resume(tiny_config):
     cfg = tiny_config(**{"train_cfg.max_epochs": 2})
-    pretrain(cfg)
+    train(cfg)
     with pytest.raises(UserError, match="latest.pth is there already: go on with --resume"):
         choose_checkpoint(cfg, None)
     assert choose_checkpoint(cfg, "auto").endswith("latest.pth")
@@ -267,12 +268,12 @@ def test_a_used_work_folder_asks_for_resume(tiny_config):
     assert choose_checkpoint(other, "auto") is None
     wider = tiny_config(**{"model.network.embed_dim": 48})
     with pytest.raises(UserError, match="does not fit this config.*resume with the config it was made by"):
-        pretrain(wider, choose_checkpoint(wider, "auto"))
+        train(wider, choose_checkpoint(wider, "auto"))
 
 
 def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert check_processes(None) == 2
+    assert check_processes("all") == 2
     with pytest.raises(UserError, match="8 GPUs asked for, 2 visible"):
         check_processes(8)
 
@@ -297,11 +298,11 @@ class Hostile:
 
 def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path, tiny_config):
     torch.save({"format": "semaim", "model": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pth")
-    with pytest.raises(UserError, match="hostile.pth is no checkpoint of SemAIM pretraining: no file of tensors"):
+    with pytest.raises(UserError, match="hostile.pth is no checkpoint of a run of ours: no file of tensors"):
         read_checkpoint(tmp_path / "hostile.pth")
     assert not (tmp_path / "executed").exists()
     torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="mae.pth is no checkpoint of SemAIM pretraining: it holds model, epoch"):
+    with pytest.raises(UserError, match="mae.pth is no checkpoint of a run of ours: it holds model, epoch"):
         read_checkpoint(tmp_path / "mae.pth")
     with pytest.raises(UserError, match="no such checkpoint"):
         read_checkpoint(tmp_path / "nowhere.pth")
@@ -359,7 +360,7 @@ def test_progress_bar_on_a_terminal(tiny_config):
     cfg = tiny_config()
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools/pretrain.py"), SCENES, *flags(cfg)],
+        [sys.executable, str(ROOT / "tools/train.py"), SCENES, *flags(cfg)],
         stderr=slave, stdout=slave, cwd=ROOT, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
     )  # fmt: skip
     os.close(slave)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from semaim.engine.launcher import pretrain
 from semaim.engine.pretraining import model_from_checkpoint
+from semaim.engine.training import train
 from semaim.models.vit import patchify
 from semaim.pictures import draw_orders, reconstruct
 
@@ -50,34 +50,41 @@ def test_every_tool_has_help(name):
 def test_every_recorded_case_passes(shared):
     done = tool("check_parity.py", shared / "golden")
     assert done.returncode == 0, done.stdout
-    assert "7 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
-    for case in ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight"):
-        line = next(line for line in done.stdout.splitlines() if line.startswith(f"semaim/{case} "))
+    assert "8 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
+    semaim = ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight")
+    for case in ("mae/mae", *(f"semaim/{name}" for name in semaim)):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"{case} "))
         assert line.endswith("  pass")
 
 
 @pytest.mark.parametrize(
     ("case", "name", "change"),
     [
-        ("pixel", "loss_map", lambda t: t + 1e-4),
-        ("pixel", "grad.query_blocks.3.attn.q.bias", lambda t: t.flip(0)),
-        ("pixel", "param.blocks.1.norm2.bias", lambda t: t + 1e-3),
-        ("feature", "teacher_tokens", lambda t: t.roll(1, 1)),
-        ("orders", "key.attention_center", lambda t: t.flip(-1)),
-        ("orders", "box_count_by_centre", lambda t: t.roll(1, 0)),
-        ("ema", "update.average_after", lambda t: t + 1e-5),
+        ("semaim/pixel", "loss_map", lambda t: t + 1e-4),
+        ("semaim/pixel", "grad.query_blocks.3.attn.q.bias", lambda t: t.flip(0)),
+        ("semaim/pixel", "param.blocks.1.norm2.bias", lambda t: t + 1e-3),
+        ("semaim/feature", "teacher_tokens", lambda t: t.roll(1, 1)),
+        ("semaim/orders", "key.attention_center", lambda t: t.flip(-1)),
+        ("semaim/orders", "box_count_by_centre", lambda t: t.roll(1, 0)),
+        ("semaim/ema", "update.average_after", lambda t: t + 1e-5),
+        ("mae/mae", "latent", lambda t: t.roll(1, 1)),
+        ("mae/mae", "ids_restore", lambda t: t.flip(0)),
+        ("mae/mae", "ratio_0.6.loss.raw_pix", lambda t: t + 1e-4),
+        ("mae/mae", "grad.norm_pix.mask_token", lambda t: t * 1.001),
+        ("mae/mae", "param.decoder_pos_embed", lambda t: t.roll(1, 1)),
+        ("mae/mae", "param.decoder_norm.bias", lambda t: t + 1e-3),
     ],
 )
 def test_a_changed_record_fails(shared, tmp_path, case, name, change):
     """The tool sees differences: each of these must turn its case from pass to fail."""
-    folder = tmp_path / "semaim"
-    folder.mkdir()
+    family = (tmp_path / case).parent
+    family.mkdir()
     shutil.copy(shared / "golden/images.safetensors", tmp_path)
-    shutil.copy(shared / f"golden/semaim/{case}.json", folder)
-    tensors = load_file(shared / f"golden/semaim/{case}.safetensors")
+    shutil.copy(shared / f"golden/{case}.json", family)
+    tensors = load_file(shared / f"golden/{case}.safetensors")
     tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, folder / f"{case}.safetensors")
-    done = tool("check_parity.py", folder)
+    save_file(tensors, tmp_path / f"{case}.safetensors")
+    done = tool("check_parity.py", family)
     assert done.returncode == 1 and "0 passed, 1 failed" in done.stdout, done.stdout
 
 
@@ -109,7 +116,7 @@ def test_parity_of_what_is_no_case(tmp_path):
 
 def test_order_and_curve_pictures(tiny_config, scenes, tmp_path):
     cfg = tiny_config()
-    pretrain(cfg)
+    train(cfg)
     checkpoint = Path(cfg.work_dir) / "latest.pth"
     images = sorted((scenes / "val").rglob("*.jpg"))[:2]
     done = tool("visualize.py", "order", checkpoint, *images, "--out", tmp_path / "new/orders.png")

@@ -14,7 +14,7 @@ python=.venv/bin/python
 run=work_dirs/quickstart
 
 "$python" -m semaim.data.scenes data/scenes --images 1000 --size 96 --seed 0
-"$python" tools/pretrain.py semaim/configs/pretrain/semaim_vit_tiny_scenes.py 1 --work-dir "$run" --resume
+"$python" tools/train.py semaim/configs/pretrain/semaim_vit_tiny_scenes.py --work-dir "$run" --resume
 
 mapfile -t images < <(find data/scenes/classes/val -name '*.jpg' | sort | awk 'NR % 25 == 1')
 "$python" tools/visualize.py order "$run/latest.pth" "${images[@]}" --out "$run/orders.png"

@@ -105,7 +105,7 @@ class PretrainImages(Dataset):
     ):
         # One array of bytes in place of a list of str: workers share it without copying.
         self.paths = np.array([os.fsencode(path) for path in find_images(root)])
-        self.seed, self.img_size, self.patch_size = seed, img_size, patch_size
+        self.root, self.seed, self.img_size, self.patch_size = root, seed, img_size, patch_size
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),

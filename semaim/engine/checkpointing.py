@@ -65,10 +65,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types
         reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
-        raise UserError(f"{path} is no checkpoint of SemAIM pretraining: {reason}") from None
+        raise UserError(f"{path} is no checkpoint of a run of ours: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path} is no checkpoint of SemAIM pretraining: it holds {held[:150]}")
+        raise UserError(f"{path} is no checkpoint of a run of ours: it holds {held[:150]}")
     return checkpoint
 
 
@@ -92,6 +92,7 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
         "epoch": epoch,
         "step": iteration // accumulation,  # optimizer steps: the same for any number of processes
         "images": runner.train_dataloader.batch_sampler.length,
+        "classes": getattr(runner.train_dataloader.dataset, "classes", None),
         "model": model.network.state_dict(),
         "optimizer": runner.optim_wrapper.optimizer.state_dict(),
         "history": history,

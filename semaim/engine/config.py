@@ -40,8 +40,9 @@ REGISTRIES = (
     VISBACKENDS,
 )
 
-#: Top-level keys of a pretraining config.
+#: Top-level keys of a config of a stage on images.
 KEYS = {
+    "default_scope": "mmengine for the stages on images; mmdet and mmseg for theirs",
     "model": "what is trained",
     "dataset": "the images and their augmentation",
     "total_batch_size": "images per optimizer step, over all processes",
@@ -51,6 +52,8 @@ KEYS = {
     "optim_wrapper": "optimizer and gradient clipping",
     "param_scheduler": "learning rate schedule",
     "train_cfg": "number of epochs",
+    "evaluation": "what is measured on features",
+    "pretrained": "checkpoint whose encoder training starts from",
     "default_hooks": "mmengine's hooks",
     "custom_hooks": "more hooks",
     "log_processor": "the log line",

@@ -29,11 +29,13 @@ class UpdateEma(Hook):
 
 
 @LOG_PROCESSORS.register_module()
-class PretrainLog(LogProcessor):
+class TrainLog(LogProcessor):
     """One line: place in the run, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
 
     def get_log_after_iter(self, runner, batch_idx: int, mode: str) -> tuple[dict, str]:
         """Scalars for the writers and the line for the terminal."""
+        if mode != "train":
+            return super().get_log_after_iter(runner, batch_idx, mode)
         tag, _ = super().get_log_after_iter(runner, batch_idx, mode)
         batches = runner.train_dataloader.batch_sampler
         tag["images_per_second"] = batches.images * get_world_size() / tag["time"]
@@ -71,7 +73,7 @@ class ProgressBar(Hook):
         self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
         for handler in self.streams:
             handler.setStream(sys.stdout)  # rich has put its own in place
-        self.task = self.progress.add_task("pretraining", total=runner.max_iters, completed=runner.iter)
+        self.task = self.progress.add_task("training", total=runner.max_iters, completed=runner.iter)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Move the bar."""

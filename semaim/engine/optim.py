@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable
 
+import timm.optim
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
+
+from semaim.errors import UserError
 
 
 def group_parameters(
@@ -50,6 +53,39 @@ def group_parameters(
     return list(groups.values())
 
 
+def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:
+    """Name of a parameter -> (layer, layers), as the encoder inside the model tells it.
+
+    The encoder is the first module with a `get_layer_depth(name)`: `network` of our own models, `backbone` of detectors
+    and segmentors. What lies outside of it, necks and heads, is of the last layer.
+    """
+    found = ((prefix, module) for prefix, module in model.named_modules() if hasattr(module, "get_layer_depth"))
+    prefix, encoder = next(found, ("", None))
+    if encoder is None:
+        raise UserError(f"layer_decay: {type(model).__name__} has no encoder that tells its layers (get_layer_depth)")
+    prefix += "." if prefix else ""
+    layers = encoder.get_layer_depth("head")[1]
+
+    def depth_of(name: str) -> tuple[int, int]:
+        return encoder.get_layer_depth(name[len(prefix) :]) if name.startswith(prefix) else (layers - 1, layers)
+
+    return depth_of
+
+
+@OPTIMIZERS.register_module(name="LARS")
+class Lars(timm.optim.Lars):
+    """timm's LARS as MAE probes with it: learning rates adapt for matrices only, also where nothing decays."""
+
+    def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0):
+        groups = [
+            {**group, "params": chosen, "always_adapt": matrices}
+            for group in params
+            for matrices in (True, False)
+            if (chosen := [parameter for parameter in group["params"] if (parameter.ndim > 1) == matrices])
+        ]
+        super().__init__(groups, lr, momentum, weight_decay=weight_decay)
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
     """Builds the optimizer from `group_parameters`; arguments of it but the first three go into `paramwise_cfg`."""
@@ -58,13 +94,13 @@ class GroupedOptimizer(DefaultOptimWrapperConstructor):
         """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
         model = getattr(model, "module", model)
         wrapper, optimizer = dict(self.optim_wrapper_cfg), dict(self.optimizer_cfg)
-        depth_of = getattr(model, "get_layer_depth", None)
+        paramwise = self.paramwise_cfg or {}
         groups = group_parameters(
             model.named_parameters(),
             optimizer["lr"],
             optimizer.get("weight_decay", 0.0),
-            depth_of=depth_of,
-            **(self.paramwise_cfg or {}),
+            depth_of=layer_depths(model) if paramwise.get("layer_decay", 1) != 1 else None,
+            **paramwise,
         )
         if is_main_process():
             for group in groups:

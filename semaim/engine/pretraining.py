@@ -1,19 +1,17 @@
-"""SemAIM under mmengine's runner: builds the network from a config, normalises on the device, sets the precision."""
+"""Pretraining networks, SemAIM and MAE, under mmengine's runner: built from a config, with their teachers."""
 
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
-from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from timm.layers import to_2tuple
+from torch import Tensor
 
 from semaim.data.folder import PretrainImages
+from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
-from semaim.models import FeatureTarget, PixelTarget, SemAIM, Teacher
-from semaim.models.vit import Block
+from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
 
 DATASETS.register_module(module=PretrainImages)
 
@@ -45,6 +43,15 @@ def build_teacher(name: str, weights: str | None = None, project: bool = False) 
         raise UserError(f"teacher {name}: {error}") from None
 
 
+def build_target(target: dict, patch_size: int | tuple[int, int], guide_width: int | None = None):
+    """A `PixelTarget` or `FeatureTarget` from dict(type=..., ...)."""
+    target = dict(target)
+    kind = target.pop("type")
+    if kind == "PixelTarget":
+        return PixelTarget(to_2tuple(patch_size), **target)
+    return FeatureTarget(guide_width, **target)
+
+
 def build_semaim(target: dict, guide: str | dict = "online", **kwargs) -> SemAIM:
     """A `SemAIM` from plain values.
 
@@ -56,80 +63,51 @@ def build_semaim(target: dict, guide: str | dict = "online", **kwargs) -> SemAIM
     try:
         if isinstance(guide, dict):
             guide = build_teacher(**{k: v for k, v in guide.items() if k != "type"})
-        target = dict(target)
-        kind = target.pop("type")
-        if kind == "PixelTarget":
-            patch = kwargs.get("patch_size", 16)
-            built = PixelTarget((patch, patch) if isinstance(patch, int) else patch, **target)
-        else:
-            built = FeatureTarget(guide.width if isinstance(guide, Teacher) else None, **target)
-        network = SemAIM(built, guide=guide, **kwargs)
+        width = guide.width if isinstance(guide, Teacher) else None
+        return SemAIM(build_target(target, kwargs.get("patch_size", 16), width), guide=guide, **kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.network: {error}") from None
-    return network
+
+
+def build_mae(target: dict, **kwargs) -> MAE:
+    """A `MAE` from plain values: target as dict(type="PixelTarget", ...), and its arguments and the encoder's."""
+    try:
+        return MAE(build_target(target, kwargs.get("patch_size", 16)), **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.network: {error}") from None
 
 
 #: What a config's `type` names, and whose arguments it takes.
 build_semaim.arguments_of = SemAIM
+build_mae.arguments_of = MAE
 build_teacher.arguments_of = None
 MODELS.register_module(name="SemAIM", module=build_semaim)
+MODELS.register_module(name="MAE", module=build_mae)
 MODELS.register_module(name="Teacher", module=build_teacher)
 MODELS.register_module(module=PixelTarget)
 MODELS.register_module(module=FeatureTarget)
 
 
 @MODELS.register_module()
-class NormaliseImages(BaseDataPreprocessor):
-    """Moves a batch to the device and turns uint8 images into normalised floats there: a quarter of the traffic."""
-
-    def __init__(self, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-        super().__init__(non_blocking=True)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float (B, 3, H, W), normalised."""
-        return (images.float() - self.mean) / self.std
-
-    def denormalise(self, images: Tensor) -> Tensor:
-        """Inverse of `normalise`, as floats in [0, 1]."""
-        return ((images * self.std + self.mean) / 255).clamp(0, 1)
-
-    def forward(self, data: dict, training: bool = False) -> dict:
-        """dict of image uint8 (B, 3, H, W) and draw (B, L) -> dict of images, normalised, and draw, on the device."""
-        data = self.cast_data(data)
-        return {"images": self.normalise(data["image"]), "draw": data["draw"]}
-
-
-@MODELS.register_module()
-class Pretraining(BaseModel):
-    """A pretraining network as mmengine trains it.
-
-    Checkpoints hold the state of `network`, so its parameter names have no prefix.
+class Pretraining(NetworkModel):
+    """A pretraining network as mmengine trains it: its forward(images, draw) gives an output with a `loss`.
 
     Args:
-        network: config of a network whose forward(images, draw) gives an output with a `loss`.
-        precision: "bf16" (autocast on a GPU; a CPU computes in fp32 all the same) or "fp32".
-        compile: compile the blocks with torch.compile; takes minutes on a CPU.
+        network, precision, compile: as for `NetworkModel`.
     """
 
     def __init__(self, network: dict, precision: str = "bf16", compile: bool = False):
-        super().__init__(data_preprocessor={"type": "NormaliseImages"})
-        if precision not in ("bf16", "fp32"):
-            raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
-        self.network: nn.Module = MODELS.build(network)
-        self.precision = precision
-        if compile:
-            for module in self.network.modules():
-                if isinstance(module, Block):
-                    module.compile()
+        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages"})
 
-    def init_weights(self) -> None:
-        """The network initialises itself when it is built."""
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """bf16 on a GPU, where asked for; nothing elsewhere."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16" and device.type == "cuda")
+    def describe(self) -> str:
+        """What is predicted, and how, in a line."""
+        network = self.network
+        how = (
+            f"mask ratio {network.mask_ratio:g}"
+            if isinstance(network, MAE)
+            else f"order {network.order}, guide {network.guide if isinstance(network.guide, str) else 'teacher'}"
+        )
+        return f"{type(network).__name__}: {how}; target {type(network.target).__name__}"
 
     def forward(self, images: Tensor, draw: Tensor, mode: str = "loss") -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) and draw (B, L) -> dict of the scalar loss."""

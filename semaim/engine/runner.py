@@ -4,13 +4,14 @@ import math
 import os
 import signal
 
+import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.dist import get_rank, get_world_size
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import DATASETS, LOOPS, MODEL_WRAPPERS, RUNNERS
+from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.data.folder import ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
@@ -18,20 +19,30 @@ from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 
 
-def pretraining_loader(dataset: dict, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
-    """The loader of one process of a run, with at most as many workers as the process has cores."""
+def training_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
+    """Shuffled batches of one process of a run."""
+    batches = ResumableBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
+    return _loader(images, num_workers, batch_sampler=batches)
+
+
+def evaluation_loader(images: Dataset, batch: int, num_workers: int) -> DataLoader:
+    """Every image once: the processes take turns through the data set."""
+    share = range(get_rank(), len(images), get_world_size())
+    return _loader(images, num_workers, batch_size=batch, sampler=share)
+
+
+def _loader(images: Dataset, num_workers: int, **batches) -> DataLoader:
+    """With at most as many workers as the process has cores."""
     if num_workers:
         num_workers = max(1, min(num_workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    images = DATASETS.build({**dataset, "seed": seed})
-    batches = ResumableBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
     return DataLoader(
         images,
-        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=default_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_prepare_worker,
+        **batches,
     )
 
 
@@ -41,7 +52,7 @@ def _prepare_worker(worker: int) -> None:
 
 
 @LOOPS.register_module()
-class PretrainLoop(EpochBasedTrainLoop):
+class ResumableLoop(EpochBasedTrainLoop):
     """Epoch loop that can start anywhere and whose randomness follows from (seed, iteration, rank) alone."""
 
     def seek(self, epoch: int, iteration: int) -> None:
@@ -83,13 +94,19 @@ class PretrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         for index, batch in enumerate(self.dataloader, batches.start):
             self.run_iter(index, batch)
+        if get_world_size() > 1:
+            # Running statistics of batch normalisation: all processes validate with, and go on from, the same.
+            for buffer in self.runner.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: dict) -> None:
         """One forward and backward pass; the logged loss is the mean over all processes."""
         runner = self.runner
-        torch.manual_seed(seed_of(runner.seed, self._iter, get_rank()))  # drop path, and nothing else
+        seed = seed_of(runner.seed, self._iter, get_rank())
+        torch.manual_seed(seed)  # drop path
+        np.random.seed(seed % 2**32)  # mixup and cutmix
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
         loss = outputs["loss"].detach().clone()
@@ -120,7 +137,7 @@ class DistributedModel(MMDistributedDataParallel):
 
 
 @RUNNERS.register_module()
-class PretrainRunner(Runner):
+class SeededRunner(Runner):
     """Runner that resumes our own checkpoints and reports its set-up in a line."""
 
     def load_or_resume(self) -> None:
@@ -130,9 +147,12 @@ class PretrainRunner(Runner):
         checkpoint = read_checkpoint(self._load_from)
         restore_training_state(self, checkpoint, self._load_from)
         self._has_loaded = True
-        self.logger.info(
-            f"resumed from {self._load_from}: {self.epoch} epochs, {checkpoint['step']} steps behind it"
-        )
+        self.logger.info(f"resumed from {self._load_from}: {self.epoch} epochs, {checkpoint['step']} steps behind it")
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """As mmengine does, but None takes any hook away, not only one of mmengine's own."""
+        own = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+        super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in own})
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
         """On one process the model itself, on several `DistributedModel`."""

@@ -1,7 +1,8 @@
-"""The method: encoder, orders, targets and the two-stream model. Knows no runner, no file and no config."""
+"""The methods: encoder, orders, targets, the two-stream model and MAE. Knows no runner, no file and no config."""
 
+from semaim.models.mae import MAE
 from semaim.models.semaim import SemAIM
 from semaim.models.targets import FeatureTarget, PixelTarget, Teacher
 from semaim.models.vit import VisionTransformer
 
-__all__ = ["FeatureTarget", "PixelTarget", "SemAIM", "Teacher", "VisionTransformer"]
+__all__ = ["MAE", "FeatureTarget", "PixelTarget", "SemAIM", "Teacher", "VisionTransformer"]

@@ -1,9 +1,9 @@
 """Our models against recorded inputs and outputs of the reference implementations."""
 
+from semaim.parity import mae, semaim
 from semaim.parity.cases import run_folder
-from semaim.parity.semaim import check
 
 #: family of cases -> its checks
-FAMILIES = {"semaim": check}
+FAMILIES = {"mae": mae.check, "semaim": semaim.check}
 
 __all__ = ["FAMILIES", "run_folder"]

@@ -1,5 +1,7 @@
 """SemAIM's recipe: ViT-B/16, 224 px, pixels, total batch 2048, AdamW, cosine. Configs name only what differs."""
 
+_base_ = "runtime.py"
+
 model = dict(
     type="Pretraining",
     network=dict(
@@ -15,12 +17,10 @@ model = dict(
     ),
     precision="bf16",
 )
-compile = False
 
 dataset = dict(type="PretrainImages", root="data/imagenet", min_scale=0.2)  # crops as large as the network's images
 total_batch_size = 2048
 images_per_gpu = 256
-num_workers = 8
 
 base_lr = 2e-4  # peak 1.6e-3 = 2e-4 x 2048 / 256
 optim_wrapper = dict(
@@ -30,22 +30,6 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=3.0),
 )
 param_scheduler = dict(type="CosineWithWarmup", warmup_epochs=30, min_lr=0.0)
-train_cfg = dict(type="PretrainLoop", max_epochs=800)
+train_cfg = dict(type="ResumableLoop", max_epochs=800)
 
-seed = 0
-default_hooks = dict(
-    runtime_info=dict(type="RuntimeInfoHook"),
-    timer=dict(type="IterTimerHook"),
-    sampler_seed=None,  # the batch sampler seeds itself
-    logger=dict(type="LoggerHook", interval=20),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="SaveCheckpoints", interval=20, keep=3),
-    ema=dict(type="UpdateEma"),
-    pictures=dict(type="OrderPictures", interval=20, images=8),
-    progress=dict(type="ProgressBar"),
-)
-log_processor = dict(type="PretrainLog", window_size=20)
-visualizer = dict(
-    type="Visualizer",
-    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
-)
+default_hooks = dict(ema=dict(type="UpdateEma"), pictures=dict(type="OrderPictures", interval=20, images=8))

@@ -1,0 +1,20 @@
+"""What every stage on images shares: log line, checkpoints, writers, seed."""
+
+default_scope = "mmengine"  # our types are in its root registries
+compile = False
+num_workers = 8
+seed = 0
+default_hooks = dict(
+    runtime_info=dict(type="RuntimeInfoHook"),
+    timer=dict(type="IterTimerHook"),
+    sampler_seed=None,  # the batch sampler seeds itself
+    logger=dict(type="LoggerHook", interval=20),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="SaveCheckpoints", interval=20, keep=3),
+    progress=dict(type="ProgressBar"),
+)
+log_processor = dict(type="TrainLog", window_size=20)
+visualizer = dict(
+    type="Visualizer",
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
+)

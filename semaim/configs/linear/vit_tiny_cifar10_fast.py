@@ -1,0 +1,5 @@
+"""The fast probe for CIFAR-10: the encoder of semaim_vit_tiny_cifar10."""
+
+_base_ = "../knn/vit_tiny_cifar10.py"
+
+evaluation = dict(_delete_=True, type="FastProbe")

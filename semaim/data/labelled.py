@@ -1,0 +1,188 @@
+"""Labelled class folders for fine-tuning, probing and k-NN: `root/train/CLASS/...` and `root/val/CLASS/...`.
+
+As in pretraining, all randomness of a sample comes from (seed, epoch, index).
+"""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from semaim.data.folder import find_images, load_image, seed_of
+from semaim.errors import UserError
+
+#: How training images are made. Every one ends in a horizontal flip with probability 1/2 and normalisation.
+AUGMENTS = {
+    "randaugment": "random crop, resized; RandAugment, random erasing (fine-tuning: MAE, SemAIM)",
+    "resized_crop": "random crop, resized (linear probing: MAE, SAIM)",
+    "random_crop": "resized, then a random crop of the same size (linear probing: official SemAIM)",
+    "none": "as validation images, without the flip (features of k-NN and the fast probe)",
+}
+
+
+def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[int], list[str]]:
+    """Paths, labels and class names of the images in `root/split`; its folders are the classes, in sorted order."""
+    folder = Path(root) / split
+    if not folder.is_dir():
+        raise UserError(
+            f"no such folder: {folder} (labelled data is {root}/train/CLASS/... and {root}/val/CLASS/...; name it with"
+            " --data-root DIR)"
+        )
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"no class folders in {folder}: images stand in {folder}/CLASS/")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = find_images(folder / name)
+        paths += found
+        labels += [label] * len(found)
+    return paths, labels, classes
+
+
+def check_classes(train: list[str], val: list[str], root: str | os.PathLike) -> None:
+    """`UserError` where the two splits hold other classes: their numbers would not mean the same."""
+    for has, lacks, split in ((train, val, "val"), (val, train, "train")):
+        if missing := sorted(set(has) - set(lacks)):
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise UserError(
+                f"{Path(root) / split} lacks the class folder{'s' if len(missing) > 1 else ''} {shown}: both splits"
+                " need the same classes"
+            )
+
+
+def evaluation_transform(img_size: int, crop_pct: float = 0.875) -> v2.Compose:
+    """Short side to img_size / crop_pct pixels (bicubic), centre crop, normalised floats: 256 and 224 on ImageNet."""
+    return v2.Compose(
+        [
+            v2.Resize(round(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(img_size),
+            *_to_normalised(),
+        ]
+    )
+
+
+def training_transform(
+    img_size: int,
+    augment: str = "randaugment",
+    min_scale: float = 0.08,
+    rand_augment: str = "rand-m9-mstd0.5-inc1",
+    random_erase: float = 0.25,
+):
+    """PIL image -> normalised floats (3, S, S), by a name of `AUGMENTS`.
+
+    Args:
+        img_size: side of the crop in pixels.
+        min_scale: smallest share of the image's area that a resized crop may have.
+        rand_augment: timm's name of the policy.
+        random_erase: probability that a rectangle is replaced by noise.
+    """
+    if augment not in AUGMENTS:
+        raise UserError(f"unknown dataset.augment {augment!r}: choose from {', '.join(AUGMENTS)}")
+    if augment == "none":
+        raise UserError("dataset.augment 'none' is for features only: training needs another")
+    if augment == "randaugment":
+        return create_transform(
+            img_size,
+            is_training=True,
+            scale=(min_scale, 1.0),
+            color_jitter=None,
+            auto_augment=rand_augment,
+            interpolation="bicubic",
+            re_prob=random_erase,
+            re_mode="pixel",
+            re_count=1,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+    bicubic = InterpolationMode.BICUBIC
+    if augment == "resized_crop":
+        crop = [v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=bicubic)]
+    else:
+        crop = [v2.Resize(img_size, interpolation=bicubic), v2.RandomCrop(img_size)]
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *_to_normalised()])
+
+
+def _to_normalised() -> list:
+    return [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    ]
+
+
+class LabelledImages(Dataset):
+    """Images in class folders.
+
+    Args:
+        root: folder that holds `train` and `val`, each with one folder per class.
+        img_size: side of the crops in pixels.
+        split: "train" or "val".
+        augment: a name of `AUGMENTS`; None for the evaluation transform.
+        crop_pct: share of the resized image that evaluation's centre crop covers, along a side.
+        seed: of the run.
+        **augmentation: further arguments of `training_transform`.
+
+    An item is asked for by index, or by (epoch, index) where it is random, and is a dict of `image`, float
+    (3, S, S), normalised; `label`; and `index`.
+    """
+
+    metainfo: dict = {}  # mmengine asks for it
+
+    def __init__(
+        self,
+        root: str,
+        img_size: int = 224,
+        split: str = "train",
+        augment: str | None = None,
+        crop_pct: float = 0.875,
+        seed: int = 0,
+        **augmentation,
+    ):
+        paths, labels, self.classes = find_labelled(root, split)
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.array(labels)
+        self.root, self.img_size, self.seed = root, img_size, seed
+        plain = augment in (None, "none")
+        self.transform = (
+            evaluation_transform(img_size, crop_pct) if plain else training_transform(img_size, augment, **augmentation)
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image = load_image(os.fsdecode(self.paths[index]))
+        with seeded(self.seed, epoch, index):
+            image = self.transform(image)
+        return {"image": image, "label": int(self.labels[index]), "index": index}
+
+
+LabelledImages.__init__.arguments_of = training_transform
+
+
+class seeded:
+    """Within it, the generators of torch (CPU), numpy and Python start from the given whole numbers; then they go on.
+
+    timm's augmentations draw from all three.
+    """
+
+    def __init__(self, *parts: int):
+        self.seed = seed_of(*parts)
+
+    def __enter__(self) -> None:
+        self.states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        torch.default_generator.manual_seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        random.seed(self.seed)
+
+    def __exit__(self, *error) -> None:
+        torch.set_rng_state(self.states[0])
+        np.random.set_state(self.states[1])
+        random.setstate(self.states[2])

@@ -1,0 +1,121 @@
+"""Classification under mmengine's runner: fine-tuning and linear probing, and their accuracy."""
+
+import torch
+import torch.nn.functional as F
+from mmengine.dist import get_world_size
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import DATASETS, METRICS, MODELS
+from timm.data import Mixup
+from torch import Tensor
+
+from semaim.data.labelled import LabelledImages
+from semaim.engine.network import NetworkModel
+from semaim.errors import UserError
+from semaim.models.classifier import Classifier
+
+DATASETS.register_module(module=LabelledImages)
+
+
+def build_classifier(**kwargs) -> Classifier:
+    """A `Classifier` from plain values."""
+    try:
+        return Classifier(**kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.network: {error}") from None
+
+
+build_classifier.arguments_of = Classifier
+MODELS.register_module(name="Classifier", module=build_classifier)
+
+
+@MODELS.register_module()
+class Classification(NetworkModel):
+    """A classifier as mmengine trains it.
+
+    Args:
+        network, precision, compile: as for `NetworkModel`.
+        mixup, cutmix: parameter of the beta distributions of timm's Mixup, each used in half of the batches where
+            both are above 0.
+        label_smoothing: share of the target that all classes divide equally.
+    """
+
+    def __init__(
+        self,
+        network: dict,
+        precision: str = "bf16",
+        compile: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(network, precision, compile)
+        self.label_smoothing = label_smoothing
+        classes = self.network.num_classes
+        mixes = mixup > 0 or cutmix > 0
+        self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes) if mixes else None
+
+    def describe(self) -> str:
+        """What is trained, in a line."""
+        network = self.network
+        what = "linear probe of the frozen encoder" if network.probe else "all layers"
+        pooled = "class token" if network.pool == "cls" else "mean of the patches"
+        return f"{what}; {pooled} -> {network.num_classes} classes"
+
+    def forward(
+        self, image: Tensor, label: Tensor, index: Tensor, mode: str = "loss"
+    ) -> dict[str, Tensor] | list[dict]:
+        """Images (B, 3, H, W), normalised, and labels (B,).
+
+        Returns:
+            In mode "loss" a dict of the scalar training loss; else one dict of tensors for the whole batch in a list:
+            cross-entropy, and whether the label is the best, or among the best five, of the classes.
+        """
+        if mode == "loss":
+            if self.mixup:
+                image, target = self.mixup(image, label)
+                smoothing = 0.0  # it is in the mixed targets
+            else:
+                target, smoothing = label, self.label_smoothing
+            with self.autocast(image.device):
+                logits = self.network(image)
+            return {"loss": F.cross_entropy(logits.float(), target, label_smoothing=smoothing)}
+        with self.autocast(image.device):
+            logits = self.network(image).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
+        return [
+            {
+                "loss": F.cross_entropy(logits, label, reduction="none"),
+                "top1": best[:, 0],
+                "top5": best.any(dim=1),
+            }
+        ]
+
+
+@METRICS.register_module()
+class ClassAccuracy(BaseMetric):
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy; every image counts once, on any number of processes.
+
+    The loader of each process has its own share of the images, without repetition, so sums are all there is to collect.
+    """
+
+    def process(self, data_batch: dict, data_samples: list[dict[str, Tensor]]) -> None:
+        """Add up a batch."""
+        for sample in data_samples:
+            sums = [sample[name].double().sum() for name in ("loss", "top1", "top5")]
+            self.results.append(torch.stack([*sums, sums[0].new_tensor(len(sample["loss"]))]))
+
+    def compute_metrics(self, results: list[Tensor]) -> dict[str, float]:
+        """Sums over all batches of all processes -> the three means."""
+        loss, top1, top5, count = torch.stack(results).sum(dim=0).tolist()
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """The metrics over all processes; `size` is the number of images, all of which have to be there."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sums = sum(self.results, torch.zeros(4, dtype=torch.float64, device=device))
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        self.results.clear()
+        if int(sums[3]) != size:
+            raise RuntimeError(f"{int(sums[3])} images were evaluated, of {size}")
+        return self.compute_metrics([sums])

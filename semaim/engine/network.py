@@ -1,0 +1,68 @@
+"""What all our models under mmengine's runner share: precision, compilation, normalisation on the device."""
+
+import torch
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.registry import MODELS
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from semaim.errors import UserError
+from semaim.models.vit import Block
+
+
+@MODELS.register_module()
+class NormaliseImages(BaseDataPreprocessor):
+    """Moves a batch to the device and turns uint8 images into normalised floats there: a quarter of the traffic."""
+
+    def __init__(self, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+        super().__init__(non_blocking=True)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float (B, 3, H, W), normalised."""
+        return (images.float() - self.mean) / self.std
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Inverse of `normalise`, as floats in [0, 1]."""
+        return ((images * self.std + self.mean) / 255).clamp(0, 1)
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        """dict of image uint8 (B, 3, H, W) and draw (B, L) -> dict of images, normalised, and draw, on the device."""
+        data = self.cast_data(data)
+        return {"images": self.normalise(data["image"]), "draw": data["draw"]}
+
+
+class NetworkModel(BaseModel):
+    """A network as mmengine trains it. Checkpoints hold the state of `network`, so its parameter names have no prefix.
+
+    Args:
+        network: config of the network.
+        precision: "bf16" (autocast on a GPU; a CPU computes in fp32 all the same) or "fp32".
+        compile: compile the blocks with torch.compile; takes minutes on a CPU.
+        data_preprocessor: config of what moves a batch to the device.
+    """
+
+    def __init__(
+        self,
+        network: dict,
+        precision: str = "bf16",
+        compile: bool = False,
+        data_preprocessor: dict | None = None,
+    ):
+        super().__init__(data_preprocessor=data_preprocessor)
+        if precision not in ("bf16", "fp32"):
+            raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
+        self.network: nn.Module = MODELS.build(network)
+        self.precision = precision
+        if compile:
+            for module in self.network.modules():
+                if isinstance(module, Block):
+                    module.compile()
+
+    def init_weights(self) -> None:
+        """The network initialises itself when it is built."""
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """bf16 on a GPU, where asked for; nothing elsewhere."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16" and device.type == "cuda")

@@ -1,0 +1,160 @@
+"""From a config to a finished run, for every stage on images: pretraining, fine-tuning, linear probing."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS
+from torch.utils.data import Dataset
+
+import semaim.engine.classification  # noqa: F401  registers what configs name
+import semaim.engine.hooks  # noqa: F401
+import semaim.engine.optim  # noqa: F401
+import semaim.engine.pretraining  # noqa: F401
+from semaim import checkpoint
+from semaim.data.folder import ResumableBatches
+from semaim.data.labelled import check_classes
+from semaim.engine.checkpointing import newest_checkpoint, read_checkpoint
+from semaim.engine.launcher import join
+from semaim.engine.results import write_results
+from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
+from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.errors import UserError
+
+#: Parts of a classifier that no pretrained encoder has, or that a pooled one does not read.
+NEW_IN_CLASSIFIERS = ("head", "fc_norm")
+
+
+def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
+    """The training images, and for labelled data the validation images; fills in the number of classes."""
+    network = cfg.model.network
+    if cfg.model.type == "Pretraining":
+        sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
+        return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
+    common = {**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed}
+    train = DATASETS.build({**common, "split": "train"})
+    val = DATASETS.build({**common, "split": "val", "augment": None})
+    check_classes(train.classes, val.classes, cfg.dataset.root)
+    if network.num_classes is None:
+        network.num_classes = len(train.classes)
+    if network.num_classes not in (0, len(train.classes)):
+        raise UserError(
+            f"{cfg.dataset.root} has {len(train.classes)} classes, the config {network.num_classes}: set --cfg-options"
+            " model.network.num_classes=None to take as many as there are"
+        )
+    return train, val
+
+
+def plan_run(cfg: Config, processes: int) -> BatchPlan:
+    """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
+    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
+    train, _ = build_datasets(cfg)
+    ResumableBatches(len(train), plan.images, plan.accumulation, processes)
+    if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
+        raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
+    network = dict(cfg.model.network)
+    if isinstance(network.get("guide"), dict):
+        network["guide"] = "online"  # a teacher's weights wait
+    with torch.device("meta"):  # sizes and names are checked without memory
+        MODELS.build({**cfg.model, "network": network})
+    if cfg.get("pretrained") and processes > 1:  # a single process says itself what is wrong
+        load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained)
+    return plan
+
+
+def load_pretrained(network: torch.nn.Module, path: str) -> checkpoint.LoadReport:
+    """The encoder of a checkpoint of any dialect into a network, whatever stands around it."""
+    return checkpoint.load(network, path, expected=NEW_IN_CLASSIFIERS)
+
+
+def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        cfg: names the work folder.
+        resume: None to start anew, "auto" for the newest checkpoint in the work folder, or a path.
+    """
+    newest = newest_checkpoint(cfg.work_dir)
+    if resume is None:
+        if newest:
+            raise UserError(f"{newest} is there already: go on with --resume, or choose another --work-dir")
+        return None
+    path = newest if resume == "auto" else Path(resume)
+    if path is not None:
+        read_checkpoint(path)
+    return None if path is None else str(path)
+
+
+def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
+    """Train as the config says, in this process and, where launched so, in step with its siblings."""
+    world = join()
+    plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.6
+    # With accumulation the schedule moves before the first optimizer step, on purpose.
+    warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
+    torch.manual_seed(cfg.seed)
+
+    images, val = build_datasets(cfg)
+    loader = training_loader(images, plan, cfg.seed, cfg.num_workers)
+    epochs, per_epoch = cfg.train_cfg.max_epochs, len(loader)
+    cfg.optim_wrapper.optimizer.lr = plan.lr
+    cfg.optim_wrapper.accumulative_counts = plan.accumulation
+    scheduler = {
+        **cfg.param_scheduler,
+        "by_epoch": False,
+        "epochs": epochs,
+        "iterations_per_epoch": per_epoch,
+        "accumulation": plan.accumulation,
+        "peak_lr": plan.lr,
+    }
+    validation = {}
+    if val is not None:
+        validation = {
+            "val_dataloader": evaluation_loader(val, plan.images, cfg.num_workers),
+            "val_cfg": {"type": "ValLoop"},
+            "val_evaluator": {"type": "ClassAccuracy"},
+        }
+    runner = SeededRunner(
+        model={**cfg.model, "compile": cfg.compile},
+        work_dir=cfg.work_dir,
+        train_dataloader=loader,
+        train_cfg=cfg.train_cfg,
+        **validation,
+        optim_wrapper=cfg.optim_wrapper,
+        param_scheduler=scheduler,
+        default_hooks=cfg.default_hooks,
+        custom_hooks=cfg.get("custom_hooks"),
+        load_from=resume_from,
+        launcher="pytorch" if world > 1 else "none",
+        default_scope=cfg.default_scope,
+        log_processor=cfg.log_processor,
+        visualizer=cfg.visualizer,
+        randomness={"seed": cfg.seed},
+        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_"),
+        cfg=cfg,
+    )
+    model = getattr(runner.model, "module", runner.model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = per_epoch // plan.accumulation
+    warm = cfg.param_scheduler.warmup_epochs
+    log = runner.logger.info
+    log(str(plan))
+    log(
+        f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps; warm-up {warm} epochs ="
+        f" {round(steps * warm):,} steps, then cosine to {cfg.param_scheduler.get('min_lr', 0):g}"
+    )
+    log(model.describe())
+    log(
+        f"{trained:,} trained weights; {len(images):,} images in {images.root}"
+        + (f", {len(val):,} to validate on" if val is not None else "")
+    )
+    if resume_from is None and cfg.get("pretrained"):
+        log(str(load_pretrained(model.network, cfg.pretrained)))
+    elif resume_from is None and val is not None:
+        log("no --pretrained checkpoint: training starts from random weights")
+    runner.train()
+    if val is not None:
+        scalars = {name: runner.message_hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}
+        write_results(cfg, scalars, len(images), len(val), cfg.get("pretrained"), epochs=runner.epoch)
+    return runner

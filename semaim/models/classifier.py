@@ -1,0 +1,74 @@
+"""The encoder with a linear head on its pooled tokens: fine-tuning, linear probing, features."""
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from semaim.models.vit import LAYER_NORM_EPS, VisionTransformer
+
+POOLS = ("cls", "avg")
+
+
+class Classifier(VisionTransformer):
+    """A plain ViT that classifies.
+
+    Args:
+        num_classes: of the head; 0 for none.
+        pool: "avg" pools the patch tokens of the last block, before a norm of its own (`fc_norm`); "cls" takes the
+            class token after the encoder's `norm`.
+        probe: linear probing: the encoder is frozen and always in eval mode, and a batch normalisation without
+            affine parameters stands before the head.
+        head_init_std: of the head's truncated normal initialisation.
+        **encoder: of `VisionTransformer`.
+
+    Source: MAE's and SemAIM's `models_vit.py`, `main_finetune.py` and `main_linprobe.py`; names as in timm and MAE.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        pool: str = "avg",
+        probe: bool = False,
+        head_init_std: float = 2e-5,
+        **encoder,
+    ):
+        super().__init__(**encoder)
+        if pool not in POOLS:
+            raise ValueError(f"unknown pool {pool!r}: choose from {', '.join(POOLS)}")
+        self.pool, self.probe, self.num_classes = pool, probe, num_classes
+        # Fine-tuning trains the position table too.
+        self.pos_embed.requires_grad_(not probe)
+        if pool == "avg":
+            # In pretraining, `norm` ends the decoder: pooled patches get a new one, or in a probe none.
+            self.norm = nn.Identity()
+            self.fc_norm = nn.Identity() if probe else nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+        if probe:
+            self.requires_grad_(False)
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            trunc_normal_(head.weight, std=head_init_std)
+            nn.init.zeros_(head.bias)
+        self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """A probe's encoder stays in eval mode: no drop path."""
+        super().train(mode and not self.probe)
+        if self.probe:
+            self.training = mode
+            self.head.train(mode)
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> what the head reads (B, D)."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        if self.pool == "avg":
+            return self.fc_norm(tokens[:, 1:].mean(dim=1))
+        return self.norm(tokens)[:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> logits (B, num_classes)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.probe):
+            features = self.features(images)
+        return self.head(features)

@@ -1,0 +1,296 @@
+"""Fine-tuning, linear probing, k-NN and the fast probe, through the command-line tools on the built-in scenes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
+from semaim.pictures import read_scalars
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
+ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0}
+CONFIG = "semaim/configs/{}/vit_tiny_scenes.py"
+
+
+def tool(name, *arguments, **environment):
+    """A command-line tool, run for real on the CPU."""
+    line = [str(ROOT / "tools" / name), *map(str, arguments)]
+    if name.endswith(".py"):
+        line.insert(0, sys.executable)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+
+
+def one_line(done, message):
+    """A failure as users see it."""
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def options(**more):
+    """--cfg-options that make a stage small."""
+    changed = {
+        **{f"model.network.{key}": value for key, value in NETWORK.items()},
+        "num_workers": 0,
+        "images_per_gpu": 4,
+        **more,
+    }
+    return ["--cfg-options", *(f"{key}={value}" for key, value in changed.items())]
+
+
+def training(**more):
+    """The same, for a stage that trains."""
+    small = {
+        "total_batch_size": 8,
+        "images_per_gpu": 8,
+        "train_cfg.max_epochs": 2,
+        "default_hooks.checkpoint.interval": 1,
+        "default_hooks.logger.interval": 1,
+        "log_processor.window_size": 1,
+    }
+    return options(**{**small, **more})
+
+
+def results(folder):
+    """What a stage wrote."""
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def losses(folder):
+    """step -> training loss, all digits."""
+    return {line["iter"]: line["loss"] for line in read_scalars(folder) if "iter" in line and "loss" in line}
+
+
+@pytest.mark.parametrize("stage", ["finetune", "linear"])
+def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretrained, tmp_path):
+    config = CONFIG.format(stage)
+    mixes = {
+        "model.mixup": 0.8,
+        "model.cutmix": 1.0,
+        "dataset.augment": "randaugment",
+        "model.network.drop_path_rate": 0.2,
+    }
+    if stage == "linear":
+        mixes = {}
+    whole = tmp_path / "whole"
+    places = ["--data-root", labelled, "--pretrained", pretrained]
+    done = tool("train.py", config, *places, "--work-dir", whole, *training(**mixes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"top1: \d", done.stdout) and "32 x 32" not in done.stderr
+    trained = read_checkpoint(whole / "epoch_2.pth")
+    assert trained["classes"] == sorted(path.name for path in (labelled / "train").iterdir())
+    start = read_checkpoint(pretrained)["model"]
+    same = all(torch.equal(trained["model"][name], start[name]) for name in start if name.startswith("blocks."))
+    assert same == (stage == "linear"), "a probe leaves the encoder as it is, fine-tuning does not"
+
+    # Resumed after the first epoch: the same losses to the last bit, and the same accuracy.
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    shutil.copy(whole / "epoch_1.pth", parts)
+    (parts / "latest.pth").symlink_to("epoch_1.pth")
+    done = tool("train.py", config, *places, "--work-dir", parts, "--resume", *training(**mixes))
+    assert done.returncode == 0, done.stderr
+    again = losses(parts)
+    assert again and again == {step: loss for step, loss in losses(whole).items() if step in again}
+    assert max(again) == max(losses(whole)) and min(again) > 1
+    assert results(parts)["metrics"] == results(whole)["metrics"]
+
+    # Measured by the other tool, on one process and on two (of 10 images: both have their own).
+    for processes in (1, 2):
+        out = tmp_path / f"test{processes}"
+        arguments = [config, whole / "latest.pth", processes, "--data-root", labelled, "--work-dir", out]
+        done = tool("dist_test.sh", *arguments, *options())
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert results(out)["metrics"] == pytest.approx(results(whole)["metrics"], rel=1e-5)
+        assert results(out)["val_images"] == 10
+
+
+def test_two_processes_fine_tune_as_one_and_count_odd_numbers_once(labelled, pretrained, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(labelled, odd)
+    spare = next(folder for folder in sorted((odd / "val").iterdir()) if len(list(folder.glob("*"))) > 1)
+    next(iter(sorted(spare.glob("*")))).unlink()
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        arguments = ["--pretrained", pretrained, "--data-root", odd, "--work-dir", out]
+        small = training(images_per_gpu=8 // processes, **ONE_EPOCH)
+        done = tool("dist_train.sh", CONFIG.format("finetune"), processes, *arguments, *small)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[processes] = losses(out), results(out)
+    first, second = found[1][0], found[2][0]
+    assert first.keys() == second.keys() and len(first) == 5
+    for step in first:
+        assert first[step] == pytest.approx(second[step], abs=2e-4)
+    assert found[1][1]["val_images"] == found[2][1]["val_images"] == 9
+    assert found[2][1]["metrics"]["loss"] == pytest.approx(found[1][1]["metrics"]["loss"], abs=2e-3)
+
+
+def test_batch_normalisation_of_a_probe_is_the_same_in_all_processes(labelled, pretrained, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    arguments = ["--pretrained", pretrained, "--data-root", labelled, "--work-dir", out]
+    done = tool("dist_train.sh", CONFIG.format("linear"), 2, *arguments, *training(images_per_gpu=4))
+    assert done.returncode == 0, done.stderr
+    arguments = [CONFIG.format("linear"), out / "latest.pth", "--data-root", labelled, "--work-dir", again]
+    assert tool("test.py", *arguments, *options()).returncode == 0
+    # Were the second process to validate with its own statistics, the sums would differ.
+    assert results(again)["metrics"] == pytest.approx(results(out)["metrics"], rel=1e-5)
+
+
+def test_knn_and_fast_probe(labelled, pretrained, tmp_path):
+    arguments = ["--data-root", labelled, "--work-dir", tmp_path / "out"]
+    knn = options(**{"evaluation.ks": "3,10"})
+    done = tool("test.py", CONFIG.format("knn"), "--pretrained", pretrained, *arguments, *knn)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = results(tmp_path / "out")
+    assert set(first["metrics"]) == {"knn3_top1", "knn3_top5", "knn10_top1", "knn10_top5"}
+    assert first["checkpoint"] == str(pretrained) and first["train_images"] == 40 and first["val_images"] == 10
+    assert "40 x" not in done.stderr and "k-NN, k =  3" in done.stdout
+
+    # Features of the same weights and images are read, not extracted again; two processes find the same.
+    features = tmp_path / "out/features/train/features.npy"
+    made = features.stat().st_mtime_ns
+    done = tool("dist_test.sh", CONFIG.format("knn"), pretrained, 2, *arguments, *knn)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert features.stat().st_mtime_ns == made and results(tmp_path / "out")["metrics"] == first["metrics"]
+    shutil.rmtree(tmp_path / "out")
+    done = tool("dist_test.sh", CONFIG.format("knn"), pretrained, 2, *arguments, *knn)
+    assert done.returncode == 0 and results(tmp_path / "out")["metrics"] == first["metrics"], done.stderr
+
+    # Other weights, other features.
+    made = features.stat().st_mtime_ns
+    done = tool("test.py", CONFIG.format("knn"), "random", *arguments, *knn)
+    assert done.returncode == 0 and features.stat().st_mtime_ns != made, done.stderr
+    assert results(tmp_path / "out")["checkpoint"] is None
+
+    probe = "semaim/configs/linear/vit_tiny_scenes_fast.py"
+    done = tool("test.py", probe, pretrained, *arguments, *options(**{"evaluation.epochs": 2, "evaluation.batch": 8}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(results(tmp_path / "out")["metrics"]) == {"probe_top1", "probe_top5", "probe_lr"}
+    assert "held-out training images" in done.stdout
+
+
+def test_from_scratch_says_so(labelled, tmp_path):
+    arguments = ["--data-root", labelled, "--work-dir", tmp_path / "out"]
+    done = tool(
+        "train.py",
+        CONFIG.format("finetune"),
+        *arguments,
+        *training(**ONE_EPOCH),
+    )
+    assert done.returncode == 0 and "training starts from random weights" in done.stdout, done.stderr
+    assert results(tmp_path / "out")["checkpoint"] is None
+
+
+def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):
+    config = "semaim/configs/pretrain/mae_vit_tiny_scenes.py"
+    out = tmp_path / "mae"
+    small = training(**{"model.network.decoder_embed_dim": 32, "model.network.decoder_num_heads": 2,
+                        "param_scheduler.warmup_epochs": 1})  # fmt: skip
+    done = tool("pretrain.sh", config, 1, "--data-root", labelled, "--work-dir", out, *small)
+    assert done.returncode == 0 and "MAE: mask ratio 0.75" in done.stdout, done.stdout + done.stderr
+    before = losses(out)
+    (out / "latest.pth").unlink()
+    (out / "latest.pth").symlink_to("epoch_1.pth")
+    done = tool("pretrain.sh", config, 2, "--data-root", labelled, "--work-dir", out, "--resume", *small)
+    assert done.returncode == 0, done.stderr
+    assert losses(out)[10] == pytest.approx(before[10], abs=1e-4)
+    arguments = ["--data-root", labelled, "--work-dir", tmp_path / "knn", "--pretrained", out / "latest.pth"]
+    done = tool("test.py", CONFIG.format("knn"), *arguments, *options(**{"evaluation.ks": "3,"}))
+    assert done.returncode == 0 and "decoder_blocks" in done.stdout, done.stdout + done.stderr
+
+
+def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
+    finetune, out = CONFIG.format("finetune"), tmp_path / "out"
+
+    def train(*arguments, data=labelled, weights=pretrained, **more):
+        places = ["--data-root", data, "--work-dir", out, "--pretrained", weights]
+        return tool("train.py", finetune, *places, *arguments, *training(**more))
+
+    def data(name):
+        shutil.copytree(labelled, tmp_path / name)
+        return tmp_path / name
+
+    gone = data("gone")
+    lost = sorted((gone / "val").iterdir())[0]
+    shutil.rmtree(lost)
+    one_line(train(data=gone), f"gone/val lacks the class folder {lost.name}")
+    lost.mkdir()
+    one_line(train(data=gone), f"no images in {lost}")
+    empty = data("empty")
+    shutil.rmtree(empty / "val")
+    one_line(train(data=empty), "no such folder: ")
+    (empty / "val").mkdir()
+    one_line(train(data=empty), "no class folders in ")
+    one_line(train(**{"model.network.img_size": 30}), "30 x 30 pixels is no whole number of 8 x 8 patches")
+    one_line(train(**{"model.network.num_classes": 3}), "classes, the config 3: set --cfg-options")
+    one_line(train(**{"model.network.embed_dim": 64}), "width 32")
+    one_line(train(**{"model.mixup": 0.8, "images_per_gpu": 1}), "1 is odd: set an even images_per_gpu")
+    one_line(train(weights=tmp_path / "no.pth"), "no.pth")
+    write_checkpoint({"model": {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
+    one_line(train(weights=tmp_path / "resnet.pth"), "no ViT encoder in")
+    one_line(tool("dist_train.sh", finetune, 2, "--data-root", labelled, "--work-dir", out, "--pretrained",
+                  tmp_path / "resnet.pth", *training(images_per_gpu=4)), "no ViT encoder in")  # fmt: skip
+    assert not out.exists() or not list(out.glob("*.pth"))
+
+    def test(config, weights, *arguments, data=labelled):
+        return tool("test.py", config, *weights, "--data-root", data, "--work-dir", out, *arguments, *options())
+
+    one_line(test(finetune, []), "name a checkpoint: tools/test.py CONFIG FILE")
+    one_line(test(finetune, [pretrained]), "has no classifier: fine-tune it first")
+    one_line(test("semaim/configs/pretrain/mae_vit_tiny_scenes.py", [pretrained]), "this config pretrains")
+    assert train().returncode == 0
+    tuned = out / "latest.pth"
+    one_line(test(CONFIG.format("linear"), [tuned]), "evaluate it with the config of its training")
+    fewer = data("fewer")
+    for split in ("train", "val"):
+        shutil.rmtree(fewer / split / lost.name)
+    one_line(test(finetune, [tuned], data=fewer), "classes, ")
+    renamed = data("renamed")
+    for split in ("train", "val"):
+        (renamed / split / lost.name).rename(renamed / split / "another")
+    one_line(test(finetune, [tuned], data=renamed), f"knows the class {lost.name}, which")
+
+
+def test_slurm_starts_one_task_per_gpu(tmp_path):
+    """srun and scontrol are played by scripts that record, and run the task as Slurm would."""
+    (tmp_path / "srun").write_text(
+        '#!/usr/bin/env bash\necho "$@" > "$OUT/srun"\n'
+        "while [[ $1 == --* ]]; do shift; done\n"
+        "export SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURM_JOB_ID=7\n"
+        "export SLURM_JOB_NODELIST=n\n"
+        '"$@"\n'
+    )
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\necho node0; echo node1\n")
+    (tmp_path / "python3").write_text('#!/usr/bin/env bash\nenv > "$OUT/env"; echo "$@" > "$OUT/python"\n')
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(ROOT / "tools/slurm_train.sh", tools)
+    for path in ("srun", "scontrol", "python3"):
+        (tmp_path / path).chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "OUT": str(tmp_path),
+        "GPUS": "4",
+        "GPUS_PER_NODE": "2",
+    }
+    line = [tools / "slurm_train.sh", "gpu", "name", "config.py", "work", "--pretrained", "a b.pth"]
+    done = subprocess.run([*map(str, line)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "srun").read_text()
+    assert "--partition=gpu --job-name=name --gres=gpu:2 --ntasks=4 --ntasks-per-node=2" in asked
+    started = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    assert (started["RANK"], started["LOCAL_RANK"], started["WORLD_SIZE"]) == ("3", "1", "4")
+    assert (started["MASTER_ADDR"], started["MASTER_PORT"]) == ("node0", "20007")
+    assert "tools/train.py config.py --work-dir work --pretrained a b.pth" in (tmp_path / "python").read_text()
+    done = subprocess.run([str(line[0]), "gpu"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage" in done.stdout

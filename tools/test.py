@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Measure a checkpoint: tools/test.py CONFIG FILE --data-root DIR (see --help)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from semaim.engine.config import load_config
+from semaim.engine.evaluation import check_evaluation, evaluate
+from semaim.engine.launcher import command
+from semaim.errors import run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure a checkpoint: a classifier's accuracy, or k-NN or a fast linear probe on features, as the"
+        " config says.",
+        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
+    parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
+    parser.add_argument(
+        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change keys of the config"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    if args.data_root:
+        cfg.dataset.root = args.data_root
+    weights = args.checkpoint or args.pretrained
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    return command(lambda processes: check_evaluation(cfg, weights), lambda: evaluate(cfg, weights), args.gpus)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

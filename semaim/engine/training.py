@@ -48,16 +48,18 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
 
 def plan_run(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
-    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
-    train, _ = build_datasets(cfg)
-    ResumableBatches(len(train), plan.images, plan.accumulation, processes)
-    if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
-        raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
     network = dict(cfg.model.network)
     if isinstance(network.get("guide"), dict):
         network["guide"] = "online"  # a teacher's weights wait
+    if "num_classes" in network:
+        network["num_classes"] = network["num_classes"] or 1  # the data will tell
     with torch.device("meta"):  # sizes and names are checked without memory
         MODELS.build({**cfg.model, "network": network})
+    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
+    if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
+        raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
+    train, _ = build_datasets(cfg)
+    ResumableBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained") and processes > 1:  # a single process says itself what is wrong
         load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained)
     return plan

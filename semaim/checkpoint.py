@@ -306,7 +306,7 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
         path: the checkpoint.
-        expected: first parts of names that are new in this model.
+        expected: parts of names that are new in this model, such as "head" or "rel_pos_h".
 
     Raises:
         UserError: the file holds no ViT, or one of other sizes.
@@ -336,7 +336,7 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
     report.unexpected += [name for name in state if name not in own] + found.other
     for name in own:
         if name not in state:
-            (report.new if name.startswith(expected) and expected else report.missing).append(name)
+            (report.new if set(expected) & set(name.split(".")) else report.missing).append(name)
     model.load_state_dict({name: state[name] for name in report.matched}, strict=False)
     return report
 

@@ -16,10 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from semaim.data.folder import ResumableBatches, find_images
-from semaim.engine.checkpointing import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
+from semaim.engine.checkpointing import (
+    CannotSave,
+    choose_checkpoint,
+    newest_checkpoint,
+    plain,
+    read_checkpoint,
+    write_checkpoint,
+)
 from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import build_teacher, model_from_checkpoint
-from semaim.engine.training import choose_checkpoint, plan_run, train
+from semaim.engine.training import plan_run, train
 from semaim.errors import UserError
 from semaim.pictures import read_scalars
 

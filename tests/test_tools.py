@@ -50,9 +50,10 @@ def test_every_tool_has_help(name):
 def test_every_recorded_case_passes(shared):
     done = tool("check_parity.py", shared / "golden")
     assert done.returncode == 0, done.stdout
-    assert "8 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
+    assert "11 passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
     semaim = ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight")
-    for case in ("mae/mae", *(f"semaim/{name}" for name in semaim)):
+    detection = ("lr_decay", "plain", "relpos")
+    for case in ("mae/mae", *(f"semaim/{name}" for name in semaim), *(f"vitdet/{name}" for name in detection)):
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"{case} "))
         assert line.endswith("  pass")
 
@@ -73,6 +74,9 @@ def test_every_recorded_case_passes(shared):
         ("mae/mae", "grad.norm_pix.mask_token", lambda t: t * 1.001),
         ("mae/mae", "param.decoder_pos_embed", lambda t: t.roll(1, 1)),
         ("mae/mae", "param.decoder_norm.bias", lambda t: t + 1e-3),
+        ("vitdet/relpos", "wide.p6", lambda t: t.roll(1, -1)),
+        ("vitdet/relpos", "square.grad.net.blocks.0.attn.rel_pos_h", lambda t: t.flip(0)),
+        ("vitdet/plain", "param.simfp_2.1.bias", lambda t: t + 1e-3),
     ],
 )
 def test_a_changed_record_fails(shared, tmp_path, case, name, change):

@@ -8,7 +8,6 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from semaim.engine.config import load_config
-from semaim.engine.evaluation import check_evaluation, evaluate
 from semaim.engine.launcher import command
 from semaim.errors import run
 
@@ -36,11 +35,19 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
+    if cfg.default_scope != "mmengine":
+        from semaim.engine.dense import check_test as check
+        from semaim.engine.dense import set_data_root
+        from semaim.engine.dense import test_dense as work
+    else:
+        from semaim.engine.evaluation import check_evaluation as check
+        from semaim.engine.evaluation import evaluate as work
+        from semaim.engine.training import set_data_root
     if args.data_root:
-        cfg.dataset.root = args.data_root
+        set_data_root(cfg, args.data_root)
     weights = args.checkpoint or args.pretrained
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-    return command(lambda processes: check_evaluation(cfg, weights), lambda: evaluate(cfg, weights), args.gpus)
+    return command(lambda processes: check(cfg, weights), lambda: work(cfg, weights), args.gpus)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
+from semaim.engine.checkpointing import choose_checkpoint
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
-from semaim.engine.training import choose_checkpoint, plan_run, train
 from semaim.errors import run
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train a stage: pretraining, fine-tuning or linear probing, as the config says.",
+        description="Train what the config says: pretraining, fine-tuning, a linear probe, a detector, a segmentor.",
         epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
     )
     parser.add_argument("config", help="config file")
@@ -37,17 +37,25 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
+    if cfg.default_scope != "mmengine":
+        from semaim.engine.dense import plan_dense as plan
+        from semaim.engine.dense import set_data_root
+        from semaim.engine.dense import train_dense as work
+    else:
+        from semaim.engine.training import plan_run as plan
+        from semaim.engine.training import set_data_root
+        from semaim.engine.training import train as work
     if args.data_root:
-        cfg.dataset.root = args.data_root
+        set_data_root(cfg, args.data_root)
     if args.pretrained:
         cfg.pretrained = args.pretrained
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
     def prepare(processes: int) -> None:
-        plan_run(cfg, processes)
+        plan(cfg, processes)
         choose_checkpoint(cfg, args.resume)
 
-    return command(prepare, lambda: train(cfg, choose_checkpoint(cfg, args.resume)), args.gpus)
+    return command(prepare, lambda: work(cfg, choose_checkpoint(cfg, args.resume)), args.gpus)
 
 
 if __name__ == "__main__":

@@ -178,11 +178,25 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
         """Batches of a whole epoch, wherever it starts."""
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def mine(self, start: int) -> list[list[int]]:
+        """Indices of this process's batches of the epoch, from the batch `start` on."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator)
         order = order[: len(self) * self.processes * self.images]
-        mine = order.view(len(self), self.processes, self.images)[self.start :, self.rank]
+        return order.view(len(self), self.processes, self.images)[start:, self.rank].tolist()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        for batch in mine:
-            yield [(epoch, index) for index in batch.tolist()]
+        for batch in self.mine(self.start):
+            yield [(epoch, index) for index in batch]
+
+
+class EndlessBatches(ResumableBatches):
+    """`ResumableBatches` epoch after epoch, from iteration `start` of the run."""
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.epoch, begin = divmod(self.start, len(self))
+        while True:
+            for batch in self.mine(begin):
+                yield [(self.epoch, index) for index in batch]
+            self.epoch, begin = self.epoch + 1, 0

@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -78,9 +79,32 @@ def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
     return latest if latest.exists() else None
 
 
+def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        cfg: names the work folder.
+        resume: None to start anew, "auto" for the newest checkpoint in the work folder, or a path.
+    """
+    newest = newest_checkpoint(cfg.work_dir)
+    if resume is None:
+        if newest:
+            raise UserError(f"{newest} is there already: go on with --resume, or choose another --work-dir")
+        return None
+    path = newest if resume == "auto" else Path(resume)
+    if path is not None:
+        read_checkpoint(path)
+    return None if path is None else str(path)
+
+
+def saved_module(runner) -> torch.nn.Module:
+    """What a checkpoint holds the weights of: the bare network, so that its names have no prefix, or a detector."""
+    model = getattr(runner.model, "module", runner.model)
+    return getattr(model, "network", model)
+
+
 def training_state(runner, epoch: int, iteration: int) -> dict:
     """Everything a run needs to go on from `epoch` finished epochs and `iteration` finished iterations."""
-    model = getattr(runner.model, "module", runner.model)
     accumulation = runner.train_dataloader.batch_sampler.accumulation
     history = {
         name: [(torch.from_numpy(part[-HISTORY:].copy())) for part in buffer.data]
@@ -93,7 +117,8 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
         "step": iteration // accumulation,  # optimizer steps: the same for any number of processes
         "images": runner.train_dataloader.batch_sampler.length,
         "classes": getattr(runner.train_dataloader.dataset, "classes", None),
-        "model": model.network.state_dict(),
+        "model": saved_module(runner).state_dict(),
+        "schedulers": [None if hasattr(s, "seek") else s.state_dict() for s in runner.param_schedulers],
         "optimizer": runner.optim_wrapper.optimizer.state_dict(),
         "history": history,
         "config": runner.cfg.to_dict(),
@@ -102,9 +127,8 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
 
 def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
     """Continue a run from `training_state`, on any number of processes."""
-    model = getattr(runner.model, "module", runner.model)
     try:
-        model.network.load_state_dict(checkpoint["model"])
+        saved_module(runner).load_state_dict(checkpoint["model"])
         runner.optim_wrapper.optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
@@ -117,8 +141,11 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
         runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
         iteration = epoch * len(batches)
     runner.train_loop.seek(epoch, iteration)
-    for scheduler in runner.param_schedulers:
-        scheduler.seek(iteration)
+    for scheduler, state in zip(runner.param_schedulers, checkpoint["schedulers"], strict=True):
+        if state is None:
+            scheduler.seek(iteration)
+        else:
+            scheduler.load_state_dict(state)
     for name, (values, counts) in checkpoint["history"].items():
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             runner.message_hub.update_scalar(name, value, int(count))
@@ -126,23 +153,30 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
 
 @HOOKS.register_module()
 class SaveCheckpoints(Hook):
-    """Saves epoch_N.pth and points latest.pth at it; older files go only after the new one is whole.
+    """Saves epoch_N.pth or iter_N.pth, points latest.pth at it; older files go only after the new one is whole.
 
     Args:
-        interval: epochs between two checkpoints; the last epoch is always saved.
+        interval: epochs, or iterations, between two checkpoints; the last is always saved.
         keep: newest checkpoints to keep; 0 keeps all.
+        by_epoch: whether the run counts in epochs.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, interval: int = 20, keep: int = 3):
-        self.interval, self.keep = interval, keep
+    def __init__(self, interval: int = 20, keep: int = 3, by_epoch: bool = True):
+        self.interval, self.keep, self.by_epoch = interval, keep, by_epoch
 
     def after_train_epoch(self, runner) -> None:
         """Save after every `interval` epochs and after the last."""
         done = runner.epoch + 1
-        if done % self.interval == 0 or done == runner.max_epochs:
+        if self.by_epoch and (done % self.interval == 0 or done == runner.max_epochs):
             self.save(runner, done, runner.iter, f"epoch_{done}.pth")
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save after every `interval` iterations and after the last."""
+        done = runner.iter + 1
+        if not self.by_epoch and (done % self.interval == 0 or done == runner.max_iters):
+            self.save(runner, done // len(runner.train_dataloader.batch_sampler), done, f"iter_{done}.pth")
 
     def save(self, runner, epoch: int, iteration: int, name: str) -> None:
         """Write `name` in the work folder, point latest.pth at it, and drop what is too old."""
@@ -155,8 +189,7 @@ class SaveCheckpoints(Hook):
         link.symlink_to(name)
         os.replace(link, folder / "latest.pth")
         runner.logger.info(f"saved {folder / name}")
-        numbered = sorted(
-            folder.glob("epoch_*.pth"), key=lambda path: int(re.findall(r"\d+", path.stem)[0]), reverse=True
-        )
+        files = folder.glob("epoch_*.pth" if self.by_epoch else "iter_*.pth")
+        numbered = sorted(files, key=lambda path: int(re.findall(r"\d+", path.stem)[0]), reverse=True)
         for old in numbered[self.keep :] if self.keep else []:
             old.unlink()

@@ -41,10 +41,15 @@ class TrainLog(LogProcessor):
         tag["images_per_second"] = batches.images * get_world_size() / tag["time"]
         tag["data_share"] = tag["data_time"] / tag["time"]
         eta = datetime.timedelta(seconds=int(runner.message_hub.get_info("eta")))
-        epochs, steps = runner.max_epochs, len(batches)
+        if self.by_epoch:
+            epochs, steps = runner.max_epochs, len(batches)
+            place = f"epoch {runner.epoch + 1:{len(str(epochs))}}/{epochs} [{batch_idx + 1:{len(str(steps))}}/{steps}]"
+        else:
+            place = f"iteration {runner.iter + 1:{len(str(runner.max_iters))}}/{runner.max_iters}"
+        parts = [f"{name} {value:.3f}" for name, value in tag.items() if name.startswith(("loss_", "decode."))]
         line = (
-            f"epoch {runner.epoch + 1:{len(str(epochs))}}/{epochs} [{batch_idx + 1:{len(str(steps))}}/{steps}]"
-            f"  loss {tag['loss']:.4f}  lr {tag['lr']:.3e}"
+            place + f"  loss {tag['loss']:.4f}  lr {tag['lr']:.3e}"
+            + (f" ({', '.join(parts)})" if parts else "")
             + (f"  grad {tag['grad_norm']:.3f}" if "grad_norm" in tag else "")
             + f"  {tag['images_per_second']:.1f} images/s  data {100 * tag['data_share']:.0f}%"
             + (f"  memory {tag['memory']} MB" if "memory" in tag else "")

@@ -22,7 +22,7 @@ def write_results(
         metrics: name -> number.
         train_images, val_images: how many were trained (or searched) and evaluated on.
         checkpoint: whose encoder was measured; None for random weights.
-        **more: further plain values.
+        **more: further plain values; `data`, where it is not `cfg.dataset.root`.
     """
     if not is_main_process():
         return
@@ -31,7 +31,7 @@ def write_results(
         "config": cfg.filename and os.path.basename(cfg.filename),
         "metrics": metrics,
         "checkpoint": checkpoint,
-        "data": str(cfg.dataset.root),
+        "data": str(more.pop("data", None) or cfg.dataset.root),
         "train_images": train_images,
         "val_images": val_images,
         "seed": cfg.seed,

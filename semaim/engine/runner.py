@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.dist import get_rank, get_world_size
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from semaim.data.folder import ResumableBatches, seed_of
+from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
@@ -25,20 +25,26 @@ def training_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: in
     return _loader(images, num_workers, batch_sampler=batches)
 
 
+def endless_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int, collate) -> DataLoader:
+    """Shuffled batches of one process, epoch after epoch."""
+    batches = EndlessBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
+    return _loader(images, num_workers, collate, batch_sampler=batches)
+
+
 def evaluation_loader(images: Dataset, batch: int, num_workers: int) -> DataLoader:
     """Every image once: the processes take turns through the data set."""
     share = range(get_rank(), len(images), get_world_size())
     return _loader(images, num_workers, batch_size=batch, sampler=share)
 
 
-def _loader(images: Dataset, num_workers: int, **batches) -> DataLoader:
+def _loader(images: Dataset, num_workers: int, collate=default_collate, **batches) -> DataLoader:
     """With at most as many workers as the process has cores."""
     if num_workers:
         num_workers = max(1, min(num_workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
         images,
         num_workers=num_workers,
-        collate_fn=default_collate,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=_prepare_worker,
@@ -51,9 +57,8 @@ def _prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
 
 
-@LOOPS.register_module()
-class ResumableLoop(EpochBasedTrainLoop):
-    """Epoch loop that can start anywhere and whose randomness follows from (seed, iteration, rank) alone."""
+class Resumable:
+    """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped."""
 
     def seek(self, epoch: int, iteration: int) -> None:
         """Stand after `epoch` whole epochs and `iteration` iterations in all."""
@@ -63,10 +68,10 @@ class ResumableLoop(EpochBasedTrainLoop):
         """Train; a single process that bad data, Ctrl-C or SIGTERM stops saves its state first."""
         self._stop = None
         if get_world_size() > 1:
-            return super().run()
+            return self.work()
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return super().run()
+            return self.work()
         except CannotSave:
             raise
         except (UserError, KeyboardInterrupt):
@@ -86,26 +91,17 @@ class ResumableLoop(EpochBasedTrainLoop):
         self._stop = signal.Signals(number).name
         self.runner.logger.warning(f"{self._stop}: stopping after this iteration")
 
-    def run_epoch(self) -> None:
-        """One epoch, from where the run stands in it."""
-        batches = self.dataloader.batch_sampler
-        batches.epoch, batches.start = self._epoch, self._iter - self._epoch * len(batches)
-        self.runner.call_hook("before_train_epoch")
-        self.runner.model.train()
-        for index, batch in enumerate(self.dataloader, batches.start):
-            self.run_iter(index, batch)
+    def share_buffers(self) -> None:
+        """Running statistics of batch normalisation: all processes validate with, and go on from, the same."""
         if get_world_size() > 1:
-            # Running statistics of batch normalisation: all processes validate with, and go on from, the same.
             for buffer in self.runner.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        self.runner.call_hook("after_train_epoch")
-        self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: dict) -> None:
         """One forward and backward pass; the logged loss is the mean over all processes."""
         runner = self.runner
         seed = seed_of(runner.seed, self._iter, get_rank())
-        torch.manual_seed(seed)  # drop path
+        torch.manual_seed(seed)  # drop path, sampled boxes
         np.random.seed(seed % 2**32)  # mixup and cutmix
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
@@ -126,13 +122,80 @@ class ResumableLoop(EpochBasedTrainLoop):
             raise KeyboardInterrupt
 
 
+@LOOPS.register_module()
+class ResumableLoop(Resumable, EpochBasedTrainLoop):
+    """Epochs."""
+
+    def work(self) -> torch.nn.Module:
+        """mmengine's loop over epochs, with validation."""
+        return EpochBasedTrainLoop.run(self)
+
+    def run_epoch(self) -> None:
+        """One epoch, from where the run stands in it."""
+        batches = self.dataloader.batch_sampler
+        batches.epoch, batches.start = self._epoch, self._iter - self._epoch * len(batches)
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        for index, batch in enumerate(self.dataloader, batches.start):
+            self.run_iter(index, batch)
+        self.share_buffers()
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+
+@LOOPS.register_module()
+class ResumableIterations(Resumable, BaseLoop):
+    """A number of iterations, over as many epochs as that takes.
+
+    Args:
+        runner, dataloader: as mmengine gives them; batches are `EndlessBatches`.
+        max_iters: iterations of the run.
+        val_interval: iterations between two validations; the last is always followed by one.
+    """
+
+    stop_training = False  # mmengine's early stopping asks for it
+
+    def __init__(self, runner, dataloader, max_iters: int, val_interval: int = 5000):
+        super().__init__(runner, dataloader)
+        self.max_iters, self.val_interval, self.val_begin = max_iters, val_interval, 1
+        self.max_epochs = -(-max_iters // len(dataloader.batch_sampler))
+        self._epoch = self._iter = 0
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs behind the run."""
+        return self._iter // len(self.dataloader.batch_sampler)
+
+    @property
+    def iter(self) -> int:
+        """Iterations behind the run."""
+        return self._iter
+
+    def work(self) -> torch.nn.Module:
+        """Train and validate."""
+        runner = self.runner
+        runner.call_hook("before_train")
+        runner.call_hook("before_train_epoch")  # as mmengine: the whole run is one long epoch to the hooks
+        self.dataloader.batch_sampler.start = self._iter
+        batches = iter(self.dataloader) if self._iter < self.max_iters else None
+        while self._iter < self.max_iters:
+            runner.model.train()
+            self.run_iter(self._iter, next(batches))
+            if runner.val_loop and (self._iter % self.val_interval == 0 or self._iter == self.max_iters):
+                self.share_buffers()
+                runner.val_loop.run()
+        runner.call_hook("after_train_epoch")
+        runner.call_hook("after_train")
+        return runner.model
+
+
 @MODEL_WRAPPERS.register_module()
 class DistributedModel(MMDistributedDataParallel):
-    """DDP that leaves `device_ids` out on a CPU, where torch refuses it."""
+    """DDP that also runs on a CPU: without `device_ids` and synchronised batch normalisation there."""
 
     def __init__(self, module, device_ids=None, **kwargs):
         if not torch.cuda.is_available():
-            device_ids = None
+            device_ids, module = None, revert_sync_batchnorm(module)  # torch refuses both on a CPU
         super().__init__(module=module, device_ids=device_ids, broadcast_buffers=False, **kwargs)
 
 

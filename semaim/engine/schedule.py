@@ -76,20 +76,22 @@ class BatchPlan:
     images: int
     accumulation: int
     base_lr: float
+    base_batch: int = 256
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: base x total batch / 256."""
-        return self.base_lr * self.total / 256
+        """Peak learning rate: base x total batch / base batch."""
+        return self.base_lr * self.total / self.base_batch
 
     def __str__(self) -> str:
         return (
             f"batch {self.total} = {self.processes} process{'es' if self.processes > 1 else ''} x {self.images} images"
-            f" x {self.accumulation} accumulated; learning rate {self.lr:.4g} = {self.base_lr:g} x {self.total} / 256"
+            f" x {self.accumulation} accumulated; learning rate {self.lr:.4g} = {self.base_lr:g} x {self.total} /"
+            f" {self.base_batch}"
         )
 
 
-def plan_batch(total: int, processes: int, most_images: int, base_lr: float) -> BatchPlan:
+def plan_batch(total: int, processes: int, most_images: int, base_lr: float, base_batch: int = 256) -> BatchPlan:
     """The plan with the fewest accumulated steps whose batch per process is at most `most_images`."""
     if total % processes:
         raise UserError(
@@ -98,4 +100,4 @@ def plan_batch(total: int, processes: int, most_images: int, base_lr: float) -> 
         )
     share = total // processes
     accumulation = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most_images)
-    return BatchPlan(total, processes, share // accumulation, accumulation, base_lr)
+    return BatchPlan(total, processes, share // accumulation, accumulation, base_lr, base_batch)

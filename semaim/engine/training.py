@@ -15,7 +15,6 @@ import semaim.engine.pretraining  # noqa: F401
 from semaim import checkpoint
 from semaim.data.folder import ResumableBatches
 from semaim.data.labelled import check_classes
-from semaim.engine.checkpointing import newest_checkpoint, read_checkpoint
 from semaim.engine.launcher import join
 from semaim.engine.results import write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
@@ -70,22 +69,9 @@ def load_pretrained(network: torch.nn.Module, path: str) -> checkpoint.LoadRepor
     return checkpoint.load(network, path, expected=NEW_IN_CLASSIFIERS)
 
 
-def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
-    """The checkpoint to go on from.
-
-    Args:
-        cfg: names the work folder.
-        resume: None to start anew, "auto" for the newest checkpoint in the work folder, or a path.
-    """
-    newest = newest_checkpoint(cfg.work_dir)
-    if resume is None:
-        if newest:
-            raise UserError(f"{newest} is there already: go on with --resume, or choose another --work-dir")
-        return None
-    path = newest if resume == "auto" else Path(resume)
-    if path is not None:
-        read_checkpoint(path)
-    return None if path is None else str(path)
+def set_data_root(cfg: Config, root: str) -> None:
+    """Read the images from another folder."""
+    cfg.dataset.root = root
 
 
 def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:

@@ -18,6 +18,7 @@ from semaim.errors import UserError
 
 EXACT = 1e-6  #: tolerance of what the file gives none for: tables and keys in fp32
 FP64 = 1e-8  #: relative tolerance of the reference's fp64 scalars
+SAMPLES = {None: slice(None), "the first only": slice(1)}  #: what a case takes of the images it names
 
 
 @dataclass
@@ -75,10 +76,13 @@ class Case:
             self.name, self.scalars = self.meta["case"], self.meta["scalars"]
             tensors = file.with_suffix(".safetensors")
             self.tensors = load_file(tensors) if tensors.exists() else {}
-            self.images = None
+            #: (B, 3, H, W), or several by name
+            self.images: Tensor | dict[str, Tensor] | None = None
             if named := self.meta.get("images"):
-                folder = next(f for f in (file.parent, file.parent.parent) if (f / named["file"]).exists())
-                self.images = load_file(folder / named["file"])[named["tensor"]]
+                if "file" in named:
+                    self.images = read_images(file, named)
+                else:
+                    self.images = {name: read_images(file, one) for name, one in named.items()}
         except (KeyError, TypeError, StopIteration) as error:
             raise UserError(f"{file} is no recorded case: {type(error).__name__} {error}") from None
 
@@ -115,6 +119,12 @@ def run_folder(folder: Path, families: dict[str, Callable[[Case, CaseReport], No
             yield run_case(Case(file), families[family])
         else:
             yield CaseReport(f"{family}/{file.stem}", uncovered=f"{family} is not part of this package yet")
+
+
+def read_images(file: Path, named: dict) -> Tensor:
+    """The images (B, 3, H, W) that a case names; their file lies beside it or one folder up."""
+    folder = next(f for f in (file.parent, file.parent.parent) if (f / named["file"]).exists())
+    return load_file(folder / named["file"])[named["tensor"]][SAMPLES[named.get("samples")]]
 
 
 def read_json(file: Path) -> dict:

@@ -1,0 +1,41 @@
+"""COCO instances: large-scale jitter 0.1 to 2.0 into 1024 pixels, flip first, boxes from the cropped masks."""
+
+image_size = (1024, 1024)
+train_dataset = dict(
+    type="CocoDataset",
+    data_root="data/coco",
+    ann_file="annotations/instances_train2017.json",
+    data_prefix=dict(img="train2017/"),
+    filter_cfg=dict(filter_empty_gt=True, min_size=32),
+    pipeline=[
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="RandomResize", scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
+        dict(
+            type="RandomCrop",
+            crop_type="absolute",
+            crop_size=image_size,
+            recompute_bbox=True,
+            allow_negative_crop=True,
+        ),
+        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True),
+        dict(type="PackDetInputs"),
+    ],
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=image_size, keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+val_dataset = dict(
+    type="CocoDataset",
+    data_root="data/coco",
+    ann_file="annotations/instances_val2017.json",
+    data_prefix=dict(img="val2017/"),
+    test_mode=True,
+    pipeline=test_pipeline,
+)
+val_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], format_only=False)
+del image_size

@@ -1,0 +1,18 @@
+"""ViTDet's schedule: 100 epochs at batch 64 = 184,375 steps (64 x 184,375 / 118,000 images), AdamW, layer decay 0.7."""
+
+total_batch_size = 64
+images_per_gpu = 4
+base_lr = 1e-4
+base_batch_size = 64  # another total batch scales the rate: base_lr x total / 64
+optim_wrapper = dict(
+    type="BFloat16OptimWrapper",
+    constructor="GroupedOptimizer",
+    optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.1),
+    paramwise_cfg=dict(layer_decay=0.7, undecayed=("pos_embed",)),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
+    # x 0.1 at 88.9 % and at 96.3 % of the run
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=184375, milestones=[163889, 177546], gamma=0.1),
+]
+train_cfg = dict(type="ResumableIterations", max_iters=184375, val_interval=5000)

@@ -1,0 +1,17 @@
+"""Our part in mmdet: importing this registers the ViTDet backbone, its pyramid and their norm in mmdet's registry."""
+
+from semaim import compat
+
+compat.install()  # before mmdet, which imports mmcv's operators
+
+import mmdet.datasets  # noqa: E402, F401  registers what configs name
+import mmdet.evaluation  # noqa: E402, F401
+import mmdet.models  # noqa: E402, F401
+from mmdet.registry import MODELS  # noqa: E402
+from timm.layers import LayerNorm2d  # noqa: E402
+
+from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet  # noqa: E402
+
+MODELS.register_module(module=ViTDet)
+MODELS.register_module(module=SimpleFeaturePyramid)
+MODELS.register_module(name="LN2d", module=LayerNorm2d)

@@ -1,0 +1,236 @@
+"""Detection and segmentation: mmdet's and mmseg's models and data under our runner, so that they resume exactly."""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import OptimWrapper
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from torch import nn
+from torch.utils.data import Dataset
+
+import semaim.engine.hooks  # noqa: F401  registers what configs name
+import semaim.engine.optim  # noqa: F401
+from semaim import checkpoint
+from semaim.data.folder import EndlessBatches
+from semaim.data.labelled import seeded
+from semaim.engine.launcher import join
+from semaim.engine.results import write_results
+from semaim.engine.runner import SeededRunner, endless_loader
+from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.errors import UserError
+
+#: Tasks by the scope their configs name, and the package that registers our part in it.
+SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
+
+#: What no pretrained encoder has.
+NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "neck", "gamma_1", "gamma_2")
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Autocast to bf16 on a GPU, without loss scaling; fp32 on a CPU, where mmengine's AmpOptimWrapper refuses."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        """The context of a forward pass."""
+        with super().optim_context(model):
+            with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+                yield
+
+
+class SeededImages(Dataset):
+    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed, self.metainfo = dataset, seed, dataset.metainfo
+        self.classes = list(dataset.metainfo["classes"])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            return self.dataset[index]
+
+
+def enter(cfg: Config) -> None:
+    """Register what configs of the scope name; `UserError` where its packages are missing."""
+    try:
+        importlib.import_module(SCOPES[cfg.default_scope])
+    except ImportError as error:
+        raise UserError(
+            f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
+        ) from None
+    init_default_scope(cfg.default_scope)
+
+
+def set_data_root(cfg: Config, root: str) -> None:
+    """Read both splits from another folder of the same layout."""
+    for split in ("train_dataset", "val_dataset"):
+        cfg[split].data_root = root
+
+
+def plan_dense(cfg: Config, processes: int) -> BatchPlan:
+    """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
+    enter(cfg)
+    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    train, _ = build_data(cfg)
+    EndlessBatches(len(train), plan.images, plan.accumulation, processes)
+    if cfg.get("pretrained"):
+        checkpoint.load(build(cfg.model, MODELS, "model").backbone, cfg.pretrained, NEW_IN_BACKBONES)
+    return plan
+
+
+def build(config: dict, registry, what: str):
+    """Build from a registry; a wrong key is a `UserError`."""
+    try:
+        return registry.build(config)
+    except (TypeError, KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{what}: no such file: {error.filename or error} (name the data with --data-root DIR)"
+        ) from None
+
+
+def build_data(cfg: Config) -> tuple[Dataset, Dataset]:
+    """Training and validation images."""
+    sets = []
+    for split in ("train_dataset", "val_dataset"):
+        images = build(cfg[split], DATASETS, split)
+        if not len(images):
+            raise UserError(f"{split}: no images with annotations in {cfg[split].data_root}")
+        sets.append(images)
+    return tuple(sets)
+
+
+def validation(cfg: Config, split: str) -> dict:
+    """mmengine's arguments of a validation ("val") or test ("test") on `val_dataset`."""
+    loader = {
+        "batch_size": 1,
+        "num_workers": cfg.num_workers,
+        "persistent_workers": cfg.num_workers > 0,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": cfg.val_dataset,
+    }
+    evaluator = dict(cfg.val_evaluator)
+    if evaluator["type"] == "CocoMetric":
+        evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
+    loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
+    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
+
+
+def runner_of(cfg: Config, world: int, **parts) -> SeededRunner:
+    """The runner of a training or a test."""
+    return SeededRunner(
+        model=cfg.model,
+        work_dir=cfg.work_dir,
+        default_hooks=cfg.default_hooks if "train_dataloader" in parts else {**cfg.default_hooks, "checkpoint": None},
+        launcher="pytorch" if world > 1 else "none",
+        default_scope=cfg.default_scope,
+        log_processor=cfg.log_processor,
+        visualizer=cfg.visualizer,
+        randomness={"seed": cfg.seed},
+        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_") + ("" if "train_cfg" in parts else "_test"),
+        cfg=cfg,
+        **parts,
+    )
+
+
+def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
+    """Schedules in optimizer steps -> in iterations."""
+    scaled = []
+    for scheduler in schedulers:
+        changed = {key: scheduler[key] * accumulation for key in ("begin", "end") if key in scheduler}
+        if "milestones" in scheduler:
+            changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
+        scaled.append({**scheduler, **changed})
+    return scaled
+
+
+def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
+    """Train as the config says, in this process and, where launched so, in step with its siblings."""
+    world = join()
+    enter(cfg)
+    plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
+        warnings.filterwarnings("ignore", message=message)
+    torch.manual_seed(cfg.seed)
+    train, val = build_data(cfg)
+    loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
+    cfg.optim_wrapper.optimizer.lr = plan.lr
+    cfg.optim_wrapper.accumulative_counts = plan.accumulation
+    steps = cfg.train_cfg.max_iters
+    scaled = {key: cfg.train_cfg[key] * plan.accumulation for key in ("max_iters", "val_interval")}
+    runner = runner_of(
+        cfg,
+        world,
+        train_dataloader=loader,
+        train_cfg={**cfg.train_cfg, **scaled},
+        optim_wrapper=cfg.optim_wrapper,
+        param_scheduler=in_steps(cfg.param_scheduler, plan.accumulation),
+        load_from=resume_from,
+        **validation(cfg, "val"),
+    )
+    model = getattr(runner.model, "module", runner.model)
+    log = runner.logger.info
+    log(str(plan))
+    epochs = steps * plan.total / len(train)
+    log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
+    if resume_from is None and cfg.get("pretrained"):
+        log(str(checkpoint.load(model.backbone, cfg.pretrained, NEW_IN_BACKBONES)))
+    elif resume_from is None:
+        log("no --pretrained checkpoint: training starts from random weights")
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    metrics = {name[4:]: buffer.current() for name, buffer in scalars.items() if name.startswith("val/")}
+    metrics = {name: value for name, value in metrics.items() if not name.endswith("time")}
+    data = cfg.train_dataset.data_root
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    return runner
+
+
+def check_test(cfg: Config, weights: str | None) -> None:
+    """`UserError` for what can be known to be wrong before any process starts."""
+    if not weights:
+        raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
+    enter(cfg)
+    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
+    build_data(cfg)
+
+
+def test_dense(cfg: Config, weights: str) -> dict[str, float]:
+    """Measure a trained detector or segmentor on the validation images."""
+    world = join()
+    enter(cfg)
+    train, val = build_data(cfg)
+    runner = runner_of(cfg, world, **validation(cfg, "test"))
+    load_whole(getattr(runner.model, "module", runner.model), weights, runner.logger.info)
+    metrics = runner.test()
+    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage="test")
+    return metrics
+
+
+def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
+    """A trained detector's or segmentor's weights, ours or mm's, all of them; `UserError` where they do not fit."""
+    content = checkpoint.read_file(path)
+    weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
+    own = model.state_dict()
+    missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
+    wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if missing or wrong:
+        name = (missing + wrong)[0]
+        raise UserError(
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
+            f" such as {name}: test with the config of its training"
+        )
+    model.load_state_dict({name: weights[name] for name in own})
+    left = f"; left in the file: {checkpoint.grouped(extra)}" if extra else ""
+    log(f"loaded {len(own)} tensors from {path}{left}")

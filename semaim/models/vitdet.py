@@ -1,0 +1,270 @@
+"""ViTDet: the encoder for dense prediction, and the simple feature pyramid on its last map.
+
+Source: Li et al., Exploring Plain Vision Transformer Backbones for Object Detection (2022); detectron2's
+projects/ViTDet at 02b5c4e. Checked against it number by number in `semaim.parity.vitdet`.
+
+Shapes: B images, H x W patches, D channels; inside the encoder maps are channels-last, (B, H, W, D).
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, to_2tuple
+from torch import Tensor, nn
+
+from semaim.models.vit import LAYER_NORM_EPS, Attention, VisionTransformer
+
+#: Flash attention takes head widths that are multiples of this (16 bytes of bf16).
+HEAD_MULTIPLE = 8
+
+
+def window_partition(maps: Tensor, window: int) -> Tensor:
+    """Cut maps into windows, row by row, after zero padding at the bottom and right up to whole windows.
+
+    (B, H, W, D) -> (B * windows, window, window, D).
+    """
+    _, height, width, _ = maps.shape
+    maps = F.pad(maps, (0, 0, 0, -width % window, 0, -height % window))
+    maps = maps.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (B, rows, window, columns, window, D)
+    return maps.transpose(2, 3).flatten(0, 2)
+
+
+def window_unpartition(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Inverse of `window_partition`, without the padding: (B * windows, window, window, D) -> (B, *grid, D)."""
+    window, (height, width) = windows.shape[1], grid
+    rows, columns = math.ceil(height / window), math.ceil(width / window)
+    maps = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)  # (B, rows, window, columns, window, D)
+    return maps.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+def relative_vectors(table: Tensor, side: int) -> Tensor:
+    """Vectors of all (query, key) pairs of one axis: table (2 * s - 1, d) -> (side, side, d).
+
+    Row `query - key + side - 1` of the table, which is resampled along its length where it was made for another side s.
+    """
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.T[None], 2 * side - 1, mode="linear", align_corners=False)[0].T
+    place = torch.arange(side, device=table.device)
+    return table[place[:, None] - place + side - 1]
+
+
+def relative_attention(
+    query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor
+) -> Tensor:
+    """Attention of a map to itself with decomposed relative positions, without ever building the N x N bias.
+
+    The logit of a query at (y, x) and a key at (v, u) is scale * q.k + q.h[y - v] + q.w[x - u], with the unscaled q in
+    the last two. They are products themselves: of the H + W numbers q.h[y - .], q.w[x - .] with the key's row and
+    column, one-hot. So q' = [scale * q, q.h, q.w] and k' = [k, onehot(v), onehot(u)] give the same logits as q'.k',
+    exactly, and a fused kernel can run: memory grows with N (H + W) in place of N^2 (at 1024 pixels 128 against 4096
+    numbers per query and head).
+
+    Args:
+        query, key, value: (B, heads, N, d), N = H * W, row by row.
+        grid: (H, W).
+        rel_pos_h, rel_pos_w: (2 * side - 1, d) tables of the two axes, shared by the heads.
+
+    Returns:
+        (B, heads, N, d).
+    """
+    (height, width), dim = grid, query.shape[-1]
+    maps = query.unflatten(2, grid)
+    along_h = torch.einsum("bnhwd,hkd->bnhwk", maps, relative_vectors(rel_pos_h, height))
+    along_w = torch.einsum("bnhwd,wkd->bnhwk", maps, relative_vectors(rel_pos_w, width))
+    blank = query.new_zeros(*query.shape[:-1], -(dim + height + width) % HEAD_MULTIPLE)
+    query = torch.cat([query * dim**-0.5, along_h.flatten(2, 3), along_w.flatten(2, 3), blank], dim=-1)
+
+    row, column = (torch.eye(side, dtype=key.dtype, device=key.device) for side in grid)
+    place = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], dim=1)  # (N, H + W)
+    place = F.pad(place, (0, blank.shape[-1]))
+    key = torch.cat([key, place.expand(*key.shape[:2], -1, -1)], dim=-1)
+    # Flash attention, on CPU and GPU, wants values as wide as the keys: else N x N weights would be built after all.
+    value = F.pad(value, (0, query.shape[-1] - dim))
+    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :dim]
+
+
+class MapAttention(Attention):
+    """Self-attention of a map, within windows or over the whole.
+
+    Args:
+        dim, num_heads: of `Attention`.
+        window: side of the windows in patches; 0 for the whole map.
+        table: (height, width) in patches that the relative positions are made for; None for no relative positions.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int = 0, table: tuple[int, int] | None = None):
+        super().__init__(dim, num_heads)
+        self.window = window
+        self.rel_pos = table is not None
+        if self.rel_pos:  # zero: a detector starts as the pretrained network, which has none
+            self.rel_pos_h, self.rel_pos_w = (
+                nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads)) for side in table
+            )
+
+    def attend(self, maps: Tensor) -> Tensor:
+        """Every patch of a map to all of it: (B, H, W, D) -> (B, H, W, D)."""
+        grid = maps.shape[1:3]
+        query, key, value = (
+            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(maps, None)
+        )
+        if self.rel_pos:
+            out = relative_attention(query, key, value, grid, self.rel_pos_h, self.rel_pos_w)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, grid))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D).
+
+        In windows, the padding takes part as keys and values, as in detectron2. `x` is normalised already, so the
+        padding is zero where the projection reads it.
+        """
+        if context is not None or causal:
+            raise ValueError("a map attends to all of itself: no context, no causal mask")
+        if not self.window:
+            return self.attend(x)
+        return window_unpartition(self.attend(window_partition(x, self.window)), x.shape[1:3])
+
+
+class ViTDet(VisionTransformer):
+    """The plain ViT for dense prediction: attention in windows, but for a few global blocks; no class token, no `norm`.
+
+    Its names are those of `VisionTransformer`; only `blocks.N.attn.rel_pos_h` and `rel_pos_w` are new. The position
+    table is that of the pretraining, without the class token's row, and trained.
+
+    Args:
+        size: of `VisionTransformer`.
+        img_size: side or (height, width) in pixels of the images to come, for which the global blocks' relative
+            positions are made. Other sizes run too: their tables are resampled.
+        pretrain_img_size: the same of the position table, as the checkpoint has it.
+        window_size: side of the windows in patches.
+        global_blocks: indices of the blocks that see the whole map; None for the last of each quarter.
+        rel_pos: add decomposed relative positions, zero at the start.
+        **encoder: of `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        img_size: int | tuple[int, int] = 1024,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        window_size: int = 14,
+        global_blocks: tuple[int, ...] | None = None,
+        rel_pos: bool = True,
+        **encoder,
+    ):
+        super().__init__(size, pretrain_img_size, **encoder)
+        del self.cls_token, self.norm
+        self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].detach().clone())
+        if global_blocks is None:  # of 12 blocks 2, 5, 8, 11
+            global_blocks = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})
+        if wrong := [index for index in global_blocks if not 0 <= index < self.depth]:
+            raise ValueError(f"global_blocks {wrong}: there are blocks 0 to {self.depth - 1}")
+        if window_size < 1:
+            raise ValueError(f"window_size {window_size}: name all blocks in global_blocks for no windows")
+        self.global_blocks, self.window_size = tuple(global_blocks), window_size
+        whole = self.grid_of(to_2tuple(img_size))
+        for index, block in enumerate(self.blocks):
+            window, table = (0, whole) if index in self.global_blocks else (window_size, to_2tuple(window_size))
+            plain = block.attn
+            block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None)
+            block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the encoder's
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table for a (rows, columns) grid: (1, L, D), resampled as detectron2 does where it differs."""
+        if grid == self.grid:
+            return self.pos_embed
+        # Not timm's resampling: that one antialiases by default, and always computes in fp32.
+        table = self.pos_embed.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        return F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width), normalised -> patch tokens with positions, as a map (B, H, W, D)."""
+        grid = self.grid_of(images.shape[-2:])
+        return (self.patch_embed(images) + self.positions(grid)).unflatten(1, grid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width), normalised -> the last block's map (B, D, H, W)."""
+        maps = self.embed(images)
+        for block in self.blocks:
+            maps = block(maps)
+        return maps.permute(0, 3, 1, 2)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Levels of several strides from one map.
+
+    Every level is resampled by itself (transposed convolutions or a max-pool), then a 1x1 and a 3x3 convolution, each
+    followed by a LayerNorm over the channels of a position. No activation ends it.
+
+    Args:
+        in_channels: of the map.
+        out_channels: of the levels.
+        stride: of the map in pixels.
+        scales: of the levels over the map, finest first; of 4, 2, 1, 0.5.
+        extra_level: one more level at half the last one's side, every second value of it.
+
+    Attributes:
+        strides: of the levels in pixels: 4, 8, 16, 32, 64.
+        names: of the levels, by the logarithm of the stride: p2, p3, p4, p5, p6.
+
+    Source: ViTDet, section 3 and appendix A.2; `SimpleFeaturePyramid` of detectron2's modeling/backbone/vit.py.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 768,
+        out_channels: int = 256,
+        stride: int = 16,
+        scales: tuple[float, ...] = (4, 2, 1, 0.5),
+        extra_level: bool = True,
+    ):
+        super().__init__()
+        self.extra_level = extra_level
+        strides = [stride / scale for scale in scales]
+        if extra_level:
+            strides.append(2 * strides[-1])
+        if any(s < 1 or not math.log2(s).is_integer() for s in strides):
+            raise ValueError(f"levels of strides {strides} have no names: each has to be a power of two")
+        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):
+            raise ValueError(f"levels of strides {strides}: each has to be twice the one before")
+        self.strides = tuple(int(s) for s in strides)
+        self.names = tuple(f"p{int(math.log2(s))}" for s in strides)
+        self.levels = nn.ModuleDict(
+            {name: level(in_channels, out_channels, scale) for name, scale in zip(self.names, scales, strict=False)}
+        )
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """(B, in_channels, H, W) -> (B, out_channels, scale * H, scale * W) for every level, finest first."""
+        levels = [level(maps) for level in self.levels.values()]
+        if self.extra_level:
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return tuple(levels)
+
+
+def level(in_channels: int, out_channels: int, scale: float) -> nn.Sequential:
+    """One level of the pyramid: (B, in_channels, H, W) -> (B, out_channels, scale * H, scale * W)."""
+    half, quarter = in_channels // 2, in_channels // 4
+    if scale == 4:
+        norm = LayerNorm2d(half, eps=LAYER_NORM_EPS)
+        up = nn.ConvTranspose2d(in_channels, half, 2, 2), norm, nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)
+        resample, channels = up, quarter
+    elif scale == 2:
+        resample, channels = (nn.ConvTranspose2d(in_channels, half, 2, 2),), half
+    elif scale == 1:
+        resample, channels = (), in_channels
+    elif scale == 0.5:
+        resample, channels = (nn.MaxPool2d(2, 2),), in_channels
+    else:
+        raise ValueError(f"a level of scale {scale}: choose from 4, 2, 1, 0.5")
+    return nn.Sequential(
+        OrderedDict(
+            resample=nn.Sequential(*resample),
+            lateral=nn.Conv2d(channels, out_channels, 1, bias=False),
+            lateral_norm=LayerNorm2d(out_channels, eps=LAYER_NORM_EPS),
+            output=nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            output_norm=LayerNorm2d(out_channels, eps=LAYER_NORM_EPS),
+        )
+    )

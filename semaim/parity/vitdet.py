@@ -1,0 +1,129 @@
+"""ViTDet against detectron2: tokens, blocks, pyramid levels, losses, gradients, and learning rates by depth."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from semaim.engine.optim import layer_depths
+from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet
+from semaim.parity.cases import Case, CaseReport
+
+#: Level -> place of its 1x1 convolution in detectron2's `simfp_N`; the 3x3 one is next, what is before resamples.
+LATERAL = {"2": 4, "3": 1, "4": 0, "5": 1}
+
+
+def our_name(name: str) -> str:
+    """detectron2's name of a parameter -> ours in `build_model`'s: `simfp_2.4.norm.bias` -> `pyramid.levels.p2...`."""
+    if not name.startswith("simfp_"):
+        return name
+    level, place, rest = name.removeprefix("simfp_").split(".", 2)
+    place = int(place) - LATERAL[level]
+    part = f"resample.{place + LATERAL[level]}" if place < 0 else ("lateral", "output")[place]
+    if rest.startswith("norm."):
+        part, rest = f"{part}_norm", rest.removeprefix("norm.")
+    return f"pyramid.levels.p{level}.{part}.{rest}"
+
+
+def convert(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """detectron2's parameters under our names, without the position of the class token."""
+    converted = {our_name(name): tensor for name, tensor in parameters.items()}
+    converted["net.pos_embed"] = converted["net.pos_embed"][:, 1:]
+    return converted
+
+
+def build_model(case: Case) -> nn.ModuleDict:
+    """Our encoder (`net`) and pyramid (`pyramid`) of a case's configuration, with its parameters."""
+    net, pyramid = case.meta["config"]["net"], case.meta["config"]["pyramid"]
+    model = nn.ModuleDict(
+        {
+            "net": ViTDet(
+                img_size=net["img_size"],
+                pretrain_img_size=net["pretrain_img_size"],
+                window_size=net["window_size"],
+                global_blocks=tuple(i for i in range(net["depth"]) if i not in net["window_block_indexes"]),
+                rel_pos=net["use_rel_pos"],
+                patch_size=net["patch_size"],
+                in_chans=net["in_chans"],
+                embed_dim=net["embed_dim"],
+                depth=net["depth"],
+                num_heads=net["num_heads"],
+                mlp_ratio=net["mlp_ratio"],
+            ),
+            "pyramid": SimpleFeaturePyramid(
+                net["embed_dim"], pyramid["out_channels"], net["patch_size"], tuple(pyramid["scale_factors"])
+            ),
+        }
+    ).eval()
+    for module in model.net.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = net["layer_norm_eps"]
+    model.load_state_dict(convert(case.parameters()))
+    return model
+
+
+def check(case: Case, report: CaseReport) -> None:
+    """Run one case; what it holds decides what is checked."""
+    if isinstance(case.images, dict):
+        check_model(case, report)
+    elif "factor" in case.scalars:
+        check_layer_decay(case, report)
+
+
+def check_model(case: Case, report: CaseReport) -> None:
+    """For every input: each step of the forward pass, the probe loss and its gradients, and the loss in fp64."""
+    model = build_model(case)
+    steps = {}
+    for index, block in enumerate(model.net.blocks):
+        block.register_forward_hook(lambda _, args, out, index=index: steps.update({f"block.{index}": out}))
+
+    for given, images in case.images.items():
+        steps.clear()
+        model.zero_grad()
+        steps["tokens"] = model.net.embed(images)
+        levels = dict(zip(model.pyramid.names, model.pyramid(model.net(images)), strict=True))
+        steps["loss"] = loss = probe_loss(case, given, levels)
+        loss.backward()
+        parameters = dict(model.named_parameters())
+        for name, golden in case.tensors.items():
+            if not name.startswith(f"{given}."):
+                continue
+            what = name.removeprefix(f"{given}.")
+            if what.startswith("grad."):
+                ours = parameters[our_name(what.removeprefix("grad."))].grad
+                if what == "grad.net.pos_embed":  # nothing reads the position of the class token
+                    ours = F.pad(ours, (0, 0, 1, 0))
+            else:
+                ours = {**steps, **levels}[what]
+            report.add(name, ours, golden, case.tolerance(name))
+        scalar = torch.tensor(case.scalars[f"loss_{given}"], dtype=torch.float64)
+        report.add(f"loss_{given}", loss, scalar, case.tolerance(f"{given}.loss"))
+
+    model.double()
+    for given, images in case.images.items():
+        levels = dict(zip(model.pyramid.names, model.pyramid(model.net(images.double())), strict=True))
+        name = f"loss_fp64_{given}"
+        report.add_relative(name, probe_loss(case, given, levels).item(), case.scalars[name])
+
+
+def probe_loss(case: Case, given: str, levels: dict[str, Tensor]) -> Tensor:
+    """Sum over the levels (B, C, H, W) of the mean of level * channel * row * column, vectors of the case."""
+    total = 0.0
+    for name, level in levels.items():
+        channel, row, column = (
+            case.tensors[f"probe.{given}.{name}.{axis}"].to(level) for axis in ("channel", "row", "column")
+        )
+        total = total + (level * channel[:, None, None] * row[:, None] * column).mean()
+    return total
+
+
+def check_layer_decay(case: Case, report: CaseReport) -> None:
+    """Factors on the learning rates of a detector's parameters, by their names."""
+    factors, cfg = case.scalars["factor"], case.meta["config"]
+    detector = nn.Module()
+    detector.backbone = nn.Module()
+    with torch.device("meta"):
+        detector.backbone.net = ViTDet(depth=cfg["num_layers"])
+    depth_of = layer_depths(detector)
+    for name, factor in factors.items():
+        layer, layers = depth_of(name)
+        report.add_relative(f"factor.{name}", cfg["lr_decay_rate"] ** (layers - 1 - layer), factor)

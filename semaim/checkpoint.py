@@ -8,13 +8,19 @@ import json
 import math
 import os
 import pickle
+import pickletools
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -23,43 +29,72 @@ from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 
 from semaim import __version__
-from semaim.engine.checkpointing import FORMAT, write_checkpoint
+from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES
 
+#: Parts of a block in mmpretrain (left) and ours.
+MMPRETRAIN_BLOCK = (
+    ("ln1", "norm1"),
+    ("attn.qkv", "attn.qkv"),
+    ("attn.proj", "attn.proj"),
+    ("ln2", "norm2"),
+    ("ffn.layers.0.0", "mlp.fc1"),
+    ("ffn.layers.1", "mlp.fc2"),
+)
 #: mmpretrain's names (left) and ours; {n} is a block. Where two of theirs stand for one of ours, the first is written.
 MMPRETRAIN = (
     ("backbone.cls_token", "cls_token"),
     ("backbone.pos_embed", "pos_embed"),
     ("backbone.patch_embed.projection", "patch_embed.proj"),
-    ("backbone.layers.{n}.ln1", "blocks.{n}.norm1"),
-    ("backbone.layers.{n}.attn.qkv", "blocks.{n}.attn.qkv"),
-    ("backbone.layers.{n}.attn.proj", "blocks.{n}.attn.proj"),
-    ("backbone.layers.{n}.ln2", "blocks.{n}.norm2"),
-    ("backbone.layers.{n}.ffn.layers.0.0", "blocks.{n}.mlp.fc1"),
-    ("backbone.layers.{n}.ffn.layers.1", "blocks.{n}.mlp.fc2"),
+    *((f"backbone.layers.{{n}}.{theirs}", f"blocks.{{n}}.{ours}") for theirs, ours in MMPRETRAIN_BLOCK),
     ("backbone.ln1", "norm"),
     ("backbone.norm1", "norm"),  # before 1.0
     ("backbone.ln2", "fc_norm"),
     ("neck.bn", "head.0"),  # the batch normalisation of a linear probe
+    ("neck.mask_token", "mask_token"),  # from here on MAE's decoder
+    ("neck.decoder_embed", "decoder_embed"),
+    ("neck.decoder_pos_embed", "decoder_pos_embed"),
+    *((f"neck.decoder_blocks.{{n}}.{theirs}", f"decoder_blocks.{{n}}.{ours}") for theirs, ours in MMPRETRAIN_BLOCK),
+    ("neck.ln1", "decoder_norm"),
+    ("neck.decoder_pred", "decoder_pred"),
 )
 #: Their head has a name of its own in each classifier: of the class token, of the mean of the patches, of a probe.
 MMPRETRAIN_HEADS = (("head.layers.head", "head"), ("head.fc", "head"), ("head.layers.head", "head.1"))
 
-#: What an encoder and a classifier consist of; all else is a decoder, a neck or a head of another task.
+#: What an encoder, a classifier and MAE's decoder consist of; all else is a neck or a head of another task.
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
 CLASSIFIER = ("fc_norm", "head")
+MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred")
 
-DIALECTS = ("semaim", "timm", "mae", "mmpretrain")  #: that `convert` writes
+#: The dialects, first match first, by (content, place of the weights in it, prefix of the encoder's names, its names).
+RECOGNISED = (
+    ("semaim", lambda content, place, prefix, names: content.get("format") == FORMAT),
+    ("official SemAIM", lambda content, place, prefix, names: isinstance(content.get("model"), str)),
+    ("mmpretrain", lambda content, place, prefix, names: "patch_embed.projection.weight" in names),
+    ("detectron2", lambda content, place, prefix, names: prefix.endswith("backbone.net.")),
+    ("DINO", lambda content, place, prefix, names: place == "teacher"),
+    ("detector or segmentor", lambda content, place, prefix, names: prefix.endswith("backbone.")),
+    ("mae", lambda content, place, prefix, names: place == "model"),
+    ("timm", lambda content, place, prefix, names: True),
+)
+#: What `convert` writes: the parts that each holds besides the encoder and the classifier ("*": all).
+WRITTEN = {"semaim": "*", "timm": (), "mae": MAE_DECODER, "mmpretrain": MAE_DECODER}
+DIALECTS = tuple(WRITTEN)
 
 #: Records that files of the field's tools hold beside their weights. They are read as inert stand-ins, never imported.
 HARMLESS = re.compile(
-    r"(argparse\.Namespace|_codecs\.encode|builtins\.(getattr|set|frozenset|slice|complex|bytearray|object)"
-    r"|(mmengine|mmcv|mmdet|mmseg|mmpretrain|mmcls|detectron2|fvcore|timm|omegaconf|yacs|numpy|pathlib|collections|typing"
-    r"|datetime)\..+)"
+    r"(argparse\.Namespace|_codecs\.encode|copyreg\._reconstructor"
+    r"|builtins\.(getattr|set|frozenset|slice|complex|bytearray|object|list|dict|tuple|int|float|str|bytes|bool)"
+    r"|(mmengine|mmcv|mmdet|mmseg|mmpretrain|mmselfsup|mmcls|detectron2|fvcore|timm|omegaconf|yacs|addict|easydict"
+    r"|ml_collections|lightning|pytorch_lightning|numpy|pathlib|collections|typing|datetime|enum)\..+)"
 )
+#: Of these, the ones that a pickle fills as it fills a dict.
+DICTIONARIES = re.compile(r".+(\.Dict|ConfigDict|defaultdict|CfgNode|EasyDict|AttributeDict)")
 #: All that a pickle of numpy arrays needs (detectron2's .pkl).
-ARRAYS = {"multiarray._reconstruct", "multiarray.scalar", "numpy.ndarray", "numpy.dtype", "_codecs.encode"}
+ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict"} | {
+    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
+}
 
 
 # Reading
@@ -69,23 +104,14 @@ def read_file(path: str | os.PathLike) -> Any:
     """The content of .safetensors, .pth or detectron2's .pkl, on the CPU; a file that would run code is refused."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}")
+        raise UserError(f"{path} is a folder: name a file" if path.is_dir() else f"no such checkpoint: {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
-                return _ArrayUnpickler(file, encoding="latin1").load()
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            for name in names:
-                if not HARMLESS.fullmatch(name):
-                    raise _refusal(path, name) from None
-            stand_ins = [(type("StandIn", (_Inert,), {}), name) for name in names]
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return _ArrayUnpickler(file, path).load()
+        return _load_inert(path)
     except UserError:
         raise
     except Exception as error:  # zip, pickle, header and memory errors are of many types
@@ -95,12 +121,55 @@ def read_file(path: str | os.PathLike) -> Any:
         raise UserError(f"cannot read {path}: broken or no checkpoint ({reason})") from None
 
 
+def _load_inert(path: Path) -> Any:
+    """`torch.load` with stand-ins for harmless records; `UserError` names the first that is none."""
+    with _no_allowed_globals():
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            names = _globals_in(path)
+        for name in names:
+            if not HARMLESS.fullmatch(name):
+                raise _refusal(path, name)
+        kinds = [(_InertDict if DICTIONARIES.fullmatch(name) else _Inert, name) for name in names]
+        with torch.serialization.safe_globals([(type("StandIn", (kind,), {}), name) for kind, name in kinds]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _no_allowed_globals() -> Iterator[None]:
+    """Without what the program allowed elsewhere: after an `add_safe_globals([getattr])`, files would call it."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _globals_in(path: Path) -> list[str]:
+    """Full names of what a file's pickle imports, beyond what torch takes by itself."""
+    if zipfile.is_zipfile(path):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names = []  # torch's format before 1.6, which mm's publishing tools still write: five pickles, then the storages
+    with open(path, "rb") as file:
+        for _ in range(5):
+            found = [tuple(arg.split(" ")) for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"]
+            # Protocol 2 writes the modules' names of Python 2.
+            names += [NAME_MAPPING.get(pair, (IMPORT_MAPPING.get(pair[0], pair[0]), pair[1])) for pair in found]
+    # The unpickler itself allows or refuses what is torch's own.
+    return sorted({f"{module}.{name}" for module, name in names if module.partition(".")[0] != "torch"})
+
+
 def _refusal(path: Path | str, name: str) -> UserError:
     return UserError(f"{path} is refused: reading it would call {name}, which no checkpoint needs")
 
 
-class _Inert:
-    """Stands for an object that is not wanted: takes any arguments and state, and does nothing."""
+class _Inert(list):
+    """Stands for an object that is not wanted: takes any arguments, items and state, and does nothing."""
+
+    __hash__ = object.__hash__  # it may be a key
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -112,12 +181,23 @@ class _Inert:
         pass
 
 
+class _InertDict:
+    """Stands for a subclass of dict: torch fills no other object by key."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Plain containers and numpy arrays."""
 
+    def __init__(self, file, path: Path):
+        super().__init__(file, encoding="latin1")  # Python 2 wrote many of them
+        self.path = path
+
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module.rpartition('.')[2]}.{name}" not in ARRAYS or module.partition(".")[0] not in ("numpy", "_codecs"):
-            raise _refusal("the file", f"{module}.{name}")
+        if f"{module}.{name}" not in ARRAYS:
+            raise _refusal(self.path, f"{module}.{name}")
         return super().find_class(module, name)
 
 
@@ -134,10 +214,19 @@ class Checkpoint:
     classes: list[str] | None = None
 
     @property
+    def network(self) -> dict:
+        """What the config of a run of ours tells of the network."""
+        return ((self.config or {}).get("model") or {}).get("network") or {}
+
+    @property
     def sizes(self) -> dict:
         """Sizes of the encoder, as `VisionTransformer` takes them; see `sizes_of`."""
-        network = ((self.config or {}).get("model") or {}).get("network") or {}
-        return sizes_of(self.state, network)
+        return sizes_of(self.state, self.network)
+
+    @property
+    def heads_guessed(self) -> bool:
+        """Whether neither a config nor a published model of these sizes tells the number of heads."""
+        return not self.network and _preset(self.sizes) is None
 
 
 def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dict:
@@ -147,9 +236,9 @@ def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dic
     that width and depth; else they are 64 channels wide.
     """
     width, _, *patch = state["patch_embed.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    known = next((s["num_heads"] for s in SIZES.values() if (s["embed_dim"], s["depth"]) == (width, depth)), None)
-    heads = (network or {}).get("num_heads") or known or max(1, width // 64)
+    depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
+    preset = (network and network.get("size", "base")) or _preset({"embed_dim": width, "depth": depth})
+    heads = (network or {}).get("num_heads") or (SIZES[preset]["num_heads"] if preset in SIZES else max(1, width // 64))
     img_size = None
     if network and network.get("img_size"):
         img_size = to_2tuple(network["img_size"])
@@ -166,73 +255,61 @@ def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dic
     }
 
 
+def _preset(sizes: Mapping) -> str | None:
+    """The published model of these sizes."""
+    wanted = sizes["embed_dim"], sizes["depth"]
+    return next((name for name, size in SIZES.items() if (size["embed_dim"], size["depth"]) == wanted), None)
+
+
 def describe(sizes: Mapping) -> str:
     """Sizes in words."""
-    name = next(
-        (n for n, s in SIZES.items() if (s["embed_dim"], s["depth"]) == (sizes["embed_dim"], sizes["depth"])), ""
-    )
+    name = _preset(sizes)
     patch = "x".join(map(str, dict.fromkeys(sizes["patch_size"])))
     text = f"ViT{'-' + name if name else ''} of width {sizes['embed_dim']}, depth {sizes['depth']}, patch {patch}"
+    text += f", MLP ratio {sizes['mlp_ratio']:g}" if sizes["mlp_ratio"] != 4 else ""
     return text + (f", {'x'.join(map(str, dict.fromkeys(sizes['img_size'])))} px" if sizes["img_size"] else "")
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint of any dialect; `UserError` if it holds no plain ViT encoder."""
-    content = read_file(path)
-    container, weights = _find_weights(content)
+    path, content = Path(path), read_file(path)
+    place, weights = _find_weights(content)
     names = [name for name in weights if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", name)]
     names = [name for name in names if not re.search(r"(^|\.)ema\.", name)]
     if not names:
-        held = ", ".join(list(dict.fromkeys(str(name).split(".")[0] for name in weights))[:6]) or "nothing"
+        named = weights or (content if isinstance(content, Mapping) else {})
+        held = ", ".join(list(dict.fromkeys(str(name).split(".")[0] for name in named))[:6]) or "nothing"
         raise UserError(f"no ViT encoder in {path}: it holds {held}")
     first = min(names, key=len)
     prefix = first[: first.rindex("patch_embed")]
-    ours = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     other = [name for name in weights if not name.startswith(prefix)]
-
-    if container == FORMAT:
-        dialect = "semaim"
-    elif isinstance(content.get("model"), str):
-        dialect = "official SemAIM"
-    elif "patch_embed.projection.weight" in ours:
-        dialect = "mmpretrain"
-        heads = {name: weights[name] for name in other if name.startswith(("head.", "neck.bn."))}
-        ours = _from_mmpretrain({**{f"backbone.{name}": tensor for name, tensor in ours.items()}, **heads})
-        other = [name for name in other if name not in heads]
-    elif prefix.endswith("backbone.net."):
-        dialect = "detectron2"
-    elif container == "teacher":
-        dialect = "DINO"
-    elif prefix.endswith("backbone."):
-        dialect = "detector or segmentor"
-    else:
-        dialect = "mae" if container == "model" else "timm"
-    copies = [name for name in ours if name.startswith("ema.")]
-    state = {name: tensor for name, tensor in ours.items() if name not in copies}
-    if "blocks.0.attn.qkv.weight" not in state:
-        raise UserError(f"no plain ViT encoder in {path}: it has patches but no blocks.0.attn.qkv")
-    epoch = content.get("epoch")
-    epoch = epoch if isinstance(epoch, int) else (content.get("meta") or {}).get("epoch") if container else None
-    return Checkpoint(
-        Path(path),
-        dialect,
-        state,
-        other + copies,
-        epoch if isinstance(epoch, int) else None,
-        content.get("config") if container == FORMAT else None,
-        content.get("classes") if container == FORMAT else None,
-    )
+    dialect = next(name for name, is_it in RECOGNISED if is_it(content, place, prefix, state))
+    if dialect == "mmpretrain":
+        state, other = _from_mmpretrain(weights, prefix)
+    other += [name for name in state if name.startswith("ema.")]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("ema.")}
+    for name, dimensions in (("patch_embed.proj", 4), ("blocks.0.attn.qkv", 2), ("blocks.0.mlp.fc1", 2)):
+        if f"{name}.weight" not in state or state[f"{name}.weight"].ndim != dimensions:
+            raise UserError(f"no plain ViT encoder in {path}: it has patches but no {name} of {dimensions} dimensions")
+    ours = content if dialect == "semaim" else {}
+    tellers = [told for told in (content, content.get("meta")) if isinstance(told, Mapping)]
+    epoch = next((told["epoch"] for told in tellers if isinstance(told.get("epoch"), int)), None)
+    return Checkpoint(path, dialect, state, other, epoch, ours.get("config"), ours.get("classes"))
 
 
 def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
     """Where in a file the weights are ("" for the top), and they."""
     if not isinstance(content, Mapping):
         return "", {}
-    for key in ("model", "state_dict", "teacher"):
-        if isinstance(content.get(key), Mapping):
-            weights = {name: torch.as_tensor(t) for name, t in content[key].items() if hasattr(t, "shape")}
-            return FORMAT if content.get("format") == FORMAT else key, weights
-    return "", {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    place = next((key for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), Mapping)), "")
+    weights = {}
+    for name, value in (content[place] if place else content).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative:
+            value = torch.as_tensor(value)
+        if isinstance(name, str) and isinstance(value, Tensor):
+            weights[name] = value
+    return place, weights
 
 
 def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
@@ -244,23 +321,26 @@ def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
     return None
 
 
-def _from_mmpretrain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    probe = any(name.startswith("neck.bn.") for name in weights)
+def _from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, and the names that have none."""
+    root = prefix.removesuffix("backbone.")  # of a file of the encoder alone, both are empty
+    theirs = {name: name[len(root) :] for name in weights if name.startswith((f"{root}head.", f"{root}neck."))}
+    theirs |= {n: f"backbone.{n[len(prefix) :]}" for n in weights if n.startswith(prefix) and n not in theirs}
+    probe = "neck.bn.running_mean" in theirs.values()
     heads = [pair for pair in MMPRETRAIN_HEADS if (pair[1] == "head.1") == probe]
-    renamed = {_rename(name, (*MMPRETRAIN, *heads)): tensor for name, tensor in weights.items()}
-    renamed.pop(None, None)
-    return renamed
+    ours = {name: _rename(short, (*MMPRETRAIN, *heads)) for name, short in theirs.items()}
+    state = {ours[name]: tensor for name, tensor in weights.items() if ours.get(name)}
+    return state, [name for name in weights if not ours.get(name)]
 
 
 def _to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under mmpretrain's names, those that it has."""
     if "head.1.weight" in state:
         heads = MMPRETRAIN_HEADS[2:]
     else:
         heads = MMPRETRAIN_HEADS[1:2] if "fc_norm.weight" in state else MMPRETRAIN_HEADS[:1]
     pairs = [(ours, theirs) for theirs, ours in (*MMPRETRAIN, *heads)]
-    renamed = {_rename(name, pairs): tensor for name, tensor in state.items()}
-    renamed.pop(None, None)
-    return renamed
+    return {theirs: tensor for name, tensor in state.items() if (theirs := _rename(name, pairs))}
 
 
 # Loading
@@ -284,8 +364,14 @@ class LoadReport:
             lines.append(f"resized: {', '.join(self.resized)}")
         if self.new:
             lines.append(f"new, not from the file: {grouped(self.new)}")
-        if self.unexpected:
-            lines.append(f"left in the file: {grouped(self.unexpected)}")
+        computing = [name for name in self.unexpected if name.split(".")[0] in ("blocks", "patch_embed")]
+        left = [name for name in self.unexpected if name not in computing]
+        if left:
+            lines.append(f"left in the file: {grouped(left)}")
+        if computing:
+            kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in computing)
+            told = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {told}")
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
         return "\n    ".join(lines)
@@ -316,12 +402,14 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
     _check_sizes(model, own, found)
     report = LoadReport(found.path, found.dialect)
     for name, tensor in list(state.items()):
-        if name not in own or tensor.shape == own[name].shape:
+        if name not in own:
             continue
-        fitted = None
-        if name == "pos_embed":
-            fitted = _fit_positions(tensor, own[name], model.grid, found.sizes)
-        elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1] == own[name].shape[1]:
+        fitted, grid = None, getattr(model, "grid", None)
+        if name == "pos_embed" and grid and (tensor.shape != own[name].shape or _told_grid(found) not in (None, grid)):
+            fitted = _fit_positions(tensor, own[name], grid, found)
+        elif tensor.shape == own[name].shape:
+            continue
+        elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
             fitted = F.interpolate(tensor.T[None].float(), len(own[name]), mode="linear")[0].T.to(tensor.dtype)
         elif name.split(".")[0] == "head":
             report.unexpected.append(name)
@@ -342,7 +430,7 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
 
 
 def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint) -> None:
-    if "patch_embed.proj.weight" not in own:
+    if not {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= own.keys():
         raise UserError(f"{type(model).__name__} is no ViT of ours: nothing of {found.path} fits it")
     theirs, ours = found.sizes, {**sizes_of(own), "img_size": None}
     same = all(theirs[key] == ours[key] for key in ("embed_dim", "depth", "patch_size", "mlp_ratio"))
@@ -356,16 +444,27 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
         raise UserError(f"{found.path} was trained with {theirs['num_heads']} heads, the model has {heads}")
 
 
-def _fit_positions(table: Tensor, own: Tensor, grid: tuple[int, int], sizes: Mapping) -> Tensor:
+def _grid(sizes: Mapping) -> tuple[int, int]:
+    return tuple(size // patch for size, patch in zip(sizes["img_size"], sizes["patch_size"], strict=True))
+
+
+def _told_grid(found: Checkpoint) -> tuple[int, int] | None:
+    """The grid of the position table where the file tells it: a bare table of 16 rows may be 4 x 4 or 2 x 8."""
+    return _grid(found.sizes) if found.network.get("img_size") else None
+
+
+def _fit_positions(table: Tensor, own: Tensor, grid: tuple[int, int], found: Checkpoint) -> Tensor:
     """A position table (1, [1 +] L, D) on another grid, with or without the class token's row as `own` has it."""
-    old = tuple(size // patch for size, patch in zip(sizes["img_size"], sizes["patch_size"], strict=True))
+    old = _grid(found.sizes)
     length, prefix = old[0] * old[1], own.shape[1] - grid[0] * grid[1]
     if table.shape[1] not in (length, length + 1):
-        raise UserError(f"a position table of {table.shape[1]} rows is none of {old[0]} x {old[1]} patches")
+        rows = f"{table.shape[1]} rows"
+        raise UserError(f"{found.path}: a position table of {rows} is none of {old[0]} x {old[1]} patches")
     patches = resample_abs_pos_embed(table[:, -length:].float(), grid, old, num_prefix_tokens=0).to(table.dtype)
     if not prefix:
         return patches
-    return torch.cat([table[:, :1] if table.shape[1] > length else own[:, :1], patches], dim=1)
+    first = table[:, :1] if table.shape[1] > length else own[:, :1].to(table)
+    return torch.cat([first, patches], dim=1)
 
 
 # Writing
@@ -387,11 +486,8 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[st
         raise UserError(f"{out} is the checkpoint itself: name another file")
     if out.suffix == ".safetensors" and to != "timm":
         raise UserError(f"{out}: .safetensors holds tensors only, {to} more: name a .pth")
-    network = [name for name in found.state if name.split(".")[0] in ENCODER + CLASSIFIER]
-    kept = list(found.state) if to in ("semaim", "mae") else network
-    if to == "mae":  # its decoder, not SemAIM's
-        kept = [name for name in kept if name in network or name.startswith(("decoder_", "mask_token"))]
-    state = {name: found.state[name].contiguous() for name in kept}
+    parts = (*ENCODER, *CLASSIFIER, *WRITTEN[to])
+    state = {name: t.contiguous() for name, t in found.state.items() if "*" in parts or name.split(".")[0] in parts}
     if to == "semaim":
         content = {"format": FORMAT, "version": __version__, "epoch": found.epoch, "classes": found.classes}
         content |= {"config": found.config, "model": state}
@@ -399,25 +495,37 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[st
         content = {"model": state}
     elif to == "mmpretrain":
         content = {"meta": {"epoch": found.epoch}, "state_dict": _to_mmpretrain(state)}
+        state = _from_mmpretrain(content["state_dict"], "backbone.")[0]
     else:
         content = state
     if out.suffix == ".safetensors":
         _save_tensors(state, out)
     else:
-        write_checkpoint(content, out)
-    return [name for name in found.state if name not in kept] + found.other
+        try:
+            write_checkpoint(content, out)
+        except CannotSave as error:
+            raise UserError(str(error).partition(";")[0]) from None  # there is no run to go on with
+    return [name for name in found.state if name not in state] + found.other
 
 
 def _save_tensors(state: dict[str, Tensor], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        save_file(state, partial, metadata={"format": "pt"})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Copies: safetensors refuses tensors that share memory.
+        save_file({name: tensor.clone() for name, tensor in state.items()}, partial, metadata={"format": "pt"})
         os.replace(partial, out)
     except Exception as error:  # safetensors raises an error of its own for a full disk
         raise UserError(f"cannot write {out}: {error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
+
+
+#: timm's plain ViTs.
+TIMM = {(size, (16, 16)): f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {
+    ("huge", (14, 14)): "vit_huge_patch14_224"
+}
 
 
 def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
@@ -430,24 +538,28 @@ def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     """
     found = read(path)
     sizes, folder = found.sizes, Path(folder)
-    names = (*ENCODER, *CLASSIFIER)
-    state = {name: tensor.contiguous() for name, tensor in found.state.items() if name.split(".")[0] in names}
+    weights = folder / "model.safetensors"
+    if weights.exists() and weights.samefile(path):
+        raise UserError(f"{weights} is the checkpoint itself: name another folder")
+    parts = (*ENCODER, *CLASSIFIER)
+    state = {name: tensor.contiguous() for name, tensor in found.state.items() if name.split(".")[0] in parts}
     if "head.1.weight" in state:
         state = _fold_probe(state)
-    average = "fc_norm.weight" in state or not any(name.startswith("norm.") for name in state)
+    if "fc_norm.weight" in state:  # then nothing reads the other
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+    average = "norm.weight" not in state
     classes = len(state["head.weight"]) if "head.weight" in state else 0
-    architecture = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base", "large": "vit_large"}.get(
-        next((n for n, s in SIZES.items() if all(sizes[key] == s[key] for key in s)), ""), ""
-    )
-    standard = architecture and sizes["patch_size"] == (16, 16) and sizes["mlp_ratio"] == 4
+    preset = _preset(sizes)
+    architecture = TIMM.get((preset, sizes["patch_size"]))
     model_args = {"img_size": sizes["img_size"], "global_pool": "avg" if average else "token"}
-    if not standard:
-        architecture = "vit_base"
+    if not architecture or sizes["mlp_ratio"] != 4 or sizes["num_heads"] != SIZES[preset]["num_heads"]:
+        architecture = "vit_base_patch16_224"
         model_args |= {key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio")}
     if average:
-        model_args["fc_norm"] = "fc_norm.weight" in state
+        model_args["fc_norm"] = model_args["final_norm"] = "fc_norm.weight" in state
+    _check_timm(found.path, state, architecture, classes, model_args)
     config = {
-        "architecture": f"{architecture}_patch16_224",
+        "architecture": architecture,
         "num_classes": classes,
         "num_features": sizes["embed_dim"],
         "global_pool": model_args["global_pool"],
@@ -465,9 +577,25 @@ def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     }
     if found.classes:
         config["label_names"] = found.classes
-    _save_tensors(state, folder / "model.safetensors")
+    _save_tensors(state, weights)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return config["architecture"]
+    return architecture
+
+
+def _check_timm(path: Path, state: dict[str, Tensor], architecture: str, classes: int, model_args: dict) -> None:
+    """`UserError` if timm's model has other weights than these."""
+    if not model_args["img_size"]:
+        raise UserError(f"{path} has no position table: timm's ViT needs one")
+    with torch.device("meta"):  # names and shapes take no memory
+        theirs = timm.create_model(architecture, num_classes=classes, **model_args).state_dict()
+    wrong = {
+        "lacks": [name for name in theirs if name not in state],
+        "has besides": [name for name in state if name not in theirs],
+        "has in other shapes": [name for name in state if name in theirs and state[name].shape != theirs[name].shape],
+    }
+    told = "; ".join(f"{what} {', '.join(names[:3])}" for what, names in wrong.items() if names)
+    if told:
+        raise UserError(f"{path} is no plain ViT of timm's: it {told}")
 
 
 def _fold_probe(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -484,15 +612,12 @@ def inspect(path: str | os.PathLike) -> str:
     state, sizes = found.state, found.sizes
     encoder = [name for name in state if name.split(".")[0] in ENCODER]
     parts = [name for name in state if name not in encoder]
-    told = found.config or any(
-        (s["embed_dim"], s["depth"]) == (sizes["embed_dim"], sizes["depth"]) for s in SIZES.values()
-    )
     maps = [name for name in encoder if name.split(".")[0] != "norm" and name != "cls_token"]
     rows = [
         ("file", f"{found.path}, {found.path.stat().st_size / 2**20:.1f} MiB"),
         ("dialect", found.dialect),
         ("encoder", describe(sizes)),
-        ("heads", f"{sizes['num_heads']}" + ("" if told else " (a guess: 64 channels each)")),
+        ("heads", f"{sizes['num_heads']}" + (" (a guess: 64 channels each)" if found.heads_guessed else "")),
         ("weights", f"{sum(state[name].numel() for name in encoder):,} in {len(encoder)} tensors"),
         ("epochs", "not told" if found.epoch is None else str(found.epoch)),
         ("beside it", grouped(parts) or "nothing"),
@@ -500,7 +625,8 @@ def inspect(path: str | os.PathLike) -> str:
     if found.other:
         rows.append(("not read", grouped(found.other)))
     if head := next((name for name in ("head.weight", "head.1.weight") if name in state), None):
-        rows.append(("classes", str(len(state[head]))))
+        named = ", ".join(map(str, (found.classes or [])[:3])) + (", ..." if len(found.classes or []) > 3 else "")
+        rows.append(("classes", f"{len(state[head])}" + (f": {named}" if named else "")))
     pooled = "class token" if "norm.weight" in state else "mean of the patches"
     rows += [
         (

@@ -1,10 +1,15 @@
 """Checkpoints of every dialect: read, loaded with a report, converted, exported - and never run."""
 
 import argparse
+import collections
+import io
+import json
 import os
 import pickle
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +55,22 @@ def states():
     }
 
 
+def mmpretrain_decoder(state):
+    """mmpretrain's names of MAE's decoder of one block, written out one by one."""
+    pairs = {
+        "neck.decoder_embed": "decoder_embed", "neck.ln1": "decoder_norm", "neck.decoder_pred": "decoder_pred",
+        "neck.decoder_blocks.0.ln1": "decoder_blocks.0.norm1", "neck.decoder_blocks.0.ln2": "decoder_blocks.0.norm2",
+        "neck.decoder_blocks.0.attn.qkv": "decoder_blocks.0.attn.qkv",
+        "neck.decoder_blocks.0.attn.proj": "decoder_blocks.0.attn.proj",
+        "neck.decoder_blocks.0.ffn.layers.0.0": "decoder_blocks.0.mlp.fc1",
+        "neck.decoder_blocks.0.ffn.layers.1": "decoder_blocks.0.mlp.fc2",
+    }  # fmt: skip
+    renamed = {"neck.mask_token": state["mask_token"], "neck.decoder_pos_embed": state["decoder_pos_embed"]}
+    for theirs, ours in pairs.items():
+        renamed |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+    return renamed
+
+
 def mmpretrain(state):
     """mmpretrain's names, written out one by one."""
     renamed = {
@@ -89,7 +110,12 @@ def write(folder, dialect, states):
         "dino": encoder,
         "dino full": {"student": prefixed("module.backbone.", encoder), "epoch": 3,
                       "teacher": {**prefixed("backbone.", encoder), "head.mlp.0.weight": torch.zeros(3, 3)}},
-        "mmpretrain": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(encoder), "neck.mask_token": torch.zeros(3)}},
+        "mmpretrain": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(encoder), "neck.other": torch.zeros(3),
+                                                              "backbone.layers.0.gamma_1": torch.ones(32)}},
+        "mmpretrain mae": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(states["mae"]),
+                                                                **mmpretrain_decoder(states["mae"])}},
+        "mmpretrain tuned bare": {**{n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
+                                  "head.layers.head.weight": states["tuned_cls"]["head.weight"]},
         "mmpretrain old": {"meta": {}, "state_dict": {n.replace("backbone.ln1", "backbone.norm1"): t
                                                       for n, t in mmpretrain(encoder).items()}},
         "mmpretrain bare": {n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
@@ -101,6 +127,8 @@ def write(folder, dialect, states):
         "semaim": {n: t for n, t in states["semaim"].items() if not n.startswith("ema.")},
         "semaim tuned": states["tuned"], "semaim probe": states["probe"], "mae": states["mae"],
         "mae tuned": states["tuned"], "timm": states["tuned_cls"], "timm safetensors": states["tuned_cls"],
+        "mmpretrain mae": states["mae"],
+        "mmpretrain tuned bare": {**encoder, "head.weight": states["tuned_cls"]["head.weight"]},
     }.get(dialect, encoder)  # fmt: skip
     found = {n: t for n, t in states["semaim"].items() if not n.startswith("ema.")} if dialect == "official" else found
     if dialect == "timm safetensors":
@@ -118,7 +146,8 @@ def write(folder, dialect, states):
 DIALECTS = {
     "semaim": "semaim", "semaim tuned": "semaim", "semaim probe": "semaim", "official": "official SemAIM", "mae": "mae",
     "mae tuned": "mae", "timm": "timm", "timm safetensors": "timm", "dino": "timm", "dino full": "DINO",
-    "mmpretrain": "mmpretrain", "mmpretrain old": "mmpretrain", "mmpretrain bare": "mmpretrain",
+    "mmpretrain": "mmpretrain", "mmpretrain mae": "mmpretrain", "mmpretrain tuned bare": "mmpretrain",
+    "mmpretrain old": "mmpretrain", "mmpretrain bare": "mmpretrain",
     "detectron2": "detectron2", "detectron2 pkl": "detectron2", "segmentor": "detector or segmentor",
 }  # fmt: skip
 
@@ -130,6 +159,9 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     assert found.dialect == DIALECTS[dialect]
     assert found.state.keys() == expected.keys()
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
+    assert found.heads_guessed
+    if dialect == "mmpretrain":  # what has no name of ours is told
+        assert found.other == ["neck.other", "backbone.layers.0.gamma_1"]
     assert found.sizes == {
         "embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": (8, 8), "img_size": (32, 32), "mlp_ratio": 4,
     }  # fmt: skip
@@ -172,7 +204,7 @@ def test_round_trips_are_bit_equal(kind, to, states, tmp_path):
     checkpoint.convert(there, back, "semaim")
     final = read_checkpoint(back)["model"]
     decoder = {"semaim": ("query_blocks", "prediction_head"), "mae": ("decoder_", "mask_token")}.get(kind, ())
-    kept = to == "semaim" or (to == "mae" and kind == "mae")
+    kept = to == "semaim" or (to in ("mae", "mmpretrain") and kind == "mae")
     expected = {
         name: tensor
         for name, tensor in states[kind].items()
@@ -184,6 +216,56 @@ def test_round_trips_are_bit_equal(kind, to, states, tmp_path):
     assert checkpoint.read(there).dialect == to
     if to in ("semaim", "mmpretrain"):
         assert checkpoint.read(there).epoch == 7
+
+
+@pytest.mark.parametrize("to", checkpoint.DIALECTS)
+@pytest.mark.parametrize("start", ["mmpretrain mae", "mmpretrain tuned bare", "mae", "mae tuned", "timm", "dino"])
+def test_foreign_files_come_back_under_their_own_names(start, to, states, tmp_path):
+    path, weights = write(tmp_path, start, states)
+    own = DIALECTS[start]
+    checkpoint.convert(path, tmp_path / "there.pth", to)
+    checkpoint.convert(tmp_path / "there.pth", tmp_path / "back.pth", own)
+    holds = {"mmpretrain": "state_dict", "mae": "model"}.get(own)
+    back, first = (torch.load(p, weights_only=p.name == "back.pth") for p in (tmp_path / "back.pth", path))
+    back, first = (content[holds] if holds and holds in content else content for content in (back, first))
+    if own == "mmpretrain":  # a file of the encoder alone comes back as one of the whole model
+        first = {n if n.startswith(("backbone.", "head.", "neck.")) else f"backbone.{n}": t for n, t in first.items()}
+    if to == "timm":
+        first = {n: t for n, t in first.items() if not n.startswith(("neck.", "decoder_", "mask_token"))}
+    assert back.keys() == first.keys() and all(torch.equal(back[name], first[name]) for name in first)
+
+
+def test_what_a_dialect_has_no_name_for_is_told(states, tmp_path):
+    torch.save({**states["encoder"], "blocks.0.attn.rel_pos_h": torch.zeros(7, 16)}, tmp_path / "x.pth")
+    assert checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain") == ["blocks.0.attn.rel_pos_h"]
+    report = checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth")
+    assert "NOT TAKEN, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h (1)" in str(report)
+    torch.save(states["encoder"], tmp_path / "x.pth")
+    assert "NOT TAKEN" not in str(checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
+
+
+def test_the_encoder_is_taken_and_not_its_average(states, tmp_path):
+    average = prefixed("ema.", {name: tensor + 1 for name, tensor in states["encoder"].items()})
+    torch.save({"state_dict": {**average, **prefixed("module.", states["encoder"])}}, tmp_path / "x.pth")
+    found = checkpoint.read(tmp_path / "x.pth")
+    assert all(torch.equal(found.state[name], tensor) for name, tensor in states["encoder"].items())
+    assert set(found.other) == set(average)
+
+
+def test_the_number_of_heads(states, tmp_path):
+    weights = {"patch_embed.proj.weight": torch.zeros(1280, 3, 16, 16), "blocks.0.mlp.fc1.weight": torch.zeros(5120, 1)}
+    heads = lambda network, depth=4: checkpoint.sizes_of(  # noqa: E731
+        {**weights, f"blocks.{depth - 1}.norm1.bias": torch.zeros(1)}, network
+    )["num_heads"]
+    assert heads({"size": "huge", "depth": 4}) == 16  # of the config's model
+    assert heads({"size": "huge", "num_heads": 8}) == 8  # named
+    assert heads(None, 32) == 16  # of the published model
+    assert heads(None) == 20  # 64 channels each
+    config = {"model": {"network": SIZES}}
+    torch.save({"format": "semaim", "model": states["encoder"], "config": config}, tmp_path / "x")
+    assert not checkpoint.read(tmp_path / "x").heads_guessed and "guess" not in checkpoint.inspect(tmp_path / "x")
+    torch.save(states["encoder"], tmp_path / "x")
+    assert checkpoint.read(tmp_path / "x").heads_guessed and "guess" in checkpoint.inspect(tmp_path / "x")
 
 
 def test_mmpretrain_names_are_theirs(states, tmp_path):
@@ -245,8 +327,10 @@ def test_timm_opens_an_export(kind, states, tmp_path):
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         out = ours(images) if classes else ours.features(images)
-        torch.testing.assert_close(theirs(images), out, atol=1e-4, rtol=1e-4)
-    assert theirs.num_classes == classes and theirs.pretrained_cfg["input_size"] == [3, 32, 32] or (3, 32, 32)
+        torch.testing.assert_close(theirs(images), out, atol=1e-5, rtol=1e-5)
+    assert theirs.num_classes == classes and tuple(theirs.pretrained_cfg["input_size"]) == (3, 32, 32)
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told["global_pool"] == ("avg" if kind == "tuned" else "token") and told["label_names"] == list("abcde")
 
 
 def test_a_published_architecture_is_named_and_opens_at_another_size(tmp_path):
@@ -260,6 +344,55 @@ def test_a_published_architecture_is_named_and_opens_at_another_size(tmp_path):
         torch.testing.assert_close(theirs(images), model.eval()(images)[:, 0], atol=1e-5, rtol=0)
 
 
+def test_timm_opens_an_encoder_without_final_norm(states, tmp_path):
+    state = {name: tensor * 0.1 for name, tensor in states["encoder"].items() if not name.startswith("norm.")}
+    torch.save({"format": "semaim", "model": state, "config": {"model": {"network": SIZES}}}, tmp_path / "x.pth")
+    checkpoint.export(tmp_path / "x.pth", tmp_path / "out")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    ours = Classifier(0, "avg", probe=True, **SIZES).eval()
+    assert not checkpoint.load(ours, tmp_path / "x.pth", HEAD).missing
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours.features(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "patch"), [("small", 16), ("base", 16), ("large", 16), ("huge", 14), ("base", 8)])
+def test_published_models_have_timms_names_and_shapes(size, patch, tmp_path, monkeypatch):
+    """On the meta device: no memory. `export` compares with timm's model and would refuse."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in VisionTransformer(size, 224, patch).state_dict().items()}
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(checkpoint, "read", lambda path: checkpoint.Checkpoint(Path(path), "timm", state, []))
+    monkeypatch.setattr(checkpoint, "_save_tensors", lambda state, out: out.parent.mkdir())
+    name = checkpoint.export("x", tmp_path / "out")
+    assert name == ("vit_base_patch16_224" if patch == 8 else f"vit_{size}_patch{patch}_224")
+    args = json.loads((tmp_path / "out/config.json").read_text())["model_args"]
+    assert ("patch_size" in args) == (patch == 8)
+
+
+def test_exports_that_timm_could_not_open_are_refused(states, tmp_path):
+    def refuses(message, state, out=tmp_path / "out"):
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=message) as error:
+            checkpoint.export(tmp_path / "x.pth", out)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    encoder = states["encoder"]
+    refuses("has besides blocks.0.attn.rel_pos_h", {**encoder, "blocks.0.attn.rel_pos_h": torch.zeros(7, 16)})
+    refuses("lacks cls_token", {name: tensor for name, tensor in encoder.items() if name != "cls_token"})
+    refuses("no position table", {name: tensor for name, tensor in encoder.items() if name != "pos_embed"})
+    refuses("in other shapes pos_embed", {**encoder, "pos_embed": torch.zeros(1, 18, 32)})
+    (tmp_path / "file").write_text("x")
+    refuses("cannot write", encoder, tmp_path / "file")
+    own = tmp_path / "own/model.safetensors"
+    own.parent.mkdir()
+    save_file(encoder, own)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="is the checkpoint itself"):
+        checkpoint.export(own, own.parent)
+    assert own.read_bytes() == before
+
+
 # What does not fit.
 
 
@@ -267,6 +400,7 @@ def test_tables_are_fitted(states, tmp_path):
     table = states["encoder"]["pos_embed"]
     torch.save({**states["encoder"], "pos_embed": table[:, 1:]}, tmp_path / "x.pth")
     model = VisionTransformer(**{**SIZES, "img_size": (48, 32)})
+    model.pos_embed.data.normal_()  # the class token's row starts as zeros
     own = model.pos_embed[:, :1].clone()
     checkpoint.load(model, tmp_path / "x.pth")
     assert torch.equal(model.pos_embed[:, :1], own)  # the file has no row for the class token
@@ -288,6 +422,29 @@ def test_tables_are_fitted(states, tmp_path):
     torch.testing.assert_close(model.blocks[0].attn.rel_pos_h[2], tall[4])
 
 
+def test_a_table_of_as_many_rows_on_another_grid(states, tmp_path):
+    """4 x 4 patches told by the config go to 2 x 8; a bare table is taken as it is."""
+    content = {"format": "semaim", "model": states["encoder"], "config": {"model": {"network": SIZES}}}
+    wide = VisionTransformer(**{**SIZES, "img_size": (16, 64)})
+    torch.save(content, tmp_path / "x.pth")
+    assert len(checkpoint.load(wide, tmp_path / "x.pth").resized) == 1
+    table = states["encoder"]["pos_embed"]
+    image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, (2, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(wide.pos_embed[:, 1:], expected)
+    torch.save(states["encoder"], tmp_path / "x.pth")
+    assert not checkpoint.load(wide, tmp_path / "x.pth").resized and torch.equal(wide.pos_embed, table)
+
+
+def test_new_names_are_expected_by_any_part(states, tmp_path):
+    torch.save(states["encoder"], tmp_path / "x.pth")
+    model = VisionTransformer(**SIZES)
+    model.blocks[1].attn.register_parameter("rel_pos_h", torch.nn.Parameter(torch.zeros(5, 3)))
+    model.headless = torch.nn.Linear(2, 2)
+    report = checkpoint.load(model, tmp_path / "x.pth", ("head", "rel_pos_h"))
+    assert report.new == ["blocks.1.attn.rel_pos_h"] and report.missing == ["headless.weight", "headless.bias"]
+
+
 def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"format": "semaim", "model": states["encoder"], "config": {"model": {"network": SIZES}}}, path)
@@ -302,7 +459,9 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     refuses("depth 1, patch 8", depth=1)
     refuses("patch 16", patch_size=16)
     refuses("trained with 2 heads, the model has 4", num_heads=4)
-    refuses("the model a ViT", mlp_ratio=2)
+    refuses("patch 8; the model a ViT of width 32, depth 2, patch 8, MLP ratio 2", mlp_ratio=2)
+    with pytest.raises(UserError, match="SwinTransformer is no ViT of ours"), torch.device("meta"):
+        checkpoint.load(timm.create_model("swin_tiny_patch4_window7_224"), path)
     with pytest.raises(UserError, match="Linear is no ViT of ours"):
         checkpoint.load(torch.nn.Linear(2, 2), path)
 
@@ -314,6 +473,21 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     unreadable("no such checkpoint", "none.pth")
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}}, path)
     unreadable("no ViT encoder in .*it holds conv1, fc")
+    torch.save({0: torch.zeros(2), "state": {}}, path)
+    unreadable("it holds 0, state")
+    torch.save({"optimizer": {}, "lr": 1}, path)
+    unreadable("it holds optimizer, lr")
+    torch.save({n: t for n, t in states["encoder"].items() if "fc1" not in n}, path)
+    unreadable("no plain ViT encoder in .*no blocks.0.mlp.fc1")
+    torch.save({"meta": "x", "state_dict": states["encoder"], "epoch": "last"}, path)
+    assert checkpoint.read(path).epoch is None
+    unreadable("is a folder: name a file", ".")
+    (tmp_path / "s.pkl").write_bytes(pickle.dumps({"model": {"names": np.array(["x"])}}))
+    unreadable("no ViT encoder", "s.pkl")
+    table = {**states["encoder"], "pos_embed": torch.zeros(1, 14, 32)}
+    torch.save(table, path)
+    with pytest.raises(UserError, match="x.pth: a position table of 14 rows"):
+        checkpoint.load(VisionTransformer(**SIZES), path)
     torch.save([1, 2], path)
     unreadable("no ViT encoder in .*it holds nothing")
     torch.save({"patch_embed.proj.weight": torch.zeros(3, 3, 3, 3), "layers.0.blocks.0.x": torch.zeros(3)}, path)
@@ -336,6 +510,8 @@ def test_conversion_refuses_what_it_cannot_write(states, tmp_path):
         (path, "timm", "is the checkpoint itself"),
         (tmp_path / "y.safetensors", "mae", "name a .pth"),
         (tmp_path / "y.pth", "timmm", "unknown dialect 'timmm': did you mean timm"),
+        (tmp_path, "timm", "Is a directory: [^;]*$"),
+        (path / "y.safetensors", "timm", "cannot write"),
     ):
         with pytest.raises(UserError, match=message):
             checkpoint.convert(path, out, to)
@@ -362,7 +538,7 @@ class HistoryBuffer:
 HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
 
 
-@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize("suffix", ["pth", "old.pth", "pkl"])
 @pytest.mark.parametrize("where", ["value", "getattr", "eval"])
 def test_hostile_files_are_refused_by_name_and_never_run(suffix, where, states, tmp_path):
     made = tmp_path / "made"
@@ -376,8 +552,8 @@ def test_hostile_files_are_refused_by_name_and_never_run(suffix, where, states, 
     if suffix == "pkl":
         path.write_bytes(pickle.dumps({"args": hostile}))
     else:
-        torch.save(content, path)
-    with pytest.raises(UserError, match="is refused: reading it would call ") as error:
+        torch.save(content, path, _use_new_zipfile_serialization=suffix == "pth")
+    with pytest.raises(UserError, match=f"x.{suffix} is refused: reading it would call ") as error:
         checkpoint.read(path)
     assert not made.exists() and "\n" not in str(error.value)
     # The file does what it is accused of.
@@ -387,9 +563,75 @@ def test_hostile_files_are_refused_by_name_and_never_run(suffix, where, states, 
         assert made.exists()
 
 
-def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeypatch):
-    import types
+def zipped_pickle(path, code, states):
+    """A zip file of torch's with a pickle written by hand."""
+    buffer = io.BytesIO()
+    torch.save(states["encoder"], buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+        for item in old.namelist():
+            new.writestr(item, code if item.endswith("data.pkl") else old.read(item))
 
+
+@pytest.mark.parametrize("environment", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+@pytest.mark.parametrize("allowed", [(), (getattr, collections.deque, print)])
+@pytest.mark.parametrize("chain", ["attribute", "call"])
+def test_getattr_is_a_stand_in_whatever_the_program_allows(chain, allowed, environment, states, tmp_path, monkeypatch):
+    """getattr(deque, "__init__"), then its call: neither happens, also after `add_safe_globals([getattr])`."""
+    if environment:
+        monkeypatch.setenv(environment, "1")
+    attribute = b"\x80\x02c__builtin__\ngetattr\n(ccollections\ndeque\nX\x08\x00\x00\x00__init__tR"
+    path = tmp_path / "x.pth"
+    zipped_pickle(path, attribute + (b"." if chain == "attribute" else b"(K\x05tR."), states)
+    before = set(torch.serialization.get_safe_globals())  # a list in no order
+    with torch.serialization.safe_globals(list(allowed)):
+        if chain == "attribute":
+            held = checkpoint.read_file(path)
+            assert type(held).__name__ == "StandIn" and held == held and not held
+        else:  # the stand-in that getattr gave is no function that torch would call
+            with pytest.raises(UserError, match="cannot read .*more than tensors and plain containers"):
+                checkpoint.read_file(path)
+        assert set(torch.serialization.get_safe_globals()) == {*before, *allowed}
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_containers_and_configs_are_read(zipped, states, tmp_path, monkeypatch):
+    """Dicts and lists of other classes, keys of other classes; in torch's two formats."""
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = node
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    config = node(lr=0.1)
+    config.__dict__["frozen"] = True
+    content = {
+        "model": states["encoder"], "epoch": 4, "args": argparse.Namespace(lr=1), "config": config,
+        "history": collections.defaultdict(list, {"loss": [1.0]}), "last": collections.deque([1, 2]),
+        Path("a"): {Path("b")}, "mean": np.float64(3), "array": np.arange(3),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    found = checkpoint.read(tmp_path / "x.pth")
+    assert found.epoch == 4 and all(torch.equal(found.state[n], t) for n, t in states["encoder"].items())
+    held = checkpoint.read_file(tmp_path / "x.pth")
+    assert held["config"] == {"lr": 0.1} and type(held["config"]) is not node and held["history"] == {"loss": [1.0]}
+    assert type(held["last"]).__name__ == type(held["array"]).__name__ == "StandIn"
+
+
+def test_whole_models_are_refused_by_name(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="would call torch.nn.modules.linear.Linear"):
+        checkpoint.read(tmp_path / "x.pth")
+
+
+def test_numpys_other_functions_are_refused(tmp_path):
+    for name in ("load", "memmap"):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": Call(getattr(np, name), str(tmp_path / "y"))}))
+        with pytest.raises(UserError, match=f"x.pkl is refused: reading it would call numpy.*{name}"):
+            checkpoint.read(tmp_path / "x.pkl")
+    assert not (tmp_path / "y").exists()
+
+
+def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeypatch):
     module = types.ModuleType("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer
     monkeypatch.setitem(sys.modules, "mmengine.logging.history_buffer", module)
@@ -431,5 +673,11 @@ def test_the_tool(pretrained, tmp_path):
         "config.json",
         "model.safetensors",
     ]
+    assert "guess" not in done.stdout
+    done = tool("export", tmp_path / "x.safetensors", tmp_path / "bare")
+    assert done.returncode == 0 and "1 head, a guess" in done.stdout, done.stdout
+    torch.save({"x": Call(os.system, f"touch {tmp_path / 'made'}")}, tmp_path / "evil.pth")
+    done = tool("inspect", tmp_path / "evil.pth")
+    assert done.returncode == 2 and "would call posix.system" in done.stderr and not (tmp_path / "made").exists()
     done = tool("inspect", ROOT / "setup.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "setup.py" in done.stderr

@@ -128,6 +128,11 @@ def test_nms_of_other_types(boxes_dtype, scores_dtype, offset):
     assert ext.nms(boxes.to(boxes_dtype), scores.to(scores_dtype), 0.5, offset).tolist() == [1, 2]
 
 
+def test_nms_orders_by_the_scores_as_given():
+    boxes, scores = tensor([[0, 0, 9, 9]] * 2), torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64)
+    assert ext.nms(boxes, scores, 0.5).tolist() == [1]  # in fp32 they are equal
+
+
 def test_nms_through_mmcv():
     boxes, scores = tensor([[0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 30, 30]]), torch.tensor([0.5, 0.75, 0.25])
     for kind in (lambda t: t, lambda t: t.numpy(), lambda t: t.double().numpy()):

@@ -226,6 +226,18 @@ def test_a_global_block_builds_nothing_of_the_size_of_its_attention(backend, wit
         assert not attention and max(sizes.seen.values()) == HEADS * 256 * 256
 
 
+@pytest.mark.parametrize(
+    "dim, grid, width", [(8, (4, 4), 16), (10, (5, 4), 24), (64, (14, 14), 96), (64, (64, 64), 192)]
+)
+def test_fused_kernels_get_one_head_width_that_8_divides(monkeypatch, dim, grid, width):
+    """What flash attention asks for on a GPU; elsewhere nothing would show."""
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, scale: seen.extend(qkv) or qkv[2])
+    inputs = [torch.zeros(1, 1, grid[0] * grid[1], dim) for _ in range(3)]
+    relative_attention(*inputs, grid, *(torch.zeros(2 * side - 1, dim) for side in grid))
+    assert [tensor.shape[-1] for tensor in seen] == [width] * 3
+
+
 # Windows
 
 

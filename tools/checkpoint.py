@@ -36,6 +36,10 @@ def main() -> int:
         architecture = checkpoint.export(args.file, args.folder)
         print(f"wrote {args.folder}, a {architecture} of timm, opened by")
         print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
+        found = checkpoint.read(args.file)
+        if found.heads_guessed:
+            heads = found.sizes["num_heads"]
+            print(f"{heads} head{'s' * (heads > 1)}, a guess: the file does not tell; see num_heads in its config.json")
     return 0
 
 

@@ -98,6 +98,8 @@ class ClassAccuracy(BaseMetric):
     The loader of each process has its own share of the images, without repetition, so sums are all there is to collect.
     """
 
+    default_prefix = ""
+
     def process(self, data_batch: dict, data_samples: list[dict[str, Tensor]]) -> None:
         """Add up a batch."""
         for sample in data_samples:

@@ -1,0 +1,222 @@
+"""Detectors: every config builds and is what it says; they train, resume and are measured through the tools."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
+
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import DATASETS, MODELS  # noqa: E402
+
+from semaim import checkpoint  # noqa: E402
+from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
+from semaim.engine import dense  # noqa: E402
+from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
+from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.optim import layer_depths  # noqa: E402
+from semaim.errors import UserError  # noqa: E402
+from semaim.models.vit import SIZES  # noqa: E402
+from semaim.pictures import read_scalars  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "mmdet_configs").glob("*.py"))
+SCENES = "mmdet_configs/semaim_mask_rcnn_scenes.py"
+SMALL = {
+    "model.backbone.embed_dim": 32,
+    "model.backbone.num_heads": 2,
+    "model.backbone.depth": 2,
+    "model.backbone.pretrain_img_size": 32,
+    "model.neck.in_channels": 32,
+    "num_workers": 0,
+    "total_batch_size": 4,
+    "train_cfg.max_iters": 4,
+    "train_cfg.val_interval": 4,
+    "default_hooks.checkpoint.interval": 2,
+    "default_hooks.logger.interval": 1,
+    "log_processor.window_size": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """COCO folders of 12 training and 3 validation scenes of 64 pixels."""
+    folder = tmp_path_factory.mktemp("coco") / "scenes"
+    write_scenes(folder, 15, 64, seed=0)
+    return folder / "coco"
+
+
+def tool(name, *arguments):
+    """A command-line tool, run for real on the CPU."""
+    line = [str(ROOT / "tools" / name), *map(str, arguments)]
+    if name.endswith(".py"):
+        line.insert(0, sys.executable)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+
+
+def options(**more):
+    """--cfg-options that make the scenes' detector small."""
+    return ["--cfg-options", *(f"{key}={value}" for key, value in {**SMALL, **more}.items())]
+
+
+def losses(folder):
+    """iteration -> training loss, all digits."""
+    return {line["iter"]: line["loss"] for line in read_scalars(folder)}
+
+
+def metrics(folder):
+    """What a run measured."""
+    return json.loads((Path(folder) / "results.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_and_its_name_tells_the_truth(path):
+    cfg = load_config(path)
+    dense.enter(cfg)
+    with torch.device("meta"):
+        detector = MODELS.build(cfg.model)
+    size = next((part for part in path.stem.split("_") if part in SIZES), "base")
+    if "scenes" in path.stem:
+        size = "tiny"
+        assert tuple(cfg.train_dataset.metainfo.classes) == CLASSES == tuple(cfg.val_dataset.metainfo.classes)
+    else:
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1]["end"]
+        quarter = SIZES[size]["depth"] // 4
+        windows = [block.attn.window for block in detector.backbone.blocks]
+        assert [i for i, window in enumerate(windows) if not window] == [quarter * (q + 1) - 1 for q in range(4)]
+        assert set(windows) == {0, cfg.model.backbone.window_size}
+    assert detector.backbone.embed_dim == SIZES[size]["embed_dim"]
+    epochs = re.search(r"_(\d+)ep", path.stem)
+    if not epochs and not {"huge", "1gpu", "scenes"} & set(path.stem.split("_")):
+        epochs = re.search(r"(\d+)", "100")
+    if epochs:
+        assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
+    assert cfg.total_batch_size % cfg.images_per_gpu == 0
+    if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
+        shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
+        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or "scenes" in path.stem
+
+
+def test_the_main_config_is_vitdets_recipe():
+    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
+    assert (cfg.total_batch_size, cfg.base_lr, cfg.base_batch_size, cfg.train_cfg.max_iters) == (64, 1e-4, 64, 184375)
+    assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "betas": (0.9, 0.999), "weight_decay": 0.1}
+    assert cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.7 and cfg.model.backbone.drop_path_rate == 0.1
+    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 250
+    assert cfg.optim_wrapper.type == "BFloat16OptimWrapper" and "clip_grad" not in cfg.optim_wrapper
+    kinds = [step["type"] for step in cfg.train_dataset.pipeline]
+    assert kinds.index("RandomFlip") < kinds.index("RandomResize") < kinds.index("RandomCrop")
+    resize = cfg.train_dataset.pipeline[kinds.index("RandomResize")]
+    assert resize["scale"] == (1024, 1024) and resize["ratio_range"] == (0.1, 2.0)
+    roi = cfg.model.roi_head
+    assert roi.bbox_head.type == "Shared4Conv1FCBBoxHead" and roi.bbox_head.norm_cfg.type == "LN2d"
+    assert roi.mask_head.num_convs == 4 and cfg.model.rpn_head.num_convs == 2
+    large = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_large.py")
+    assert large.model.backbone.drop_path_rate == 0.4 and large.optim_wrapper.paramwise_cfg.layer_decay == 0.8
+
+
+def test_a_misspelt_key_is_named():
+    with pytest.raises(UserError, match="unknown config key totl_batch_size: did you mean total_batch_size"):
+        load_config(ROOT / SCENES, {"totl_batch_size": 8})
+    cfg = load_config(ROOT / SCENES, {"model.backbone.windw_size": 8})
+    dense.enter(cfg)
+    with pytest.raises(UserError, match="windw_size"):
+        dense.build(cfg.model, MODELS, "model")
+
+
+def test_layer_decay_reaches_the_backbone_and_not_the_heads():
+    cfg = load_config(ROOT / SCENES)
+    dense.enter(cfg)
+    depth_of = layer_depths(MODELS.build(cfg.model))
+    assert depth_of("backbone.patch_embed.proj.weight")[0] == 0
+    assert depth_of("backbone.blocks.3.attn.rel_pos_h") == (4, 6)
+    for name in ("neck.levels.p2.output.weight", "roi_head.mask_head.conv_logits.weight"):
+        assert depth_of(name) == (5, 6)
+
+
+def test_samples_follow_from_seed_epoch_and_index(coco):
+    cfg = load_config(ROOT / SCENES)
+    dense.enter(cfg)
+    dense.set_data_root(cfg, str(coco))
+    one, two = (dense.SeededImages(DATASETS.build(cfg.train_dataset), 0) for _ in range(2))
+    same = one[(1, 3)]["inputs"]
+    two[(0, 0)]
+    assert torch.equal(two[(1, 3)]["inputs"], same)
+    other = two[(2, 3)]["inputs"]
+    assert other.shape != same.shape or not torch.equal(other, same)
+
+
+def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(coco, pretrained, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    places = ["--data-root", coco, "--pretrained", pretrained]
+    done = tool(
+        "dist_train.sh", SCENES, 2, *places, "--work-dir", whole, *options(**{"default_hooks.checkpoint.keep": 0})
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = done.stdout[done.stdout.index("loaded 27 tensors") :].split("\n    ")
+    new = next(line for line in report if line.startswith("new, not from the file"))
+    assert (
+        "blocks (4)" in new and "MISSING" not in done.stdout
+    )  # two tables of relative positions in each of two blocks
+    assert read_checkpoint(whole / "latest.pth")["classes"] == list(CLASSES)
+
+    parts.mkdir()
+    shutil.copy(whole / "iter_2.pth", parts)
+    (parts / "latest.pth").symlink_to("iter_2.pth")
+    done = tool("dist_train.sh", SCENES, 2, *places, "--work-dir", parts, "--resume", *options())
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again = losses(whole), losses(parts)
+    assert list(again) == [3, 4] and list(first) == [1, 2, 3, 4]
+    assert all(again[step] == first[step] for step in again)
+
+    for processes in (1, 2):
+        out = tmp_path / f"test{processes}"
+        arguments = [SCENES, whole / "latest.pth", processes, "--data-root", coco, "--work-dir", out]
+        done = tool("dist_test.sh", *arguments, *options())
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert metrics(out) == pytest.approx(metrics(whole), abs=1e-6) and "coco/segm_mAP" in metrics(out)
+    # The checkpoint flows on: into another detector, and into the other tools.
+    found = checkpoint.read(whole / "latest.pth")
+    assert found.sizes["depth"] == 2 and "blocks.0.attn.rel_pos_h" in found.state
+
+
+def test_schedules_count_optimizer_steps():
+    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
+    scaled = dense.in_steps(cfg.param_scheduler, 2)
+    assert scaled[0]["end"] == 500 and scaled[1]["milestones"] == [327778, 355092]
+    assert cfg.param_scheduler[0]["end"] == 250
+
+
+def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
+    def fails(message, *arguments, **more):
+        done = tool("train.py", SCENES, "--work-dir", tmp_path / "out", *arguments, *options(**more))
+        assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    fails("no such file", "--data-root", tmp_path / "nowhere")
+    fails("processes asked for", "--data-root", coco, "--gpus", 1000)
+    write_checkpoint({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
+    fails("no ViT encoder in", "--data-root", coco, "--pretrained", tmp_path / "resnet.pth")
+    fails("the model a ViT", "--data-root", coco, "--pretrained", pretrained, **{"model.backbone.depth": 3})
+    done = tool("test.py", SCENES, pretrained, "--data-root", coco, "--work-dir", tmp_path / "out", *options())
+    assert done.returncode == 2 and "does not fit this config" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_levels_have_their_strides_on_an_oblong_image():
+    """The ViT-B detector with a single block."""
+    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py", {"model.backbone.depth": 1})
+    cfg.model.backbone.global_blocks = (0,)
+    dense.enter(cfg)
+    detector = MODELS.build(Config(cfg.model.to_dict()))
+    with torch.no_grad():
+        levels = detector.extract_feat(torch.randn(1, 3, 256, 320))
+    assert [tuple(level.shape[-2:]) for level in levels] == [(64, 80), (32, 40), (16, 20), (8, 10), (4, 5)]

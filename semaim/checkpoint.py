@@ -7,14 +7,9 @@ Inside, a checkpoint's weights have our names, which are timm's: `cls_token`, `p
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
@@ -32,6 +27,7 @@ from semaim import __version__
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES
+from semaim.safe_reading import read_file
 
 #: Parts of a block in mmpretrain (left) and ours.
 MMPRETRAIN_BLOCK = (
@@ -82,123 +78,8 @@ RECOGNISED = (
 WRITTEN = {"semaim": "*", "timm": (), "mae": MAE_DECODER, "mmpretrain": MAE_DECODER}
 DIALECTS = tuple(WRITTEN)
 
-#: Records that files of the field's tools hold beside their weights. They are read as inert stand-ins, never imported.
-HARMLESS = re.compile(
-    r"(argparse\.Namespace|_codecs\.encode|copyreg\._reconstructor"
-    r"|builtins\.(getattr|set|frozenset|slice|complex|bytearray|object|list|dict|tuple|int|float|str|bytes|bool)"
-    r"|(mmengine|mmcv|mmdet|mmseg|mmpretrain|mmselfsup|mmcls|detectron2|fvcore|timm|omegaconf|yacs|addict|easydict"
-    r"|ml_collections|lightning|pytorch_lightning|numpy|pathlib|collections|typing|datetime|enum)\..+)"
-)
-#: Of these, the ones that a pickle fills as it fills a dict.
-DICTIONARIES = re.compile(r".+(\.Dict|ConfigDict|defaultdict|CfgNode|EasyDict|AttributeDict)")
-#: All that a pickle of numpy arrays needs (detectron2's .pkl).
-ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict"} | {
-    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-}
-
 
 # Reading
-
-
-def read_file(path: str | os.PathLike) -> Any:
-    """The content of .safetensors, .pth or detectron2's .pkl, on the CPU; a file that would run code is refused."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is a folder: name a file" if path.is_dir() else f"no such checkpoint: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                return _ArrayUnpickler(file, path).load()
-        return _load_inert(path)
-    except UserError:
-        raise
-    except Exception as error:  # zip, pickle, header and memory errors are of many types
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
-            reason = "it holds more than tensors and plain containers"
-        raise UserError(f"cannot read {path}: broken or no checkpoint ({reason})") from None
-
-
-def _load_inert(path: Path) -> Any:
-    """`torch.load` with stand-ins for harmless records; `UserError` names the first that is none."""
-    with _no_allowed_globals():
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            names = _globals_in(path)
-        for name in names:
-            if not HARMLESS.fullmatch(name):
-                raise _refusal(path, name)
-        kinds = [(_InertDict if DICTIONARIES.fullmatch(name) else _Inert, name) for name in names]
-        with torch.serialization.safe_globals([(type("StandIn", (kind,), {}), name) for kind, name in kinds]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _no_allowed_globals() -> Iterator[None]:
-    """Without what the program allowed elsewhere: after an `add_safe_globals([getattr])`, files would call it."""
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
-
-
-def _globals_in(path: Path) -> list[str]:
-    """Full names of what a file's pickle imports, beyond what torch takes by itself."""
-    if zipfile.is_zipfile(path):
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    names = []  # torch's format before 1.6, which mm's publishing tools still write: five pickles, then the storages
-    with open(path, "rb") as file:
-        for _ in range(5):
-            found = [tuple(arg.split(" ")) for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"]
-            # Protocol 2 writes the modules' names of Python 2.
-            names += [NAME_MAPPING.get(pair, (IMPORT_MAPPING.get(pair[0], pair[0]), pair[1])) for pair in found]
-    # The unpickler itself allows or refuses what is torch's own.
-    return sorted({f"{module}.{name}" for module, name in names if module.partition(".")[0] != "torch"})
-
-
-def _refusal(path: Path | str, name: str) -> UserError:
-    return UserError(f"{path} is refused: reading it would call {name}, which no checkpoint needs")
-
-
-class _Inert(list):
-    """Stands for an object that is not wanted: takes any arguments, items and state, and does nothing."""
-
-    __hash__ = object.__hash__  # it may be a key
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _InertDict:
-    """Stands for a subclass of dict: torch fills no other object by key."""
-
-    def __new__(cls, *args, **kwargs):
-        return OrderedDict()
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Plain containers and numpy arrays."""
-
-    def __init__(self, file, path: Path):
-        super().__init__(file, encoding="latin1")  # Python 2 wrote many of them
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in ARRAYS:
-            raise _refusal(self.path, f"{module}.{name}")
-        return super().find_class(module, name)
 
 
 @dataclass

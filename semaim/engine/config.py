@@ -1,5 +1,6 @@
 """Reading configs strictly: a misspelt key is an error that names the nearest right one, before anything starts."""
 
+import importlib
 import inspect
 import os
 from pathlib import Path
@@ -106,6 +107,7 @@ def check_keys(cfg: Config) -> None:
         if key not in known:
             raise UserError(f"unknown config key {key}: {nearest(key, known)}")
     if not dense:  # mmdet and mmseg check their own types when they are built
+        importlib.import_module("semaim.engine.evaluation")  # registers all that our configs name
         _check_node("", cfg.to_dict())
 
 

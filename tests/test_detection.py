@@ -196,19 +196,22 @@ def test_schedules_count_optimizer_steps():
 
 
 def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
-    def fails(message, *arguments, **more):
-        done = tool("train.py", SCENES, "--work-dir", tmp_path / "out", *arguments, *options(**more))
-        assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    def fails(message, root=coco, weights=None, **more):
+        cfg = load_config(ROOT / SCENES, {**SMALL, **more})
+        dense.set_data_root(cfg, str(root))
+        cfg.pretrained = weights and str(weights)
+        with pytest.raises(UserError, match=message) as error:
+            dense.plan_dense(cfg, 1)
+        assert "\n" not in str(error.value)
 
-    fails("no such file", "--data-root", tmp_path / "nowhere")
-    fails("processes asked for", "--data-root", coco, "--gpus", 1000)
+    fails("no such file", root=tmp_path / "nowhere")
     write_checkpoint({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
-    fails("no ViT encoder in", "--data-root", coco, "--pretrained", tmp_path / "resnet.pth")
-    fails("the model a ViT", "--data-root", coco, "--pretrained", pretrained, **{"model.backbone.depth": 3})
+    fails("no ViT encoder in", weights=tmp_path / "resnet.pth")
+    fails("the model a ViT", weights=pretrained, **{"model.backbone.depth": 3})
+    fails("fewer than one batch of 64", total_batch_size=64)
     done = tool("test.py", SCENES, pretrained, "--data-root", coco, "--work-dir", tmp_path / "out", *options())
     assert done.returncode == 2 and "does not fit this config" in done.stderr, done.stderr[-2000:]
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.pth"))
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_levels_have_their_strides_on_an_oblong_image():

@@ -12,6 +12,11 @@ import pytest
 import torch
 
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
+from semaim.engine.config import load_config
+from semaim.engine.evaluation import check_evaluation, evaluate
+from semaim.engine.training import plan_run
+from semaim.errors import UserError
+from semaim.models.classifier import Classifier
 from semaim.pictures import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,11 +214,16 @@ def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):
 
 
 def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
-    finetune, out = CONFIG.format("finetune"), tmp_path / "out"
+    """What is wrong is said before anything starts; through the tool itself once for each kind of stage."""
+    finetune = CONFIG.format("finetune")
+    small = dict(pair.split("=") for pair in training()[1:])
 
-    def train(*arguments, data=labelled, weights=pretrained, **more):
-        places = ["--data-root", data, "--work-dir", out, "--pretrained", weights]
-        return tool("train.py", finetune, *places, *arguments, *training(**more))
+    def fails(message, data=labelled, weights=pretrained, processes=2, **more):
+        cfg = load_config(ROOT / finetune, {**{key: int(value) for key, value in small.items()}, **more})
+        cfg.dataset.root, cfg.pretrained = str(data), str(weights)
+        with pytest.raises(UserError, match=message) as error:
+            plan_run(cfg, processes)
+        assert "\n" not in str(error.value)
 
     def data(name):
         shutil.copytree(labelled, tmp_path / name)
@@ -222,42 +232,48 @@ def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
     gone = data("gone")
     lost = sorted((gone / "val").iterdir())[0]
     shutil.rmtree(lost)
-    one_line(train(data=gone), f"gone/val lacks the class folder {lost.name}")
+    fails(f"gone/val lacks the class folder {lost.name}", data=gone)
+    done = tool("train.py", finetune, "--data-root", gone, "--work-dir", tmp_path / "out", *training())
+    one_line(done, f"gone/val lacks the class folder {lost.name}")
+    assert not (tmp_path / "out").exists()
     lost.mkdir()
-    one_line(train(data=gone), f"no images in {lost}")
+    fails(f"no images in {lost}", data=gone)
     empty = data("empty")
     shutil.rmtree(empty / "val")
-    one_line(train(data=empty), "no such folder: ")
+    fails("no such folder: ", data=empty)
     (empty / "val").mkdir()
-    one_line(train(data=empty), "no class folders in ")
-    one_line(train(**{"model.network.img_size": 30}), "30 x 30 pixels is no whole number of 8 x 8 patches")
-    one_line(train(**{"model.network.num_classes": 3}), "classes, the config 3: set --cfg-options")
-    one_line(train(**{"model.network.embed_dim": 64}), "width 32")
-    one_line(train(**{"model.mixup": 0.8, "images_per_gpu": 1}), "1 is odd: set an even images_per_gpu")
-    one_line(train(weights=tmp_path / "no.pth"), "no.pth")
+    fails("no class folders in ", data=empty)
+    fails("30 x 30 pixels is no whole number of 8 x 8 patches", **{"model.network.img_size": 30})
+    fails("classes, the config 3: set --cfg-options", **{"model.network.num_classes": 3})
+    fails("width 32", **{"model.network.embed_dim": 64})
+    fails("1 is odd: set an even images_per_gpu", **{"model.mixup": 0.8, "images_per_gpu": 1})
+    fails("no.pth", weights=tmp_path / "no.pth")
     write_checkpoint({"model": {"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
-    one_line(train(weights=tmp_path / "resnet.pth"), "no ViT encoder in")
-    one_line(tool("dist_train.sh", finetune, 2, "--data-root", labelled, "--work-dir", out, "--pretrained",
-                  tmp_path / "resnet.pth", *training(images_per_gpu=4)), "no ViT encoder in")  # fmt: skip
-    assert not out.exists() or not list(out.glob("*.pth"))
+    fails("no ViT encoder in", weights=tmp_path / "resnet.pth")
 
-    def test(config, weights, *arguments, data=labelled):
-        return tool("test.py", config, *weights, "--data-root", data, "--work-dir", out, *arguments, *options())
+    def cannot_test(message, stage, weights, data=labelled):
+        cfg = load_config(ROOT / CONFIG.format(stage), {f"model.network.{key}": v for key, v in NETWORK.items()})
+        cfg.dataset.root, cfg.work_dir = str(data), str(tmp_path / "test")
+        with pytest.raises(UserError, match=message) as error:
+            check_evaluation(cfg, weights)
+            evaluate(cfg, weights)
+        assert "\n" not in str(error.value)
 
-    one_line(test(finetune, []), "name a checkpoint: tools/test.py CONFIG FILE")
-    one_line(test(finetune, [pretrained]), "has no classifier: fine-tune it first")
-    one_line(test("semaim/configs/pretrain/mae_vit_tiny_scenes.py", [pretrained]), "this config pretrains")
-    assert train().returncode == 0
-    tuned = out / "latest.pth"
-    one_line(test(CONFIG.format("linear"), [tuned]), "evaluate it with the config of its training")
-    fewer = data("fewer")
+    classifier = Classifier(5, "avg", patch_size=8, **NETWORK).state_dict()
+    tuned = tmp_path / "tuned.pth"
+    classes = sorted(path.name for path in (labelled / "train").iterdir())
+    write_checkpoint({"format": "semaim", "model": classifier, "classes": classes, "config": None}, tuned)
+    one_line(tool("test.py", finetune, "--data-root", labelled), "name a checkpoint: tools/test.py CONFIG FILE")
+    cannot_test("has no classifier: fine-tune it first", "finetune", str(pretrained))
+    with pytest.raises(UserError, match="this config pretrains"):
+        check_evaluation(load_config(ROOT / "semaim/configs/pretrain/mae_vit_tiny_scenes.py"), str(pretrained))
+    cannot_test("evaluate it with the config of its training", "linear", str(tuned))
+    fewer, renamed = data("fewer"), data("renamed")
     for split in ("train", "val"):
         shutil.rmtree(fewer / split / lost.name)
-    one_line(test(finetune, [tuned], data=fewer), "classes, ")
-    renamed = data("renamed")
-    for split in ("train", "val"):
         (renamed / split / lost.name).rename(renamed / split / "another")
-    one_line(test(finetune, [tuned], data=renamed), f"knows the class {lost.name}, which")
+    cannot_test("knows 5 classes, .* has 4", "finetune", str(tuned), data=fewer)
+    cannot_test(f"knows the class {lost.name}, which", "finetune", str(tuned), data=renamed)
 
 
 def test_slurm_starts_one_task_per_gpu(tmp_path):

@@ -204,7 +204,25 @@ def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
             dense.plan_dense(cfg, 1)
         assert "\n" not in str(error.value)
 
-    fails("no such file", root=tmp_path / "nowhere")
+    def broken(change):
+        """A copy of the data whose training annotations are changed."""
+        root = tmp_path / "broken"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(coco, root)
+        file = root / "annotations/instances_train2017.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+        return root
+
+    fails("nowhere/annotations/instances_train2017.json", root=tmp_path / "nowhere")
+    unreadable = broken(lambda content: None)
+    (unreadable / "annotations/instances_train2017.json").write_text("{")
+    fails("instances_train2017.json", root=unreadable)
+    fails("lost.jpg", root=broken(lambda content: content["images"][0].update(file_name="lost.jpg")))
+    fails("box", root=broken(lambda content: content["annotations"][0].update(bbox=[0, 0, 900, 10])))
+    fails("categor", root=broken(lambda content: content["annotations"][0].update(category_id=99)))
+    fails("annotations", root=broken(lambda content: content.update(annotations=[])))
     write_checkpoint({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
     fails("no ViT encoder in", weights=tmp_path / "resnet.pth")
     fails("the model a ViT", weights=pretrained, **{"model.backbone.depth": 3})

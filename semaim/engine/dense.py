@@ -19,6 +19,7 @@ import semaim.engine.optim  # noqa: F401
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
 from semaim.data.labelled import seeded
+from semaim.data.verify import check_coco_file
 from semaim.engine.launcher import join
 from semaim.engine.results import write_results
 from semaim.engine.runner import SeededRunner, endless_loader
@@ -81,6 +82,10 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    for split in (cfg.train_dataset, cfg.val_dataset):
+        if split.type == "CocoDataset":  # what would end the training later, or silently spoil it
+            root = Path(split.data_root)
+            check_coco_file(root / split.ann_file, root / split.data_prefix["img"])
     train, _ = build_data(cfg)
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained"):

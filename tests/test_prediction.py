@@ -311,7 +311,7 @@ def test_class_maps_are_coloured_and_named():
     pixels = np.asarray(picture).astype(int)
     assert (pixels[400, 500] == 100).all(), "unlabelled"
     for y, x, label in ((100, 100, 1), (400, 100, 0)):
-        assert np.abs(pixels[y, x] - (55 + 0.45 * np.array(colour_of(label)))).max() <= 1
+        assert np.abs(pixels[y, x] - (40 + 0.6 * np.array(colour_of(label)))).max() <= 1
     shares = shares_of(classes, 2)
     assert list(shares.items()) == [(1, 0.5), (0, 0.25)]
     whole = add_legend(picture, shares, ["grass", "sky"])

@@ -681,3 +681,15 @@ def test_the_tool(pretrained, tmp_path):
     assert done.returncode == 2 and "would call posix.system" in done.stderr and not (tmp_path / "made").exists()
     done = tool("inspect", ROOT / "setup.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "setup.py" in done.stderr
+
+
+def test_a_converted_checkpoint_says_what_it_cannot_do(states, tiny_config, tmp_path):
+    from semaim.engine.pretraining import model_from_checkpoint
+    from semaim.engine.training import train
+
+    torch.save(states["encoder"], tmp_path / "timm.pth")
+    checkpoint.convert(tmp_path / "timm.pth", tmp_path / "ours.pth", "semaim")
+    with pytest.raises(UserError, match="weights without a config"):
+        model_from_checkpoint(read_checkpoint(tmp_path / "ours.pth"))
+    with pytest.raises(UserError, match="no run to go on with: start from it with --pretrained"):
+        train(tiny_config(), str(tmp_path / "ours.pth"))

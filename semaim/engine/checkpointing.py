@@ -127,6 +127,8 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
 
 def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
     """Continue a run from `training_state`, on any number of processes."""
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
     try:
         saved_module(runner).load_state_dict(checkpoint["model"])
         runner.optim_wrapper.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -141,7 +143,8 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
         runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
         iteration = epoch * len(batches)
     runner.train_loop.seek(epoch, iteration)
-    for scheduler, state in zip(runner.param_schedulers, checkpoint["schedulers"], strict=True):
+    states = checkpoint.get("schedulers") or [None] * len(runner.param_schedulers)
+    for scheduler, state in zip(runner.param_schedulers, states, strict=True):
         if state is None:
             scheduler.seek(iteration)
         else:

@@ -124,6 +124,8 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
         checkpoint: with the run's `config` and `model`.
         options: keys of the config to change, as `--cfg-options` gives them.
     """
+    if not checkpoint.get("config"):
+        raise UserError("the checkpoint holds weights without a config: only those of a pretraining run can be drawn")
     cfg = Config({"model": checkpoint["config"]["model"]})
     cfg.merge_from_dict(options or {})
     model = cfg.model.to_dict()

@@ -30,7 +30,7 @@ from semaim.errors import UserError
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
 
 #: What no pretrained encoder has.
-NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "neck", "gamma_1", "gamma_2")
+NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -1,0 +1,32 @@
+"""ADE20K: resized to 2048 x 512 by 0.5 to 2.0, crops of 512 pixels with at most 75 % of a class, flip, colour jitter."""
+
+crop_size = (512, 512)
+train_dataset = dict(
+    type="ADE20KDataset",
+    data_root="data/ADEChallengeData2016",
+    data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+    pipeline=[
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations", reduce_zero_label=True),
+        dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+        dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="PhotoMetricDistortion"),
+        dict(type="PackSegInputs"),
+    ],
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(2048, 512), keep_ratio=True),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="PackSegInputs"),
+]
+val_dataset = dict(
+    type="ADE20KDataset",
+    data_root="data/ADEChallengeData2016",
+    data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+    test_mode=True,
+    pipeline=test_pipeline,
+)
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+del crop_size

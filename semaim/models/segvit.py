@@ -1,0 +1,141 @@
+"""The encoder for semantic segmentation: maps of several blocks, relative position bias, layer scale.
+
+Source: BEiT's and MAE's segmentation backbones (mmseg's `BEiT` and `MAE`). Our names are those of `VisionTransformer`;
+`attn.rel_bias` and `gamma_1`, `gamma_2` are new.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from semaim.models.vit import Attention, Block, VisionTransformer
+
+
+def bias_index(grid: tuple[int, int]) -> Tensor:
+    """Rows of a bias table that the token pairs of a grid read: int64 (1 + L, 1 + L), [query, key].
+
+    A table has a row for each of the (2 H - 1) (2 W - 1) offsets of two patches, row by row from the most negative,
+    then one each for class token to patch, patch to class token, and class token to itself. As in BEiT.
+    """
+    height, width = grid
+    place = torch.arange(height * width)
+    row, column = place // width, place % width
+    down = row[:, None] - row + height - 1
+    right = column[:, None] - column + width - 1
+    index = F.pad(down * (2 * width - 1) + right, (1, 0, 1, 0))
+    offsets = (2 * height - 1) * (2 * width - 1)
+    index[0, :], index[:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
+    return index
+
+
+def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A bias table (rows, heads) of an old grid for a new one: bicubic over offsets; the class token's rows stay."""
+    if old == new:
+        return table
+    patches, token = table[:-3], table[-3:]
+    image = patches.T.unflatten(1, (2 * old[0] - 1, 2 * old[1] - 1))[None]
+    size = (2 * new[0] - 1, 2 * new[1] - 1)
+    resized = F.interpolate(image.float(), size, mode="bicubic", align_corners=False)[0].flatten(1).T
+    return torch.cat([resized.to(table.dtype), token])
+
+
+class BiasedAttention(Attention):
+    """Self-attention with a bias per head and offset, zero at the start; `grid` is the one its table is made for."""
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int]):
+        super().__init__(dim, num_heads)
+        self.grid = grid
+        self.rel_bias = nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, num_heads))
+
+    def bias(self, grid: tuple[int, int]) -> Tensor:
+        """The bias of a (rows, columns) grid: (heads, 1 + L, 1 + L)."""
+        table = resize_bias(self.rel_bias, self.grid, grid)
+        return table[bias_index(grid).to(table.device)].permute(2, 0, 1)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
+        bias = self.bias(grid).to(query.dtype)[None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class SegmentationBlock(Block):
+    """A `Block` with bias and layer scale where they are asked for: x + gamma_1 * attention, then x + gamma_2 * mlp."""
+
+    def __init__(self, plain: Block, dim: int, grid: tuple[int, int], rel_bias: bool, layer_scale: float | None):
+        nn.Module.__init__(self)
+        for name, module in plain.named_children():  # initialised as the encoder's
+            self.add_module(name, module)
+        self.with_cp, self.rel_bias = plain.with_cp, rel_bias
+        if rel_bias:
+            attention = BiasedAttention(dim, plain.attn.num_heads, grid)
+            attention.qkv, attention.proj = plain.attn.qkv, plain.attn.proj
+            self.attn = attention
+        self.gamma_1 = self.gamma_2 = 1.0
+        if layer_scale is not None:
+            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) for _ in range(2))
+
+    def _step(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        attended = self.attn(self.norm1(x), grid) if self.rel_bias else self.attn(self.norm1(x))
+        x = x + self.drop_path(self.gamma_1 * attended)
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""
+        if self.with_cp and self.training and torch.is_grad_enabled():
+            return checkpoint(self._step, x, grid, use_reentrant=False)
+        return self._step(x, grid)
+
+
+class SegmentationViT(VisionTransformer):
+    """The plain ViT giving the maps of several blocks; no final norm. Images of any size run, oblong ones too.
+
+    Args:
+        size: of `VisionTransformer`.
+        img_size: side or (height, width) in pixels of the crops trained on, which the bias tables are made for.
+        pretrain_img_size: the same of the position table, as the checkpoint has it; it is resized for other sizes.
+        out_blocks: indices of the blocks whose maps are given; None for four evenly spaced: 3, 5, 7, 11 of 12 as
+            published, and the last of each quarter of other depths.
+        rel_bias: add a relative position bias in every block, zero at the start.
+        layer_scale: start of a learned scale per channel of each branch; None for none.
+        **encoder: of `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        size: str = "base",
+        img_size: int | tuple[int, int] = 512,
+        pretrain_img_size: int | tuple[int, int] = 224,
+        out_blocks: tuple[int, ...] | None = None,
+        rel_bias: bool = True,
+        layer_scale: float | None = None,
+        **encoder,
+    ):
+        super().__init__(size, pretrain_img_size, **encoder)
+        del self.norm
+        self.pos_embed.requires_grad_(True)
+        if out_blocks is None:
+            quarters = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})
+            out_blocks = (3, 5, 7, 11) if self.depth == 12 else quarters
+        if not out_blocks or not all(0 <= index < self.depth for index in out_blocks):
+            raise ValueError(f"out_blocks {tuple(out_blocks)}: there are blocks 0 to {self.depth - 1}")
+        self.out_blocks = tuple(out_blocks)
+        grid = self.grid_of(to_2tuple(img_size))
+        self.blocks = nn.ModuleList(
+            SegmentationBlock(block, self.embed_dim, grid, rel_bias, layer_scale) for block in self.blocks
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""
+        grid = self.grid_of(images.shape[-2:])
+        tokens, maps = self.embed(images), []
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens, grid)
+            if index in self.out_blocks:
+                maps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
+        return tuple(maps)

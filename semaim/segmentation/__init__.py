@@ -1,0 +1,14 @@
+"""Our part in mmseg: importing this registers the segmentation encoder in mmseg's registry."""
+
+from semaim import compat
+
+compat.install()  # before mmseg, which imports mmcv's operators
+
+import mmseg.datasets  # noqa: E402, F401  registers what configs name
+import mmseg.evaluation  # noqa: E402, F401
+import mmseg.models  # noqa: E402, F401
+from mmseg.registry import MODELS  # noqa: E402
+
+from semaim.models.segvit import SegmentationViT  # noqa: E402
+
+MODELS.register_module(module=SegmentationViT)

@@ -1,0 +1,135 @@
+"""The segmentation encoder: mmseg's own backbone with the same weights, bias tables, sizes, layer scale."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from semaim import checkpoint
+from semaim.models.segvit import SegmentationViT, bias_index, resize_bias
+from semaim.models.vit import VisionTransformer
+
+SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, "pretrain_img_size": 32}
+
+
+def random_weights(model):
+    """Large enough that every mistake shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def test_maps_are_those_of_mmsegs_mae():
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+    from semaim import compat
+
+    compat.install()
+    from mmseg.models.backbones import MAE
+
+    theirs = MAE(
+        img_size=(32, 48), patch_size=8, embed_dims=32, num_layers=4, num_heads=2, init_values=1.0,
+        out_indices=[0, 1, 3], norm_cfg={"type": "LN", "eps": 1e-6},
+    )  # fmt: skip
+    theirs.eval()  # returns nothing
+    sizes = {**SMALL, "pretrain_img_size": (32, 48)}
+    ours = random_weights(SegmentationViT(img_size=(32, 48), out_blocks=(0, 1, 3), layer_scale=1.0, **sizes))
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        for mine, other in {
+            "blocks.": "layers.", "norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0",
+            "mlp.fc2": "ffn.layers.1", "patch_embed.proj": "patch_embed.projection",
+            "rel_bias": "relative_position_bias_table",
+        }.items():  # fmt: skip
+            name = name.replace(mine, other)
+        state[name] = tensor
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("relative_position_index") for name in missing)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        for mine, other in zip(ours(images), theirs(images), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_bias_index_against_its_definition():
+    index, (height, width) = bias_index((3, 4)), (3, 4)
+    offsets = (2 * height - 1) * (2 * width - 1)
+    for i in range(12):
+        for j in range(12):
+            down, right = i // width - j // width, i % width - j % width
+            assert index[1 + i, 1 + j] == (down + height - 1) * (2 * width - 1) + right + width - 1
+    assert (index[0, 1:] == offsets).all() and (index[1:, 0] == offsets + 1).all() and index[0, 0] == offsets + 2
+
+
+def test_without_bias_and_scale_it_is_the_plain_encoder():
+    plain = random_weights(VisionTransformer(img_size=32, embed_dim=32, depth=4, num_heads=2, patch_size=8))
+    images = torch.randn(2, 3, 40, 24)
+    tokens = plain.embed(images)
+    maps = []
+    for block in plain.blocks:
+        tokens = block(tokens)
+        maps.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 5, 3))
+    for options in ({"rel_bias": False}, {"rel_bias": True}, {"rel_bias": True, "layer_scale": 1.0}):
+        model = SegmentationViT(img_size=64, **SMALL, **options).eval()
+        missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+        assert set(unexpected) == {"norm.weight", "norm.bias"} and model.out_blocks == (0, 1, 2, 3)
+        assert {name.split(".")[-1] for name in missing} <= {"rel_bias", "gamma_1", "gamma_2"}
+        with torch.no_grad():
+            for found, expected in zip(model(images), maps, strict=True):
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_tables_are_resized_for_other_grids():
+    table = torch.randn(7 * 7 + 3, 2)
+    assert resize_bias(table, (4, 4), (4, 4)) is table
+    wide = resize_bias(table, (4, 4), (4, 8))
+    assert wide.shape == (7 * 15 + 3, 2) and torch.equal(wide[-3:], table[-3:])
+    expected = F.interpolate(table[:-3].reshape(7, 7, 2).permute(2, 0, 1)[None], (7, 15), mode="bicubic")[0]
+    torch.testing.assert_close(wide[:-3], expected.permute(1, 2, 0).reshape(-1, 2))
+    # The offset zero stands in the middle, whatever the grid: a bias that is a peak there stays one.
+    peak = torch.zeros(7 * 7 + 3, 1)
+    peak[24] = 1
+    resized = resize_bias(peak, (4, 4), (6, 6))[:-3]
+    assert resized.argmax() == (11 * 11) // 2
+
+
+def test_every_part_matters_and_gets_a_gradient():
+    model = random_weights(SegmentationViT(img_size=32, layer_scale=0.5, **SMALL))
+    images = torch.randn(1, 3, 32, 32)
+    before = [m.detach() for m in model(images)]
+    sum(m.square().mean() for m in model(images)).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters()), [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()
+    ]
+    with torch.no_grad():
+        model.blocks[1].attn.rel_bias += torch.randn_like(model.blocks[1].attn.rel_bias)
+        after = model(images)
+    torch.testing.assert_close(before[0], after[0], atol=1e-5, rtol=1e-4)
+    assert (before[1] - after[1]).abs().max() > 0.01
+
+
+def test_recomputing_activations_changes_nothing():
+    images = torch.randn(1, 3, 32, 32)
+    gradients = []
+    for with_cp in (False, True):
+        model = random_weights(SegmentationViT(img_size=32, layer_scale=0.5, with_cp=with_cp, **SMALL)).train()
+        sum(m.square().mean() for m in model(images)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def test_a_pretrained_encoder_flows_in(pretrained):
+    model = SegmentationViT(
+        img_size=64, embed_dim=32, depth=2, num_heads=2, patch_size=8, pretrain_img_size=32, layer_scale=1.0
+    )
+    report = checkpoint.load(model, pretrained, expected=("rel_bias", "gamma_1", "gamma_2"))
+    assert not report.missing and len(report.new) == 6 and len(report.matched) == 28
+    assert model.get_layer_depth("blocks.1.attn.rel_bias") == (2, 4)
+
+
+def test_blocks_of_the_published_sizes():
+    with torch.device("meta"):
+        assert SegmentationViT("base").out_blocks == (3, 5, 7, 11)
+        assert SegmentationViT("large").out_blocks == (5, 11, 17, 23)
+    with pytest.raises(ValueError, match=r"out_blocks \(4,\): there are blocks 0 to 3"):
+        SegmentationViT(out_blocks=(4,), **SMALL)

@@ -15,9 +15,9 @@ from mmengine.registry import MODELS  # noqa: E402
 
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.checkpointing import read_checkpoint  # noqa: E402
+from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
-from semaim.models.vit import SIZES  # noqa: E402
+from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
 from semaim.pictures import read_scalars  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +26,6 @@ SCENES = "mmseg_configs/semaim_upernet_scenes.py"
 SMALL = {
     "model.backbone.embed_dim": 32,
     "model.backbone.num_heads": 2,
-    "model.backbone.depth": 2,
-    "model.backbone.out_blocks": "0,0,1,1",
     "model.backbone.pretrain_img_size": 32,
     "model.neck.embed_dim": 32,
     "model.decode_head.in_channels": "32,32,32,32",
@@ -94,14 +92,17 @@ def test_the_main_config_is_the_released_recipe():
     assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
 
 
-def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(pretrained, tmp_path):
+def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tmp_path):
+    encoder = VisionTransformer(embed_dim=32, depth=4, num_heads=2, img_size=32, patch_size=8)
+    pretrained = tmp_path / "encoder.pth"
+    write_checkpoint({"model": encoder.state_dict()}, pretrained)
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)
     ade, whole, parts = tmp_path / "scenes/ade", tmp_path / "whole", tmp_path / "parts"
     places = ["--data-root", ade, "--pretrained", pretrained]
     keep = {"default_hooks.checkpoint.keep": 0}
     done = tool("dist_train.sh", SCENES, 2, *places, "--work-dir", whole, *options(**keep))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "loaded 28 tensors" in done.stdout and "MISSING" not in done.stdout
+    assert "loaded 52 tensors" in done.stdout and "MISSING" not in done.stdout
     assert read_checkpoint(whole / "latest.pth")["classes"] == [*CLASSES, "background"]
 
     parts.mkdir()

@@ -1,4 +1,4 @@
-"""ADE20K: resized to 2048 x 512 by 0.5 to 2.0, crops of 512 pixels with at most 75 % of a class, flip, colour jitter."""
+"""ADE20K: resized to 2048 x 512 by 0.5 to 2.0, crops of 512 pixels, at most 75 % of one class, flip, colour jitter."""
 
 crop_size = (512, 512)
 train_dataset = dict(

@@ -29,7 +29,7 @@ def write_results(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     results = {
         "config": cfg.filename and os.path.basename(cfg.filename),
-        "metrics": metrics,
+        "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "checkpoint": checkpoint,
         "data": str(more.pop("data", None) or cfg.dataset.root),
         "train_images": train_images,

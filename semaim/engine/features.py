@@ -90,7 +90,9 @@ def extract_features(
         if reduce_sum(torch.tensor(int(reuse))):
             if log:
                 log(f"{length} features read from {cache}")
-            return _open(cache, "r")
+            opened = _open(cache, "r")
+            reduce_sum(torch.tensor(0))  # a quick process must not write anew what another has yet to open
+            return opened
         features, labels = _open(cache, "r+")
 
     count, broken, written, done = torch.zeros(length, dtype=torch.int32), 0, 0, 0

@@ -76,8 +76,8 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
             return 1  # another process stopped, and has said why
         raise
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    if world > 1 and torch.distributed.get_backend() == "nccl":
+        torch.distributed.destroy_process_group()  # NCCL warns without; gloo's threads end with the process
     return 0
 
 

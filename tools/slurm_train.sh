@@ -12,6 +12,9 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
+# yapf, which mmengine imports, caches its grammar on the first import ever: here, before many tasks would at once, since
+# it shows the file under its name before all of it is written.
+"$python" -c 'import yapf'
 gpus=${GPUS:-8} per_node=${GPUS_PER_NODE:-8}
 [ "$per_node" -le "$gpus" ] || per_node=$gpus
 # The job's number picks the port, so that two jobs on one node do not meet.

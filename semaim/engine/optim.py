@@ -31,7 +31,7 @@ def group_parameters(
         undecayed: last parts of names without weight decay, besides all biases and one-dimensional parameters.
 
     Returns:
-        Groups with `params`, `names`, `lr`, `lr_scale` and `weight_decay`.
+        Groups with `params`, `names`, `lr`, `lr_scale` and `weight_decay`; the highest rates first.
     """
     undecayed = set(undecayed)
     groups: dict[tuple[float, float], dict] = {}
@@ -50,7 +50,8 @@ def group_parameters(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    return list(groups.values())
+    # The highest rate first: it is the one that is logged.
+    return sorted(groups.values(), key=lambda group: -group["lr_scale"])
 
 
 def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:

@@ -8,7 +8,7 @@ import yapf  # noqa: F401
 from hypothesis import settings
 
 # yapf (mmengine prints configs with it) caches its grammar on the first import ever, and shows the file under its name
-# before all of it is written. Imported here, in the process that starts the test workers, so that none reads half a file.
+# before all of it is written. Imported here, in the process that starts the test workers: none reads half a file.
 
 ROOT = Path(__file__).resolve().parent.parent
 

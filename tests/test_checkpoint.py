@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import types
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from commands import tool
 from safetensors.torch import load_file, save_file
 
 from semaim import checkpoint
@@ -652,33 +652,28 @@ def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeyp
 # The tool.
 
 
-def tool(*arguments):
-    line = [sys.executable, str(ROOT / "tools/checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=ROOT)
-
-
 def test_the_tool(pretrained, tmp_path):
-    done = tool("inspect", pretrained)
+    done = tool("checkpoint.py", "inspect", pretrained)
     assert done.returncode == 0, done.stderr
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert told["encoder"] == "ViT of width 32, depth 2, patch 8, 32 px" and told["heads"] == "2"
     assert told["epochs"] == "1" and told["beside"].startswith("it") and "query_blocks" in done.stdout
     assert told["detection"].startswith("27 tensors")
-    done = tool("convert", pretrained, tmp_path / "x.safetensors", "--to", "timm")
+    done = tool("checkpoint.py", "convert", pretrained, tmp_path / "x.safetensors", "--to", "timm")
     assert done.returncode == 0 and "left out: query_blocks (" in done.stdout
     assert len(load_file(tmp_path / "x.safetensors")) == 30
-    done = tool("export", pretrained, tmp_path / "out")
+    done = tool("checkpoint.py", "export", pretrained, tmp_path / "out")
     assert done.returncode == 0 and sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
     assert "guess" not in done.stdout
-    done = tool("export", tmp_path / "x.safetensors", tmp_path / "bare")
+    done = tool("checkpoint.py", "export", tmp_path / "x.safetensors", tmp_path / "bare")
     assert done.returncode == 0 and "1 head, a guess" in done.stdout, done.stdout
     torch.save({"x": Call(os.system, f"touch {tmp_path / 'made'}")}, tmp_path / "evil.pth")
-    done = tool("inspect", tmp_path / "evil.pth")
+    done = tool("checkpoint.py", "inspect", tmp_path / "evil.pth")
     assert done.returncode == 2 and "would call posix.system" in done.stderr and not (tmp_path / "made").exists()
-    done = tool("inspect", ROOT / "setup.py")
+    done = tool("checkpoint.py", "inspect", ROOT / "setup.py")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "setup.py" in done.stderr
 
 

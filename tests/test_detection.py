@@ -1,15 +1,14 @@
 """Detectors: every config builds and is what it says; they train, resume and are measured through the tools."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from commands import flags, losses, results, tool
 
 pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
 
@@ -24,7 +23,6 @@ from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.optim import layer_depths  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES  # noqa: E402
-from semaim.pictures import read_scalars  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "mmdet_configs").glob("*.py"))
@@ -53,28 +51,9 @@ def coco(tmp_path_factory):
     return folder / "coco"
 
 
-def tool(name, *arguments):
-    """A command-line tool, run for real on the CPU."""
-    line = [str(ROOT / "tools" / name), *map(str, arguments)]
-    if name.endswith(".py"):
-        line.insert(0, sys.executable)
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
-
-
 def options(**more):
     """--cfg-options that make the scenes' detector small."""
-    return ["--cfg-options", *(f"{key}={value}" for key, value in {**SMALL, **more}.items())]
-
-
-def losses(folder):
-    """iteration -> training loss, all digits."""
-    return {line["iter"]: line["loss"] for line in read_scalars(folder)}
-
-
-def metrics(folder):
-    """What a run measured."""
-    return json.loads((Path(folder) / "results.json").read_text())["metrics"]
+    return flags({**SMALL, **more})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -84,7 +63,11 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     with torch.device("meta"):
         detector = MODELS.build(cfg.model)
     size = next((part for part in path.stem.split("_") if part in SIZES), "base")
-    if "scenes" in path.stem:
+    if "overfit" in path.stem:
+        size = "tiny"
+        assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 80
+        assert "classes" not in cfg.train_dataset.metainfo and cfg.train_dataset.ann_file == cfg.val_dataset.ann_file
+    elif "scenes" in path.stem:
         size = "tiny"
         assert tuple(cfg.train_dataset.metainfo.classes) == CLASSES == tuple(cfg.val_dataset.metainfo.classes)
     else:
@@ -95,14 +78,14 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert set(windows) == {0, cfg.model.backbone.window_size}
     assert detector.backbone.embed_dim == SIZES[size]["embed_dim"]
     epochs = re.search(r"_(\d+)ep", path.stem)
-    if not epochs and not {"huge", "1gpu", "scenes"} & set(path.stem.split("_")):
+    if not epochs and not {"huge", "1gpu", "scenes", "overfit"} & set(path.stem.split("_")):
         epochs = re.search(r"(\d+)", "100")
     if epochs:
         assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
     if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
         shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
-        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or "scenes" in path.stem
+        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size == "tiny"
 
 
 def test_the_main_config_is_vitdets_recipe():
@@ -121,6 +104,74 @@ def test_the_main_config_is_vitdets_recipe():
     assert roi.mask_head.num_convs == 4 and cfg.model.rpn_head.num_convs == 2
     large = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_large.py")
     assert large.model.backbone.drop_path_rate == 0.4 and large.optim_wrapper.paramwise_cfg.layer_decay == 0.8
+
+
+def test_the_older_recipe_trains_on_four_maps():
+    """The config of Li et al. 2021 with a small encoder."""
+    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py")
+    assert (cfg.base_lr, cfg.total_batch_size, cfg.optim_wrapper.paramwise_cfg.layer_decay) == (8e-5, 64, 1.0)
+    scaled = dense.in_steps(cfg.param_scheduler, 2)
+    assert scaled[1]["T_max"] == scaled[1]["end"] == 2 * 184375 and cfg.model.backbone.window_size == 16
+    small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
+    cfg.model.backbone.update(small)
+    cfg.model.neck[0].channels, cfg.model.neck[1].in_channels = 64, [64] * 4
+    cfg.model.data_preprocessor.batch_augments[0].size = (128, 128)
+    dense.enter(cfg)
+    torch.manual_seed(0)
+    detector = MODELS.build(Config(cfg.model.to_dict()))
+    levels = detector.extract_feat(torch.randn(1, 3, 128, 128))
+    assert [tuple(level.shape[1:]) for level in levels] == [(256, side, side) for side in (32, 16, 8, 4, 2)]
+    # Each level follows from the map of its own depth: the last block's weights move the coarser levels alone (an FPN
+    # passes down, so the finest sees all), the norm of the first map's branch only the finest.
+    grads = torch.autograd.grad(levels[3].sum(), detector.backbone.blocks[3].mlp.fc2.weight, retain_graph=True)[0]
+    assert grads.abs().sum() > 0
+    finest = torch.autograd.grad(levels[3].sum(), detector.neck[0][0][0].weight, allow_unused=True)[0]
+    assert finest is None
+
+
+def test_faster_coco_eval_gives_pycocotools_figures(coco):
+    """Random predictions around the true objects, of right and wrong classes, with a crowd among the objects."""
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed: tools/setup.sh --extras all")
+    from mmdet.registry import METRICS
+    from pycocotools import mask as rle
+
+    dense.enter(load_config(ROOT / SCENES))
+    file = coco / "annotations/instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    crowded = coco / "annotations/crowded.json"
+    crowded.write_text(json.dumps(content))
+    generator = np.random.default_rng(0)
+    found = {}
+    for name in ("CocoMetric", "FasterCocoMetric"):
+        metric = METRICS.build({"type": name, "ann_file": str(crowded), "metric": ["bbox", "segm"]})
+        metric.dataset_meta = {"classes": CLASSES}
+        found[name] = metric
+    api = found["CocoMetric"]._coco_api
+    categories = api.get_cat_ids(cat_names=CLASSES)
+    results = []
+    for image in content["images"]:
+        boxes, labels, masks = [], [], []
+        for record in (a for a in content["annotations"] if a["image_id"] == image["id"]):
+            for _ in range(4):
+                x, y, width, height = np.array(record["bbox"]) + generator.normal(0, 3, 4)
+                boxes.append([x, y, x + max(width, 1), y + max(height, 1)])
+                right = categories.index(record["category_id"])
+                labels.append(right if generator.random() < 0.8 else generator.integers(len(CLASSES)))
+                shifted = np.roll(api.annToMask(record), generator.integers(-3, 4, 2), (0, 1))
+                masks.append(rle.encode(np.asfortranarray(shifted)))
+        scores = generator.random(len(boxes))
+        prediction = {"img_id": image["id"], "bboxes": np.array(boxes).reshape(-1, 4), "labels": np.array(labels)}
+        results.append(({}, {**prediction, "scores": scores, "mask_scores": scores, "masks": masks}))
+    theirs, ours = (found[name].compute_metrics(results) for name in ("CocoMetric", "FasterCocoMetric"))
+    assert {name: theirs[name] for name in ours} == ours and 0.1 < ours["segm_mAP"] < 0.9
+    assert len(ours) == 12 and ours["bbox_mAP_s"] != ours["segm_mAP_s"]
+    assert not found["FasterCocoMetric"].compute_metrics(
+        [
+            ({}, {**r, "bboxes": r["bboxes"][:0], "labels": [], "scores": [], "masks": [], "mask_scores": []})
+            for _, r in results
+        ]
+    )
 
 
 def test_a_misspelt_key_is_named():
@@ -177,12 +228,14 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
     assert list(again) == [3, 4] and list(first) == [1, 2, 3, 4]
     assert all(again[step] == first[step] for step in again)
 
+    measured = results(whole)["metrics"]
+    assert "coco/segm_mAP" in measured
     for processes in (1, 2):
         out = tmp_path / f"test{processes}"
         arguments = [SCENES, whole / "latest.pth", processes, "--data-root", coco, "--work-dir", out]
         done = tool("dist_test.sh", *arguments, *options())
         assert done.returncode == 0, done.stderr[-3000:]
-        assert metrics(out) == pytest.approx(metrics(whole), abs=1e-6) and "coco/segm_mAP" in metrics(out)
+        assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6)
     # The checkpoint flows on: into another detector, and into the other tools.
     found = checkpoint.read(whole / "latest.pth")
     assert found.sizes["depth"] == 2 and "blocks.0.attn.rel_pos_h" in found.state
@@ -225,6 +278,9 @@ def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
     fails("annotations", root=broken(lambda content: content.update(annotations=[])))
     write_checkpoint({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "resnet.pth")
     fails("no ViT encoder in", weights=tmp_path / "resnet.pth")
+    segmentor = {f"backbone.{name}": tensor for name, tensor in read_checkpoint(pretrained)["model"].items()}
+    write_checkpoint({"model": {**segmentor, "decode_head.conv_seg.weight": torch.zeros(3)}}, tmp_path / "seg.pth")
+    fails("is a trained segmentor", weights=tmp_path / "seg.pth")
     fails("the model a ViT", weights=pretrained, **{"model.backbone.depth": 3})
     fails("fewer than one batch of 64", total_batch_size=64)
     done = tool("test.py", SCENES, pretrained, "--data-root", coco, "--work-dir", tmp_path / "out", *options())

@@ -1,15 +1,14 @@
 """Fine-tuning, linear probing, k-NN and the fast probe, through the command-line tools on the built-in scenes."""
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import flags, losses, one_line, results, tool
 
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
@@ -17,7 +16,6 @@ from semaim.engine.evaluation import check_evaluation, evaluate
 from semaim.engine.training import plan_run
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
-from semaim.pictures import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
@@ -25,19 +23,6 @@ ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0}
 CONFIG = "semaim/configs/{}/vit_tiny_scenes.py"
 
 
-def tool(name, *arguments, **environment):
-    """A command-line tool, run for real on the CPU."""
-    line = [str(ROOT / "tools" / name), *map(str, arguments)]
-    if name.endswith(".py"):
-        line.insert(0, sys.executable)
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
-
-
-def one_line(done, message):
-    """A failure as users see it."""
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def options(**more):
@@ -48,7 +33,7 @@ def options(**more):
         "images_per_gpu": 4,
         **more,
     }
-    return ["--cfg-options", *(f"{key}={value}" for key, value in changed.items())]
+    return flags(changed)
 
 
 def training(**more):
@@ -64,14 +49,6 @@ def training(**more):
     return options(**{**small, **more})
 
 
-def results(folder):
-    """What a stage wrote."""
-    return json.loads((Path(folder) / "results.json").read_text())
-
-
-def losses(folder):
-    """step -> training loss, all digits."""
-    return {line["iter"]: line["loss"] for line in read_scalars(folder) if "iter" in line and "loss" in line}
 
 
 @pytest.mark.parametrize("stage", ["finetune", "linear"])

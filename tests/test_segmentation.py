@@ -1,13 +1,11 @@
 """Segmentors: every config builds and is what it says; they train, resume and are measured through the tools."""
 
-import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from commands import flags, losses, results, tool
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
 
@@ -17,8 +15,8 @@ from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
+from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
-from semaim.pictures import read_scalars  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "mmseg_configs").glob("*.py"))
@@ -40,26 +38,9 @@ SMALL = {
 }
 
 
-def tool(name, *arguments):
-    """A command-line tool, run for real on the CPU."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    line = [str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
-
-
 def options(**more):
     """--cfg-options that make the scenes' segmentor small."""
-    return ["--cfg-options", *(f"{key}={value}" for key, value in {**SMALL, **more}.items())]
-
-
-def losses(folder):
-    """iteration -> training loss, all digits."""
-    return {line["iter"]: line["loss"] for line in read_scalars(folder)}
-
-
-def metrics(folder):
-    """What a run measured."""
-    return json.loads((Path(folder) / "results.json").read_text())["metrics"]
+    return flags({**SMALL, **more})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -69,7 +50,11 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     with torch.device("meta"):
         segmentor = MODELS.build(cfg.model)
     size = next((part for part in path.stem.split("_") if part in SIZES), "base")
-    if "scenes" in path.stem:
+    if "camvid" in path.stem:
+        size = "small"
+        assert len(cfg.train_dataset.metainfo.classes) == len(cfg.train_dataset.metainfo.palette) == 11
+        assert cfg.model.decode_head.num_classes == 11 == cfg.model.auxiliary_head.num_classes
+    elif "scenes" in path.stem:
         size = "tiny"
         names = tuple(cfg.train_dataset.metainfo.classes)
         assert names == (*CLASSES, "background") == tuple(cfg.val_dataset.metainfo.classes)
@@ -77,8 +62,35 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     else:
         assert cfg.train_cfg.max_iters == 160000 == cfg.param_scheduler[-1]["end"] and cfg.total_batch_size == 16
         assert cfg.model.decode_head.num_classes == 150
+        crop = int(next((part for part in path.stem.split("_") if part.isdigit()), 512))
+        assert cfg.model.backbone.img_size == crop and cfg.model.test_cfg.crop_size == (crop, crop)
+        crops = [step.crop_size for step in cfg.train_dataset.pipeline if step.type == "RandomCrop"]
+        assert crops == [(crop, crop)] == [cfg.model.data_preprocessor.size]
+        assert cfg.test_pipeline == cfg.val_dataset.pipeline and cfg.test_pipeline[1].scale == (4 * crop, crop)
     assert segmentor.backbone.embed_dim == SIZES[size]["embed_dim"] and len(segmentor.backbone.out_blocks) == 4
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
+
+
+def test_several_scales_and_flips_are_averaged():
+    """The images that the model sees are those asked for, and the mean of their probabilities decides."""
+    cfg = load_config(ROOT / "mmseg_configs/semaim_upernet_ms.py")
+    dense.enter(cfg)
+    assert cfg.tta and not load_config(ROOT / "mmseg_configs/semaim_upernet.py").get("tta")
+    dense.averaged(cfg)
+    scales, flips, load, pack = cfg.val_dataset.pipeline[1].transforms
+    assert [step.scale for step in scales] == [
+        (1024, 256),
+        (1536, 384),
+        (2048, 512),
+        (2560, 640),
+        (3072, 768),
+        (3584, 896),
+    ]
+    assert [step.prob for step in flips] == [0.0, 1.0] and all(step.keep_ratio for step in scales)
+    assert load[0].type == "LoadAnnotations" and load[0].reduce_zero_label and pack[0].type == "PackSegInputs"
+    assert cfg.model.type == "SegTTAModel" and cfg.model.module.type == "EncoderDecoder"
+    with pytest.raises(UserError, match="tta_ratios"):
+        dense.averaged(load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py"))
 
 
 def test_the_main_config_is_the_released_recipe():
@@ -116,4 +128,19 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     out = tmp_path / "test"
     done = tool("dist_test.sh", SCENES, whole / "latest.pth", 1, "--data-root", ade, "--work-dir", out, *options())
     assert done.returncode == 0, done.stderr[-3000:]
-    assert metrics(out) == pytest.approx(metrics(whole), abs=1e-6) and "mIoU" in metrics(out)
+    measured = results(whole)["metrics"]
+    assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6) and "mIoU" in measured
+
+    both = {}
+    for processes in (1, 2):
+        out = tmp_path / f"tta{processes}"
+        arguments = [SCENES, whole / "latest.pth", processes, "--tta", "--data-root", ade, "--work-dir", out]
+        done = tool("dist_test.sh", *arguments, *options())
+        assert done.returncode == 0, done.stderr[-3000:]
+        both[processes] = results(out)["metrics"]
+    assert both[1] == pytest.approx(both[2], abs=1e-6) and both[1].keys() == measured.keys()
+    assert both[1] != measured
+
+    # A trained segmentor is no pretrained encoder of a detector, nor one of its config's segmentors.
+    done = tool("test.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", whole / "latest.pth")
+    assert done.returncode == 2 and "does not fit this config" in done.stderr

@@ -79,6 +79,16 @@ def test_without_bias_and_scale_it_is_the_plain_encoder():
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_images_of_no_whole_number_of_patches_are_stretched():
+    model = random_weights(SegmentationViT(img_size=32, **SMALL))
+    images = torch.randn(1, 3, 30, 41)
+    with torch.no_grad():
+        found = model(images)
+        stretched = torch.nn.functional.interpolate(images, (32, 48), mode="bilinear", align_corners=False)
+        expected = model(stretched)
+    assert found[0].shape == (1, 32, 4, 6) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_tables_are_resized_for_other_grids():
     table = torch.randn(7 * 7 + 3, 2)
     assert resize_bias(table, (4, 4), (4, 4)) is table

@@ -1,7 +1,6 @@
 """The command-line tools, run for real, and the pictures they make."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import one_line, tool
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,17 +21,6 @@ from semaim.pictures import draw_orders, reconstruct
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tool(name, *arguments):
-    """A Python tool, run for real on the CPU."""
-    line = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
-
-
-def one_line(done, message):
-    """A failure as users see it."""
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tools").glob("*.*"))])

@@ -9,7 +9,7 @@ from mmengine.config import DictAction
 
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
-from semaim.errors import run
+from semaim.errors import UserError, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
     parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
     parser.add_argument(
         "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
@@ -39,7 +40,10 @@ def main() -> int:
         from semaim.engine.dense import check_test as check
         from semaim.engine.dense import set_data_root
         from semaim.engine.dense import test_dense as work
+        cfg.tta = args.tta or cfg.get("tta", False)
     else:
+        if args.tta:
+            raise UserError("--tta is for segmentors")
         from semaim.engine.evaluation import check_evaluation as check
         from semaim.engine.evaluation import evaluate as work
         from semaim.engine.training import set_data_root

@@ -28,5 +28,6 @@ val_dataset = dict(
     test_mode=True,
     pipeline=test_pipeline,
 )
+tta_ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 del crop_size

@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers the ViTDet backbone, its pyramid and their norm in mmdet's registry."""
+"""Our part in mmdet: importing this registers the ViTDet backbone, necks, norm and metric in mmdet's registries."""
 
 from semaim import compat
 
@@ -7,11 +7,14 @@ compat.install()  # before mmdet, which imports mmcv's operators
 import mmdet.datasets  # noqa: E402, F401  registers what configs name
 import mmdet.evaluation  # noqa: E402, F401
 import mmdet.models  # noqa: E402, F401
-from mmdet.registry import MODELS  # noqa: E402
+from mmdet.registry import METRICS, MODELS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
-from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet  # noqa: E402
+from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
+from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
 
 MODELS.register_module(module=ViTDet)
 MODELS.register_module(module=SimpleFeaturePyramid)
+MODELS.register_module(module=MapScales)
+METRICS.register_module(module=FasterCocoMetric)
 MODELS.register_module(name="LN2d", module=LayerNorm2d)

@@ -29,6 +29,9 @@ from semaim.errors import UserError
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
 
+#: Heads by scope: a file that holds the other task's is no pretrained encoder.
+HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
+
 #: What no pretrained encoder has.
 NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 
@@ -89,8 +92,21 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     train, _ = build_data(cfg)
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained"):
-        checkpoint.load(build(cfg.model, MODELS, "model").backbone, cfg.pretrained, NEW_IN_BACKBONES)
+        load_encoder(build(cfg.model, MODELS, "model").backbone, cfg)
     return plan
+
+
+def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
+    """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
+    report = checkpoint.load(backbone, cfg.pretrained, NEW_IN_BACKBONES)
+    for scope, heads in HEADS.items():
+        if scope != cfg.default_scope and any(name.startswith(heads) for name in report.unexpected):
+            task = "detector" if scope == "mmdet" else "segmentor"
+            raise UserError(
+                f"{cfg.pretrained} is a trained {task}, whose encoder computes with more than this one has: start from"
+                " the pretrained checkpoint it was made of"
+            )
+    return report
 
 
 def build(config: dict, registry, what: str):
@@ -132,6 +148,20 @@ def validation(cfg: Config, split: str) -> dict:
     return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
 
 
+def averaged(cfg: Config) -> None:
+    """Change the config so that predictions are averaged over `tta_ratios` times the scale, each also flipped."""
+    if "tta_ratios" not in cfg:
+        raise UserError("--tta: this config has no tta_ratios; segmentors' have")
+    steps = [dict(step) for step in cfg.val_dataset.pipeline]
+    place = next(index for index, step in enumerate(steps) if step["type"] == "Resize")
+    scale = steps[place]["scale"]
+    scales = [{**steps[place], "scale": tuple(int(side * ratio) for side in scale)} for ratio in cfg.tta_ratios]
+    flips = [{"type": "RandomFlip", "prob": prob, "direction": "horizontal"} for prob in (0.0, 1.0)]
+    then = [[step] for step in steps[place + 1 :]]
+    cfg.val_dataset.pipeline = [*steps[:place], {"type": "TestTimeAug", "transforms": [scales, flips, *then]}]
+    cfg.model = {"type": "SegTTAModel", "module": cfg.model}
+
+
 def runner_of(cfg: Config, world: int, **parts) -> SeededRunner:
     """The runner of a training or a test."""
     return SeededRunner(
@@ -153,7 +183,7 @@ def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
     """Schedules in optimizer steps -> in iterations."""
     scaled = []
     for scheduler in schedulers:
-        changed = {key: scheduler[key] * accumulation for key in ("begin", "end") if key in scheduler}
+        changed = {key: scheduler[key] * accumulation for key in ("begin", "end", "T_max") if key in scheduler}
         if "milestones" in scheduler:
             changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
         scaled.append({**scheduler, **changed})
@@ -190,7 +220,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
     if resume_from is None and cfg.get("pretrained"):
-        log(str(checkpoint.load(model.backbone, cfg.pretrained, NEW_IN_BACKBONES)))
+        log(str(load_encoder(model.backbone, cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
     runner.train()
@@ -208,6 +238,8 @@ def check_test(cfg: Config, weights: str | None) -> None:
         raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
     enter(cfg)
     load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
+    if cfg.get("tta"):
+        averaged(Config(cfg.to_dict()))
     build_data(cfg)
 
 
@@ -216,10 +248,16 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     world = join()
     enter(cfg)
     train, val = build_data(cfg)
+    if cfg.get("tta"):
+        averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))
-    load_whole(getattr(runner.model, "module", runner.model), weights, runner.logger.info)
+    model = runner.model
+    while hasattr(model, "module"):  # of other processes, and of several predictions
+        model = model.module
+    load_whole(model, weights, runner.logger.info)
     metrics = runner.test()
-    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage="test")
+    stage = "test, several scales and flipped" if cfg.get("tta") else "test"
+    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
     return metrics
 
 

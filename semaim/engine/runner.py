@@ -54,7 +54,8 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the main process ends the workers
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Resumable:

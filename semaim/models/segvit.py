@@ -93,7 +93,10 @@ class SegmentationBlock(Block):
 
 
 class SegmentationViT(VisionTransformer):
-    """The plain ViT giving the maps of several blocks; no final norm. Images of any size run, oblong ones too.
+    """The plain ViT giving the maps of several blocks; no final norm.
+
+    Images of any size run, oblong ones too: one whose sides are no whole number of patches is stretched to the next
+    that are, so that the maps, and what is predicted on them, cover it exactly.
 
     Args:
         size: of `VisionTransformer`.
@@ -132,6 +135,10 @@ class SegmentationViT(VisionTransformer):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""
+        size = images.shape[-2:]
+        sides = [math.ceil(side / patch) * patch for side, patch in zip(size, self.patch_size, strict=True)]
+        if sides != list(size):
+            images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
         grid = self.grid_of(images.shape[-2:])
         tokens, maps = self.embed(images), []
         for index, block in enumerate(self.blocks):

@@ -142,6 +142,7 @@ class ViTDet(VisionTransformer):
         window_size: side of the windows in patches.
         global_blocks: indices of the blocks that see the whole map; None for the last of each quarter.
         rel_pos: add decomposed relative positions, zero at the start.
+        out_blocks: indices of the blocks whose maps are given; None for the last one's alone.
         **encoder: of `VisionTransformer`.
     """
 
@@ -153,6 +154,7 @@ class ViTDet(VisionTransformer):
         window_size: int = 14,
         global_blocks: tuple[int, ...] | None = None,
         rel_pos: bool = True,
+        out_blocks: tuple[int, ...] | None = None,
         **encoder,
     ):
         super().__init__(size, pretrain_img_size, **encoder)
@@ -160,11 +162,13 @@ class ViTDet(VisionTransformer):
         self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].detach().clone())
         if global_blocks is None:  # of 12 blocks 2, 5, 8, 11
             global_blocks = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})
-        if wrong := [index for index in global_blocks if not 0 <= index < self.depth]:
-            raise ValueError(f"global_blocks {wrong}: there are blocks 0 to {self.depth - 1}")
+        for name, chosen in (("global_blocks", global_blocks), ("out_blocks", out_blocks or ())):
+            if wrong := [index for index in chosen if not 0 <= index < self.depth]:
+                raise ValueError(f"{name} {wrong}: there are blocks 0 to {self.depth - 1}")
         if window_size < 1:
             raise ValueError(f"window_size {window_size}: name all blocks in global_blocks for no windows")
         self.global_blocks, self.window_size = tuple(global_blocks), window_size
+        self.out_blocks = out_blocks and tuple(out_blocks)
         whole = self.grid_of(to_2tuple(img_size))
         for index, block in enumerate(self.blocks):
             window, table = (0, whole) if index in self.global_blocks else (window_size, to_2tuple(window_size))
@@ -185,12 +189,14 @@ class ViTDet(VisionTransformer):
         grid = self.grid_of(images.shape[-2:])
         return (self.patch_embed(images) + self.positions(grid)).unflatten(1, grid)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width), normalised -> the last block's map (B, D, H, W)."""
-        maps = self.embed(images)
-        for block in self.blocks:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images (B, 3, height, width), normalised -> the last block's map (B, D, H, W), or those of `out_blocks`."""
+        maps, outs = self.embed(images), []
+        for index, block in enumerate(self.blocks):
             maps = block(maps)
-        return maps.permute(0, 3, 1, 2)
+            if index in (self.out_blocks or ()):
+                outs.append(maps.permute(0, 3, 1, 2))
+        return tuple(outs) if self.out_blocks else maps.permute(0, 3, 1, 2)
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -242,6 +248,23 @@ class SimpleFeaturePyramid(nn.Module):
         if self.extra_level:
             levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return tuple(levels)
+
+
+class MapScales(nn.ModuleList):
+    """Maps of one stride -> 4, 2, 1 and 1/2 times their size, channels kept: what an ordinary FPN starts from.
+
+    Source: Li et al., Benchmarking Detection Transfer Learning with Vision Transformers (2021), whose code is not
+    public; the layers are those of hustvl/MIMDet, which meets its results.
+    """
+
+    def __init__(self, channels: int = 768):
+        up = [nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(3)]
+        finest = nn.Sequential(up[0], nn.GroupNorm(32, channels), nn.GELU(), up[1])
+        super().__init__([finest, up[2], nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Four maps (B, channels, H, W) -> (B, channels, scale * H, scale * W) each, finest first."""
+        return tuple(resample(one) for resample, one in zip(self, maps, strict=True))
 
 
 def level(in_channels: int, out_channels: int, scale: float) -> nn.Sequential:

@@ -1,0 +1,24 @@
+"""The recipe before ViTDet's (Li et al. 2021, as hustvl/MIMDet has it): the paper's MAE baseline, 50.3 / 44.9, is its.
+
+An ordinary FPN on the maps after blocks 2, 5, 8, 11, windows of 16, SyncBN, one learning rate for all layers, cosine.
+Here relative positions are ViTDet's decomposed ones, a table per block; there full tables, shared by blocks of a kind.
+"""
+
+_base_ = "semaim_mask_rcnn.py"
+
+norm = dict(type="SyncBN", requires_grad=True)
+model = dict(
+    backbone=dict(window_size=16, out_blocks=(2, 5, 8, 11)),
+    neck=[
+        dict(type="MapScales", channels=768),
+        dict(type="FPN", in_channels=[768] * 4, out_channels=256, num_outs=5, norm_cfg=norm),
+    ],
+    roi_head=dict(bbox_head=dict(norm_cfg=norm), mask_head=dict(norm_cfg=norm)),
+)
+base_lr = 8e-5
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay=1.0))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=461),  # a quarter of an epoch
+    dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=184375, T_max=184375, eta_min=0.0),
+]
+del norm

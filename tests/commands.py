@@ -1,0 +1,41 @@
+"""The command-line tools, run for real, and what their runs leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from semaim.pictures import read_scalars
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tool(name, *arguments, **environment):
+    """A tool's whole run, on the CPU."""
+    line = [str(ROOT / "tools" / name), *map(str, arguments)]
+    if name.endswith(".py"):
+        line.insert(0, sys.executable)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(line, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+
+
+def one_line(done, message):
+    """A failure as users see it."""
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def flags(changed):
+    """Changes of a config as --cfg-options."""
+    return ["--cfg-options", *(f"{key}={value}" for key, value in changed.items())]
+
+
+def results(folder):
+    """What a run measured, and on what."""
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def losses(folder):
+    """step -> training loss, all digits."""
+    return {line["iter"]: line["loss"] for line in read_scalars(folder) if "iter" in line and "loss" in line}

@@ -50,6 +50,19 @@ def join() -> int:
     return torch.distributed.get_world_size()
 
 
+def leave() -> None:
+    """End the group, once all processes are here.
+
+    One that is gone may take with it what another has yet to receive; one that exits with its group open may abort in
+    gloo's threads. So all say in the store, which no process holds up, that they are through.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if store.add("semaim/through", 1) == torch.distributed.get_world_size():
+        store.set("semaim/all_through", "")
+    store.wait(["semaim/all_through"])
+    torch.distributed.destroy_process_group()
+
+
 def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: int | str) -> int:
     """Run a tool's work in as many processes as asked for; returns the exit status.
 
@@ -76,8 +89,8 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
             return 1  # another process stopped, and has said why
         raise
-    if world > 1 and torch.distributed.get_backend() == "nccl":
-        torch.distributed.destroy_process_group()  # NCCL warns without; gloo's threads end with the process
+    if world > 1:
+        leave()
     return 0
 
 

@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import flags, losses, results, tool
+from PIL import Image
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
 
@@ -144,3 +146,78 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     # A trained segmentor is no pretrained encoder of a detector, nor one of its config's segmentors.
     done = tool("test.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", whole / "latest.pth")
     assert done.returncode == 2 and "does not fit this config" in done.stderr
+
+
+def test_bad_input_is_one_line_before_training(tmp_path):
+    write_scenes(tmp_path / "scenes", 10, 32, seed=0)
+    good = tmp_path / "scenes/ade"
+    first = sorted(path.stem for path in (good / "images/training").iterdir())[0]
+    label, image = f"annotations/training/{first}.png", f"images/training/{first}.jpg"
+
+    def fails(message, change, weights=None, **more):
+        root = tmp_path / "broken"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(good, root)
+        change(root)
+        cfg = load_config(ROOT / SCENES, {**SMALL, "model.decode_head.in_channels": [32] * 4, **more})
+        dense.set_data_root(cfg, str(root))
+        cfg.pretrained = weights and str(weights)
+        with pytest.raises(UserError, match=message) as error:
+            dense.plan_dense(cfg, 1)
+        assert "\n" not in str(error.value)
+
+    def paint(convert):
+        def change(root):
+            convert(Image.open(root / label)).save(root / label)
+
+        return change
+
+    def value(label_map, number):
+        pixels = np.array(label_map)
+        pixels[0, 0] = number
+        return Image.fromarray(pixels)
+
+    def emptied(root):
+        for path in (root / "images/validation").iterdir():
+            path.unlink()
+
+    fails(f"{first}.jpg has no label map", lambda root: (root / label).unlink())
+    fails(
+        "holds the value 22; of 21 classes, with reduce_zero_label=True, the largest is 21",
+        paint(lambda m: value(m, 22)),
+    )
+    fails("not one channel .*mode RGB", paint(lambda m: m.convert("RGB")))
+    fails(f"differ in size: {first}.png: 16 x 16, its image 32 x 32", paint(lambda m: m.resize((16, 16))))
+    fails("broken image", lambda root: (root / image).write_bytes(b"no picture"))
+    fails("val_dataset: no images", emptied)
+    fails("no such file", lambda root: shutil.rmtree(root / "images/training"))
+    fails("fewer than one batch", lambda root: None, total_batch_size=64)
+    encoder = VisionTransformer(embed_dim=32, depth=4, num_heads=2, img_size=32, patch_size=8).state_dict()
+    detector = {f"backbone.{name}": tensor for name, tensor in encoder.items()}
+    write_checkpoint({"model": {**detector, "rpn_head.rpn_cls.weight": torch.zeros(3)}}, tmp_path / "detector.pth")
+    fails("is a trained detector", lambda root: None, weights=tmp_path / "detector.pth")
+    # 255 is ignored in every set, and a palette's numbers are classes as they are.
+    cfg = load_config(ROOT / SCENES, SMALL)
+    palette = Image.open(good / label).convert("P")
+    palette.putpalette([3, 5, 7] * 256)
+    value(palette, 255).save(good / label)
+    dense.set_data_root(cfg, str(good))
+    assert dense.plan_dense(cfg, 2).images == 2
+
+
+def test_slide_inference_is_the_mean_over_windows():
+    cfg = load_config(ROOT / SCENES, {**SMALL, "model.decode_head.in_channels": [32] * 4})
+    cfg.model.test_cfg = {"mode": "slide", "crop_size": (64, 64), "stride": (43, 43)}
+    dense.enter(cfg)
+    torch.manual_seed(0)
+    segmentor = MODELS.build(cfg.model).eval()
+    images = torch.randn(1, 3, 70, 130)
+    total, count = torch.zeros(1, 21, 70, 130), torch.zeros(70, 130)
+    with torch.no_grad():
+        for top in (0, 6):  # the last window of each axis is moved back into the image
+            for left in (0, 43, 66):
+                window = images[:, :, top : top + 64, left : left + 64]
+                total[:, :, top : top + 64, left : left + 64] += segmentor.encode_decode(window, [{}])
+                count[top : top + 64, left : left + 64] += 1
+        found = segmentor.slide_inference(images, [{"ori_shape": (70, 130), "img_shape": (70, 130)}])
+    torch.testing.assert_close(found, total / count, atol=1e-5, rtol=1e-5)

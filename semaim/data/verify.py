@@ -97,16 +97,17 @@ def _parallel(check: Callable, tasks: list, workers: int, progress: bool, title:
     return done
 
 
-def _image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as a loader sees it, which turns by EXIF; decodes all of the file, raising what Pillow raises."""
+def _image_size(path: Path, whole: bool = True) -> tuple[int, int]:
+    """(width, height) as a loader sees it, which turns by EXIF; decodes the whole file, raising what Pillow raises."""
     with Image.open(path) as image:
         try:
             turned = image.getexif().get(ORIENTATION) in TURNED
         except Exception:  # damaged EXIF, which loaders pass over
             turned = False
         size = image.size[::-1] if turned else image.size
-        image.draft(None, (1, 1))  # a JPEG is still read to its end, but an eighth of its width is made
-        image.load()
+        if whole:
+            image.draft(None, (1, 1))  # a JPEG is still read to its end, but an eighth of its width is made
+            image.load()
     return size
 
 
@@ -399,11 +400,11 @@ def _runs(counts: object) -> np.ndarray:
 # ADE20K
 
 
-def _check_pair(pair: tuple[Path, Path]) -> tuple[Note | None, dict[int, int]]:
-    """What is wrong with an image and its label map, and the pixels of each value."""
+def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
+    """What is wrong with an image, of which all or only the head is read, and its label map; the pixels per value."""
     image, label = pair
     try:
-        size = _image_size(image)
+        size = _image_size(image, whole)
     except Exception as error:
         return ("broken image", f"{image.name}: {error}"), {}
     try:
@@ -418,6 +419,34 @@ def _check_pair(pair: tuple[Path, Path]) -> tuple[Note | None, dict[int, int]]:
         return ("label map and image differ in size", text), {}
     counts = np.bincount(values.ravel())
     return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def check_pairs(pairs: list[tuple[StrPath, StrPath]], classes: int, reduce_zero_label: bool) -> None:
+    """Raise `UserError` for what would break a training, or silently spoil it: every label map is decoded.
+
+    Args:
+        pairs: (image, label map) files.
+        classes, reduce_zero_label: of `verify_ade20k`.
+    """
+    last = classes if reduce_zero_label else classes - 1
+
+    def fault(pair: tuple[StrPath, StrPath]) -> str | None:
+        image, label = map(Path, pair)
+        if not label.is_file():
+            return f"{image} has no label map {label}"
+        note, found = _check_pair((image, label), whole=False)
+        if note:
+            return f"{label.parent}: {note[0]}: {note[1]}"
+        beyond = [value for value in found if value > last and value != IGNORED]
+        if beyond:
+            text = f"{label} holds the value {beyond[0]}; of {classes} classes, with reduce_zero_label="
+            return f"{text}{reduce_zero_label}, the largest is {last}"
+        return None
+
+    faults = [text for text in _parallel(fault, pairs, min(32, os.cpu_count() or 1), True, "label maps") if text]
+    if faults:
+        more = f"{len(faults)} of {len(pairs)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
+        raise UserError(f"{faults[0]} ({more})")
 
 
 def verify_ade20k(

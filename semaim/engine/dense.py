@@ -19,7 +19,7 @@ import semaim.engine.optim  # noqa: F401
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file
+from semaim.data.verify import check_coco_file, check_pairs
 from semaim.engine.launcher import join
 from semaim.engine.results import write_results
 from semaim.engine.runner import SeededRunner, endless_loader
@@ -85,11 +85,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
-    for split in (cfg.train_dataset, cfg.val_dataset):
-        if split.type == "CocoDataset":  # what would end the training later, or silently spoil it
-            root = Path(split.data_root)
-            check_coco_file(root / split.ann_file, root / split.data_prefix["img"])
-    train, _ = build_data(cfg)
+    train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained"):
         load_encoder(build(cfg.model, MODELS, "model").backbone, cfg)
@@ -114,20 +110,40 @@ def build(config: dict, registry, what: str):
     try:
         return registry.build(config)
     except (TypeError, KeyError, ValueError, AssertionError) as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: {told or 'an assertion of its code does not hold: look at its sizes'}") from None
     except FileNotFoundError as error:
         raise UserError(
             f"{what}: no such file: {error.filename or error} (name the data with --data-root DIR)"
         ) from None
 
 
-def build_data(cfg: Config) -> tuple[Dataset, Dataset]:
+def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
+    """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
+    for split in splits:
+        if cfg[split].type == "CocoDataset":
+            root = Path(cfg[split].data_root)
+            check_coco_file(root / cfg[split].ann_file, root / cfg[split].data_prefix["img"])
+    sets = build_data(cfg, splits)
+    for images in sets:
+        if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
+            infos = [images.get_data_info(index) for index in range(len(images))]
+            pairs = [(info["img_path"], info["seg_map_path"]) for info in infos]
+            check_pairs(pairs, len(images.metainfo["classes"]), images.reduce_zero_label)
+    return sets
+
+
+def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
     """Training and validation images."""
     sets = []
-    for split in ("train_dataset", "val_dataset"):
-        images = build(cfg[split], DATASETS, split)
+    for split in splits:
+        empty = UserError(f"{split}: no images with annotations in {cfg[split].data_root}")
+        try:
+            images = build(cfg[split], DATASETS, split)
+        except UserError as error:
+            raise empty if "need at least one array" in str(error) else error from None  # mmengine packs none
         if not len(images):
-            raise UserError(f"{split}: no images with annotations in {cfg[split].data_root}")
+            raise empty
         sets.append(images)
     return tuple(sets)
 
@@ -240,7 +256,7 @@ def check_test(cfg: Config, weights: str | None) -> None:
     load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
-    build_data(cfg)
+    check_data(cfg, ("val_dataset",))
 
 
 def test_dense(cfg: Config, weights: str) -> dict[str, float]:

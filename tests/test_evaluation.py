@@ -84,6 +84,11 @@ def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretr
     assert again and again == {step: loss for step, loss in losses(whole).items() if step in again}
     assert max(again) == max(losses(whole)) and min(again) > 1
     assert results(parts)["metrics"] == results(whole)["metrics"]
+    # Cut in its last validation, it does that.
+    (parts / "results.json").unlink()
+    done = tool("train.py", config, *places, "--work-dir", parts, "--resume", *training(**mixes))
+    assert done.returncode == 0, done.stderr
+    assert results(parts)["metrics"] == results(whole)["metrics"] and losses(parts) == again
 
     # Measured by the other tool, on one process and on two (of 10 images: both have their own).
     for processes in (1, 2):

@@ -1,5 +1,6 @@
 """Segmentors: every config builds and is what it says; they train, resume and are measured through the tools."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from commands import flags, losses, results, tool
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
 
@@ -133,6 +135,11 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     measured = results(whole)["metrics"]
     assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6) and "mIoU" in measured
 
+    (parts / "results.json").unlink()  # cut in its last validation, a run does that when it is resumed
+    done = tool("train.py", SCENES, *places, "--work-dir", parts, "--resume", *options())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(parts)["metrics"] == pytest.approx(measured, abs=1e-6) and losses(parts) == again
+
     both = {}
     for processes in (1, 2):
         out = tmp_path / f"tta{processes}"
@@ -142,6 +149,13 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
         both[processes] = results(out)["metrics"]
     assert both[1] == pytest.approx(both[2], abs=1e-6) and both[1].keys() == measured.keys()
     assert both[1] != measured
+
+    image = next((ade / "images/validation").iterdir())
+    done = tool("predict.py", SCENES, whole / "latest.pth", image, "--out", tmp_path / "seen", *options())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "seen/predictions.json").read_text())
+    assert (tmp_path / f"seen/{image.stem}.png").is_file() and all(1 <= one["category_id"] <= 21 for one in found)
+    assert sum(int(coco_mask.area(one["segmentation"])) for one in found) == 64 * 64  # every pixel is of one class
 
     # A trained segmentor is no pretrained encoder of a detector, nor one of its config's segmentors.
     done = tool("test.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", whole / "latest.pth")
@@ -212,12 +226,13 @@ def test_slide_inference_is_the_mean_over_windows():
     torch.manual_seed(0)
     segmentor = MODELS.build(cfg.model).eval()
     images = torch.randn(1, 3, 70, 130)
+    metas = [{"img_shape": (64, 64)}]
     total, count = torch.zeros(1, 21, 70, 130), torch.zeros(70, 130)
     with torch.no_grad():
         for top in (0, 6):  # the last window of each axis is moved back into the image
             for left in (0, 43, 66):
                 window = images[:, :, top : top + 64, left : left + 64]
-                total[:, :, top : top + 64, left : left + 64] += segmentor.encode_decode(window, [{}])
+                total[:, :, top : top + 64, left : left + 64] += segmentor.encode_decode(window, metas)
                 count[top : top + 64, left : left + 64] += 1
         found = segmentor.slide_inference(images, [{"ori_shape": (70, 130), "img_shape": (70, 130)}])
     torch.testing.assert_close(found, total / count, atol=1e-5, rtol=1e-5)

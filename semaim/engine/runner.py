@@ -54,8 +54,7 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the main process ends the workers
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
 
 
 class Resumable:
@@ -128,8 +127,12 @@ class ResumableLoop(Resumable, EpochBasedTrainLoop):
     """Epochs."""
 
     def work(self) -> torch.nn.Module:
-        """mmengine's loop over epochs, with validation."""
-        return EpochBasedTrainLoop.run(self)
+        """mmengine's loop over epochs, with validation; of a run that was cut in its last validation, that."""
+        cut = self._epoch >= self.max_epochs
+        model = EpochBasedTrainLoop.run(self)
+        if cut and self.runner.val_loop:
+            self.runner.val_loop.run()
+        return model
 
     def run_epoch(self) -> None:
         """One epoch, from where the run stands in it."""
@@ -173,7 +176,7 @@ class ResumableIterations(Resumable, BaseLoop):
         return self._iter
 
     def work(self) -> torch.nn.Module:
-        """Train and validate."""
+        """Train and validate; of a run that was cut in its last validation, do that."""
         runner = self.runner
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")  # as mmengine: the whole run is one long epoch to the hooks
@@ -185,6 +188,8 @@ class ResumableIterations(Resumable, BaseLoop):
             if runner.val_loop and (self._iter % self.val_interval == 0 or self._iter == self.max_iters):
                 self.share_buffers()
                 runner.val_loop.run()
+        if batches is None and runner.val_loop:
+            runner.val_loop.run()
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model

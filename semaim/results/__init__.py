@@ -1,0 +1,82 @@
+"""Published figures as data, and the table of ours beside them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+STATUSES = ("read", "derived", "remembered", "unknown")  #: what each means stands at the head of published.yaml
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure. None: not stated, or, as `value`, not known.
+
+    Args:
+        value: percent, points for gains; the lower end where `value_to` closes a range.
+        status: one of `STATUSES`.
+        source: where it was read.
+        notes: what is to be printed wherever the figure is.
+    """
+
+    method: str
+    backbone: str
+    pretrain_epochs: int | None
+    task: str
+    data: str
+    metric: str
+    recipe: str | None
+    value: float | None
+    status: str
+    source: str
+    value_to: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published figure was trained, and the backbones of our configs that follow it, by file name."""
+
+    name: str
+    task: str
+    configs: dict[str, str]
+    epochs: int | None = None
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How many images the whole data set has: `train_images` holds the numbers that count as all of it."""
+
+    name: str
+    train_images: tuple[int, ...]
+    val_images: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that is known of what others measured."""
+
+    figures: list[Published] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by config file
+    datasets: dict[str, Dataset] = field(default_factory=dict)  # by task
+
+
+def load_published() -> Catalogue:
+    """Read `published.yaml`; sources and notes are put in their full words."""
+    text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
+    figures = []
+    for group in raw["groups"]:
+        shared = {key: value for key, value in group.items() if key != "figures"}
+        for entry in group["figures"]:
+            entry = {**shared, **entry}
+            notes = tuple(raw["notes"][name] for name in entry.get("notes", ()))
+            figures.append(Published(**{**entry, "source": raw["sources"][entry["source"]], "notes": notes}))
+    recipes = [Recipe(**recipe) for recipe in raw["recipes"]]
+    sizes = {name: Dataset(name, tuple(n["train_images"]), n["val_images"]) for name, n in raw["datasets"].items()}
+    return Catalogue(
+        figures,
+        {config: recipe for recipe in recipes for config in recipe.configs},
+        {group["task"]: sizes[group["data"]] for group in raw["groups"]},
+    )

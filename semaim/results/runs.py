@@ -1,0 +1,196 @@
+"""Our own figures: `results.json` files -> runs, and what keeps each from being compared with published figures."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from semaim.errors import UserError
+from semaim.results import Catalogue, Recipe
+
+#: Reported metrics: name in results.json -> task (None: by its config), name in the table, factor to percent.
+METRICS = {
+    "top1": (None, "top-1", 1),
+    "top5": (None, "top-5", 1),
+    "probe_top1": ("fast linear probe", "top-1", 1),
+    "coco/bbox_mAP": ("detection", "AP box", 100),
+    "coco/segm_mAP": ("detection", "AP mask", 100),
+    "mIoU": ("segmentation", "mIoU", 1),
+    "mAcc": ("segmentation", "mAcc", 1),
+    "aAcc": ("segmentation", "aAcc", 1),
+} | {f"knn{k}_top1": ("k-NN", f"top-1, k = {k}", 1) for k in (5, 10, 20, 30, 50)}
+UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training; nothing is published of them
+
+#: Keys of results.json by what they may hold. All may be missing but `metrics`.
+NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed")
+STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
+
+#: Changed options that leave the figure what it is.
+HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
+
+#: Words in the name of a checkpoint's file or folder that tell its method, the more special first.
+NAMED_AFTER = (
+    ({"semaim", "clip"}, "SemAIM*"),
+    ({"semaim", "dino"}, "SemAIM, DINO features"),
+    ({"semaim", "ema"}, "SemAIM, EMA features"),
+    ({"semaim"}, "SemAIM"),
+    ({"saim"}, "SAIM"),
+    ({"raster"}, "raster order"),
+    ({"mae"}, "MAE"),
+)
+SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "huge": "ViT-H"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One metric, in percent, of one results.json; `raw` is the whole file, `recipe` what its config follows."""
+
+    method: str
+    backbone: str | None
+    task: str
+    metric: str
+    value: float
+    recipe: Recipe | None
+    folder: str
+    raw: dict
+
+    @property
+    def config(self) -> str:
+        """The config's file name, or nothing."""
+        return Path(self.raw.get("config") or "").name
+
+    @property
+    def length(self) -> tuple[str, float] | None:
+        """("epochs" or "iterations", how many) it was trained for, where that is recorded."""
+        names = ("iterations", "epochs") if self.recipe and self.recipe.iterations else ("epochs", "iterations")
+        return next(((name, self.raw[name]) for name in names if self.raw.get(name) is not None), None)
+
+    @property
+    def changes(self) -> str:
+        """Options that differ from the config's, where they may change the figure."""
+        options = self.raw.get("cfg_options") or {}
+        return ", ".join(f"{key}={value}" for key, value in options.items() if not HARMLESS.fullmatch(key))
+
+    @property
+    def identified(self) -> bool:
+        """Whether the file tells which weights were measured, by more than their path."""
+        names = ("method", "pretrain_epochs", "pretrain_images")
+        trained = self.task in UNTRAINED or self.length is not None
+        return trained and all(self.raw.get(name) is not None for name in names)
+
+
+def find_results(folders: Iterable[str | Path]) -> list[Path]:
+    """All results.json in the folders, however deep, each once."""
+    found = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"no such folder: {folder}")
+        files = sorted(folder.rglob("results.json"))
+        if not files:
+            raise UserError(f"no results.json in {folder}: runs that measure something write it to their work folder")
+        for path in files:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
+    """What one file measured: a run for each metric that the table reports."""
+    raw = read_results(path)
+    recipe = catalogue.recipes.get(Path(raw.get("config") or "").name)
+    names = [name for name in METRICS if name in raw["metrics"]]
+    if "knn20_top1" in names:  # of the numbers of neighbours, the usual one
+        names = [name for name in names if not name.startswith("knn") or name == "knn20_top1"]
+    runs = []
+    for name in names:
+        task, metric, factor = METRICS[name]
+        task = task or raw.get("task") or (recipe.task if recipe else "classification")
+        value = factor * float(raw["metrics"][name])
+        if task == "detection" and value < 0:  # COCO's -1: there was nothing to find
+            continue
+        follows = recipe if recipe and recipe.task == task else None
+        runs.append(Run(method_of(raw), backbone_of(raw, recipe), task, metric, value, follows, str(path.parent), raw))
+    return runs
+
+
+def read_results(path: Path) -> dict:
+    """The content of a results.json; `UserError` where it is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:  # of JSON or of its encoding
+        raise UserError(f"{path} is broken: {error}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
+        raise UserError(f"{path} is none of our results: it has no metrics")
+    kinds = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(STRINGS, str) | {"cfg_options": dict}
+    values = [(name, raw[name], kind) for name, kind in kinds.items() if raw.get(name) is not None]
+    values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
+    for name, value, kind in values:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{path} is broken: {name} is {value!r}")
+    return raw
+
+
+def words_of(*names: str) -> set[str]:
+    """The words that file names are made of."""
+    return set(re.split(r"[^a-z0-9]+", " ".join(names).lower()))
+
+
+def method_of(raw: dict) -> str:
+    """The recorded method, or what the names of the checkpoint and its folder tell; those of an unnamed one."""
+    if raw.get("method"):
+        return raw["method"]
+    if not raw.get("checkpoint"):
+        return "random weights"
+    names = Path(raw["checkpoint"]).parts[-2:]
+    method = next((method for needed, method in NAMED_AFTER if needed <= words_of(*names)), None)
+    return f"{method} (by its path)" if method else f"unnamed ({'/'.join(names)})"
+
+
+def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
+    """The recorded backbone, that of the config, or what names tell; None where nothing does."""
+    config, checkpoint = Path(raw.get("config") or "").name, Path(raw.get("checkpoint") or "")
+    if raw.get("backbone") or recipe:
+        return raw.get("backbone") or recipe.configs[config]
+    names = words_of(config), words_of(*checkpoint.parts[-2:])
+    return next((backbone for words in names for size, backbone in SIZES.items() if size in words), None)
+
+
+def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
+    """What keeps a run from being compared with published figures of its task; nothing where nothing does."""
+    less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
+    remarks = [less, changed]
+    if not less and run.task not in UNTRAINED:
+        remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
+    return tuple(remark for remark in remarks if remark)
+
+
+def reduced(run: Run, catalogue: Catalogue) -> str:
+    """On how much less a run was trained, pretrained or validated than published ones; or on more."""
+    imagenet = catalogue.datasets["fine-tuning"]
+    whole = catalogue.datasets.get(run.task, imagenet)
+    images, validated, pretrained = (run.raw.get(f"{name}_images") for name in ("train", "val", "pretrain"))
+    asked = run.recipe and run.length and getattr(run.recipe, run.length[0])
+    other_length = bool(asked) and run.length[1] != asked
+    other_validation = validated not in (None, whole.val_images)
+    other_pretraining = pretrained is not None and pretrained not in imagenet.train_images
+    if not (other_length or other_validation or other_pretraining or images not in (None, *whole.train_images)):
+        return ""
+    parts = [f"{images:,} images"] if images is not None else []
+    parts += [f"{run.length[1]:,} {run.length[0]}"] if run.length else []
+    parts += [f"validated on {validated:,}"] if other_validation else []
+    parts += [f"pretrained on {pretrained:,} images"] if other_pretraining else []
+    more = (images or 0) > max(whole.train_images) or other_length and run.length[1] > asked
+    return f"{'other than published' if more else 'reduced'}: {', '.join(parts)}"
+
+
+def unrecorded(run: Run) -> str:
+    """What a comparison needs to know, and the file does not say."""
+    names = ["train_images", "val_images", "cfg_options"]
+    if run.raw.get("checkpoint") or run.raw.get("method"):
+        names += ["method", "pretrain_epochs", "pretrain_images"]
+    missing = [name.replace("_", " ") for name in names if run.raw.get(name) is None]
+    if not run.length or run.recipe and not getattr(run.recipe, run.length[0]):
+        missing.append("length of training")
+    return "not recorded: " + ", ".join(missing) if missing else ""

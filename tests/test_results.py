@@ -1,0 +1,547 @@
+"""The results table: published figures, cells of ours, what may stand beside what; every format read back."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from semaim.errors import UserError
+from semaim.results import STATUSES, load_published
+from semaim.results.formats import FORMATS
+from semaim.results.runs import METRICS, find_results
+from semaim.results.table import HEADER, NOTHING, comparable, make_table
+
+ROOT = Path(__file__).resolve().parent.parent
+CATALOGUE = load_published()
+WARNING = "belong to different recipes"
+
+#: A fine-tuning of which all is recorded that a comparison needs.
+WHOLE = {
+    "config": "vit_base_100e.py",
+    "metrics": {"top1": 84.3, "top5": 96.5, "loss": 0.7},
+    "checkpoint": "work_dirs/semaim_vit_base_800e/latest.pth",
+    "data": "data/imagenet",
+    "train_images": 1281167,
+    "val_images": 50000,
+    "seed": 0,
+    "epochs": 100,
+    "device": "8 x NVIDIA H200",
+    "date": "2026-01-02T03:04:05",
+    "method": "SemAIM",
+    "backbone": "ViT-B",
+    "task": "fine-tuning",
+    "pretrain_epochs": 800,
+    "pretrain_images": 1281167,
+    "cfg_options": {},
+    "commit": "0123abc",
+}
+#: What results.json holds of a detector that had a moment on few images.
+DETECTOR = {
+    "config": "semaim_mask_rcnn_scenes.py",
+    "metrics": {"coco/bbox_mAP": 0.123, "coco/bbox_mAP_50": 0.3, "coco/bbox_mAP_l": -1.0, "coco/segm_mAP": 0.057},
+    "checkpoint": "work_dirs/semaim_tiny/latest.pth",
+    "data": "data/my_scenes/coco",
+    "train_images": 500,
+    "val_images": 40,
+    "seed": 0,
+    "iterations": 30,
+    "device": "1 x CPU, 2 threads",
+    "semaim": "0.1.0",
+    "torch": "2.14.1",
+    "date": "2026-01-02T03:04:05",
+}
+NEIGHBOURS = {
+    "config": "vit_tiny_cifar10.py",
+    "metrics": {"knn5_top1": 30.0, "knn20_top1": 33.42, "knn20_top5": 82.15},
+    "checkpoint": None,
+    "data": "data/50%_of|cifar<b>",
+    "train_images": 50000,
+    "val_images": 10000,
+    "seed": 0,
+    "stage": "NearestNeighbours",
+}
+
+
+def write(folder, content, **changes):
+    """A results.json in a folder of its own; a value of None takes the key out."""
+    content = {key: value for key, value in {**content, **changes}.items() if key not in changes or value is not None}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def works(tmp_path):
+    """Three seeds of a whole fine-tuning, a small detector, and neighbours of random weights."""
+    for seed, top1 in enumerate((84.3, 84.05, 84.4)):
+        write(tmp_path / f"finetune/{seed}", WHOLE, seed=seed, metrics={"top1": top1, "top5": 96.5})
+    write(tmp_path / "detector", DETECTOR)
+    write(tmp_path / "deep/er/knn", NEIGHBOURS)
+    return tmp_path
+
+
+def cells(folder, **options):
+    """Rows that have a cell of ours, by (task, metric)."""
+    table = make_table([folder], CATALOGUE, **options)
+    found = {}
+    for row in table.rows:
+        if row.cell:
+            found.setdefault(row.section, []).append(row)
+    return found
+
+
+def only(folder, task="fine-tuning", metric="top-1"):
+    """The one row of ours of a metric."""
+    (row,) = cells(folder)[task, metric]
+    return row
+
+
+# --- published figures
+
+
+def published(task, metric, method, backbone="ViT-B", **more):
+    """Figures by what they are of."""
+    asked = {"task": task, "metric": metric, "method": method, "backbone": backbone, **more}
+    return [f for f in CATALOGUE.figures if all(getattr(f, name) == value for name, value in asked.items())]
+
+
+def test_every_published_figure_has_source_and_status():
+    assert len(CATALOGUE.figures) > 90
+    for figure in CATALOGUE.figures:
+        assert figure.source and figure.status in STATUSES, figure
+        assert (figure.value is None) == (figure.status == "unknown"), figure
+        assert figure.value is None or 0 < figure.value < 100
+        assert figure.data in {dataset.name for dataset in CATALOGUE.datasets.values()}
+    assert len(set(CATALOGUE.figures)) == len(CATALOGUE.figures)
+
+
+def test_key_figures():
+    (figure,) = published("fine-tuning", "top-1", "SemAIM", pretrain_epochs=800)
+    assert (figure.value, figure.status) == (84.1, "read") and "ade770f" in figure.source
+    (figure,) = published("fine-tuning", "top-1", "SemAIM", "ViT-L", pretrain_epochs=800)
+    assert figure.value == 85.8
+    (figure,) = published("fine-tuning", "top-1", "SemAIM*", pretrain_epochs=800)
+    assert figure.value == 85.3
+    for metric, ours, baseline, vitdet in (("AP box", 51.3, 50.3, 51.6), ("AP mask", 45.4, 44.9, 45.9)):
+        (figure,) = published("detection", metric, "SemAIM")
+        assert (figure.value, figure.status, figure.recipe, figure.pretrain_epochs) == (ours, "read", None, None)
+        (figure,) = published("detection", metric, "MAE", status="derived")
+        assert (figure.value, figure.recipe) == (baseline, None)
+        found = published("detection", metric, "MAE", recipe="ViTDet, 100 epochs")
+        assert vitdet in {figure.value for figure in found}
+        assert all(WARNING in " ".join(figure.notes) for figure in found)
+
+
+def test_unknown_figures_stay_blank():
+    unknown = [figure for figure in CATALOGUE.figures if figure.status == "unknown"]
+    found = {(f.method, f.task, f.backbone, f.pretrain_epochs) for f in unknown}
+    probing = {("SemAIM", "linear probing", "ViT-B", epochs) for epochs in (400, 800)}
+    assert found == probing | {("SemAIM", "segmentation", backbone, 800) for backbone in ("ViT-B", "ViT-L")}
+    assert all(figure.value is None for figure in unknown)
+
+
+def test_remembered_figures_are_told_apart():
+    remembered = {(f.method, f.value) for f in CATALOGUE.figures if f.status == "remembered"}
+    assert {("MAE", 47.2), ("BEiT", 49.8), ("supervised", 49.9), ("MoCo v3", 47.3)} <= remembered
+    assert all("memory" in f.source for f in CATALOGUE.figures if f.status == "remembered")
+
+
+def test_recipes_are_of_configs_we_have():
+    names = {
+        path.name
+        for part in ("semaim/configs", "mmdet_configs", "mmseg_configs")
+        for path in ROOT.glob(f"{part}/**/*.py")
+    }
+    assert CATALOGUE.recipes and set(CATALOGUE.recipes) <= names
+    described = {figure.recipe for figure in CATALOGUE.figures}
+    assert {recipe.name for recipe in CATALOGUE.recipes.values()} - described == {"SemAIM linear probing, 90 epochs"}
+
+
+# --- cells
+
+
+def test_seeds_are_averaged_and_set_beside_the_published(works):
+    row = only(works)
+    values = [84.3, 84.05, 84.4]
+    assert row.cell.mean == pytest.approx(statistics.mean(values))
+    assert row.cell.spread == pytest.approx(statistics.stdev(values))
+    assert row.published.value == 84.1 and row.difference == pytest.approx(statistics.mean(values) - 84.1)
+    assert row.cell.origin["seed"] == "0, 1, 2" and row.cell.origin["commit"] == "0123abc"
+
+
+def test_one_run_has_no_spread(tmp_path):
+    write(tmp_path / "one", WHOLE)
+    assert only(tmp_path).cell.spread is None
+    assert "84.30 (n = 1)" in FORMATS["md"](make_table([tmp_path], CATALOGUE))
+
+
+def test_a_seed_twice_is_not_averaged(tmp_path):
+    """Two results with one seed differ in something else, or are one and the same."""
+    write(tmp_path / "class_token", WHOLE, metrics={"top1": 80.0})
+    write(tmp_path / "mean", WHOLE, metrics={"top1": 82.0})
+    rows = cells(tmp_path)["fine-tuning", "top-1"]
+    assert sorted(row.cell.mean for row in rows) == [80.0, 82.0]
+    assert all(row.difference is None and "not averaged" in row.cell.remarks[-1] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": "b.pth", "method": None},
+        {"epochs": 99},
+        {"method": "MAE"},
+        {"pretrain_epochs": 400},
+        {"config": "vit_base_cls_100e.py"},
+        {"train_images": 1000},
+        {"val_images": 49999},
+        {"data": "data/other", "train_images": 7},
+        {"stage": "Classification"},
+        {"cfg_options": {"base_lr": 1e-3}},
+        {"cfg_options": None},
+        {"task": "linear probing"},
+    ],
+    ids=str,
+)
+def test_what_differs_by_more_than_the_seed_is_another_cell(tmp_path, change):
+    write(tmp_path / "a", WHOLE)
+    write(tmp_path / "b", WHOLE, seed=1, **change)
+    rows = [row for (_, metric), found in cells(tmp_path).items() for row in found if metric == "top-1"]
+    assert len(rows) == 2 and all(len(row.cell.runs) == 1 for row in rows)
+
+
+def test_seeds_of_pretraining_are_one_cell_where_it_is_recorded(tmp_path):
+    write(tmp_path / "a", WHOLE)
+    write(tmp_path / "b", WHOLE, checkpoint="work_dirs/again/latest.pth", data="/elsewhere/ILSVRC")
+    write(tmp_path / "c", WHOLE, seed=2, cfg_options={"num_workers": 4, "dataset.root": "/data"})
+    assert len(only(tmp_path).cell.runs) == 3
+
+
+def test_weights_that_are_only_a_path_are_a_cell_each(tmp_path):
+    for place, path in enumerate(("mae/a.pth", "mae/b.pth", "mae/b.pth")):
+        write(tmp_path / f"{place}", WHOLE, seed=place, checkpoint=path, method=None)
+    assert sorted(len(row.cell.runs) for row in cells(tmp_path)["fine-tuning", "top-1"]) == [1, 2]
+
+
+def test_methods_are_recorded_or_told_by_paths(tmp_path):
+    paths = {
+        "work_dirs/semaim_vit_base_800e/latest.pth": "SemAIM (by its path)",
+        "work_dirs/semaim_clip_vit_base_800e/latest.pth": "SemAIM* (by its path)",
+        "saim_vit_base_800e/latest.pth": "SAIM (by its path)",
+        "/home/mae/x/mae_pretrain_vit_base.pth": "MAE (by its path)",
+        "/home/mae/runs/mine/latest.pth": "unnamed (mine/latest.pth)",
+        None: "random weights",
+    }
+    for place, path in enumerate(paths):
+        write(tmp_path / f"{place}", {**WHOLE, "checkpoint": path}, method=None)
+    found = {
+        row.cell.runs[0].raw["checkpoint"]: row.cell.runs[0].method for row in cells(tmp_path)["fine-tuning", "top-1"]
+    }
+    assert found == paths
+    assert all(row.difference is None for row in cells(tmp_path)["fine-tuning", "top-1"])
+
+
+def test_coco_shares_become_percent_and_what_is_not_there_is_left_out(works, tmp_path):
+    assert only(works, "detection", "AP box").cell.mean == pytest.approx(12.3)
+    assert only(works, "detection", "AP mask").cell.mean == pytest.approx(5.7)
+    write(tmp_path / "nothing/a", DETECTOR, metrics={"coco/bbox_mAP": -1.0, "coco/segm_mAP": 0.0})
+    assert set(cells(tmp_path / "nothing")) == {("detection", "AP mask")}
+
+
+def test_of_the_neighbours_twenty(works, tmp_path):
+    assert [key for key in cells(works) if key[0] == "k-NN"] == [("k-NN", "top-1, k = 20")]
+    write(tmp_path / "few/a", NEIGHBOURS, metrics={"knn5_top1": 30.0, "knn10_top1": 31.0})
+    assert set(cells(tmp_path / "few")) == {("k-NN", "top-1, k = 5"), ("k-NN", "top-1, k = 10")}
+
+
+def test_a_diverged_run_is_shown(tmp_path):
+    for seed, value in enumerate((math.nan, 70.0)):
+        write(tmp_path / str(seed), WHOLE, seed=seed, metrics={"top1": value})
+    assert math.isnan(only(tmp_path).cell.mean) and math.isnan(only(tmp_path).cell.spread)
+    for render in FORMATS.values():
+        assert "nan" in render(make_table([tmp_path], CATALOGUE))
+
+
+# --- what may stand beside what
+
+
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        ({"train_images": 500, "epochs": 30}, "reduced: 500 images, 30 epochs"),
+        ({"train_images": 500}, "reduced: 500 images, 100 epochs"),
+        ({"epochs": 99}, "reduced: 1,281,167 images, 99 epochs"),
+        ({"val_images": 1000}, "reduced: 1,281,167 images, 100 epochs, validated on 1,000"),
+        ({"pretrain_images": 900}, "reduced: 1,281,167 images, 100 epochs, pretrained on 900 images"),
+        ({"epochs": 200}, "other than published: 1,281,167 images, 200 epochs"),
+        ({"cfg_options": {"base_lr": 0.1, "num_workers": 2}}, "changed: base_lr=0.1"),
+        ({"config": "mine.py"}, "its config follows no published recipe"),
+        ({"cfg_options": None, "method": None}, "not recorded: cfg options, method"),
+        ({"pretrain_epochs": None, "pretrain_images": None}, "not recorded: pretrain epochs, pretrain images"),
+        ({"train_images": None, "epochs": None}, "not recorded: train images, length of training"),
+        ({"pretrain_epochs": 200}, NOTHING),
+        ({"backbone": "ViT-L"}, NOTHING),
+    ],
+    ids=str,
+)
+def test_nothing_is_compared_that_was_not_measured_alike(tmp_path, change, remark):
+    """The row says why, in every format, and stands alone."""
+    write(tmp_path / "a", WHOLE, **change)
+    row = only(tmp_path)
+    assert row.published is None and row.difference is None and remark in row.cell.remarks
+    table = make_table([tmp_path], CATALOGUE)
+    assert remark in [line for line in table_of["csv"](FORMATS["csv"](table)) if line["ours"]][0]["remark"]
+    for name in ("md", "latex", "html"):
+        (line,) = [line for line in table_of[name](FORMATS[name](table)) if "84.30" in line["Ours"]]
+        assert remark in line["Remark"] and line["Published"] == "" and line["Difference"] == ""
+
+
+def test_published_with_an_unknown_recipe_is_never_compared(tmp_path):
+    """ViTDet's recipe is not known to be SemAIM's, nor MAE's figure to be of 1600 epochs."""
+    detector = {key: value for key, value in WHOLE.items() if key not in ("task", "epochs")}
+    detector |= {"train_images": 117266, "val_images": 5000, "iterations": 184375, "config": "semaim_mask_rcnn.py"}
+    detector |= {"metrics": {"coco/bbox_mAP": 0.52, "coco/segm_mAP": 0.46}}
+    write(tmp_path / "a", detector)
+    write(tmp_path / "b", detector, method="MAE", pretrain_epochs=1600)
+    for metric in ("AP box", "AP mask"):
+        rows = cells(tmp_path)["detection", metric]
+        assert [row.cell.data for row in rows] == ["COCO 2017"] * 2
+        assert all(row.published is None and row.cell.remarks == (NOTHING,) for row in rows)
+
+
+def test_figures_that_are_alike_are_compared(tmp_path):
+    probe = {**WHOLE, "method": "MAE", "pretrain_epochs": 1600, "task": "linear probing", "epochs": 90}
+    write(tmp_path / "a", probe, config="vit_base_90e_mae.py", metrics={"top1": 67.0})
+    segmentor = {key: value for key, value in probe.items() if key not in ("task", "epochs")}
+    segmentor |= {"config": "mae_upernet.py", "iterations": 160000, "train_images": 20210, "val_images": 2000}
+    write(tmp_path / "b", segmentor, metrics={"mIoU": 48.0})
+    found = cells(tmp_path)
+    beside = {row.published.value: row.difference for row in found["linear probing", "top-1"]}
+    assert beside == {67.8: pytest.approx(-0.8), 67.1: pytest.approx(-0.1)}
+    (row,) = found["segmentation", "mIoU"]
+    assert row.published.value == 48.13 and row.difference == pytest.approx(-0.13)
+
+
+@pytest.mark.parametrize(
+    "change", [{"status": "remembered"}, {"value_to": 84.2}, {"value": None, "status": "unknown"}, {"recipe": None}]
+)
+def test_nothing_is_compared_with_what_is_not_known(tmp_path, change):
+    write(tmp_path / "a", WHOLE)
+    row = only(tmp_path)
+    assert comparable(row.cell, row.published)
+    assert not comparable(row.cell, dataclasses.replace(row.published, **change))
+
+
+# --- formats
+
+
+def md_table(text):
+    """Markdown's rows by column, unescaped."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert set(rows[1]) == {"---"} and {len(row) for row in rows} == {len(HEADER)}
+    return [dict(zip(rows[0], [re.sub(r"\\(.)", r"\1", cell) for cell in row], strict=True)) for row in rows[2:]]
+
+
+def latex_table(text):
+    """LaTeX's rows by column, unescaped; nothing special is left unescaped."""
+    body = text[text.index(r"\midrule") + 8 : text.index(r"\bottomrule")]
+    columns = re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1]
+    assert len(re.sub(r"p\{\w+\}", "p", columns)) == len(HEADER)
+    rows = []
+    for line in body.strip().splitlines():
+        assert line.endswith(r" \\")
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)&", line[:-3])]
+        plain = [re.sub(r"\\text\w+\{\}|\\[&%$#_{}]|\{[\[*]\}|\$\\pm\$", "", cell) for cell in cells]
+        assert not re.search(r"[&%$#_{}~^\\<>|]", "".join(plain)), line
+        words = {r"$\pm$": "±", r"\textless{}": "<", r"\textgreater{}": ">", r"\textbar{}": "|", "{*}": "*", "{[}": "["}
+        for code, sign in words.items():
+            cells = [cell.replace(code, sign) for cell in cells]
+        rows.append([re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in cells])
+    assert {len(row) for row in rows} == {len(HEADER)}
+    return [dict(zip(HEADER, row, strict=True)) for row in rows]
+
+
+class TableParser(HTMLParser):
+    """Rows of cells, items of the list, and whether all is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.rows, self.items = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "li":
+            self.items.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        elif self.open and self.open[-1] == "li":
+            self.items[-1] += data
+
+
+def html_table(text):
+    """HTML's rows by column."""
+    parser = TableParser()
+    parser.feed(text)
+    assert not parser.open and parser.rows[0] == list(HEADER)
+    return [dict(zip(HEADER, row, strict=True)) for row in parser.rows[1:]]
+
+
+def csv_table(text):
+    """CSV's rows by column, none of which is there twice."""
+    names = next(csv.reader(io.StringIO(text)))
+    assert len(set(names)) == len(names)
+    rows = list(csv.DictReader(io.StringIO(text), strict=True))
+    assert all(None not in row and None not in row.values() for row in rows)
+    return rows
+
+
+table_of = {"md": md_table, "latex": latex_table, "html": html_table, "csv": csv_table}
+
+
+def expected_of(row):
+    """A row's cells as they are to be printed, by column, from the files alone."""
+    words = {"Published": "", "Ours": "", "Difference": ""}
+    if row.published:
+        f = row.published
+        mark = {"derived": " (derived)", "remembered": " (from memory)"}.get(f.status, "")
+        upto = f" to {f.value_to}" if f.value_to else ""
+        words["Published"] = "unknown" if f.value is None else f"{f.value}{upto}{mark}"
+        words |= {"Method": f.method, "Backbone": f.backbone, "Metric": f.metric, "Task": f"{f.task}, {f.data}"}
+    if row.cell:
+        files = [json.loads((Path(run.folder) / "results.json").read_text()) for run in row.cell.runs]
+        name, factor = next(
+            (n, METRICS[n][2]) for n in files[0]["metrics"] if n in METRICS and METRICS[n][1] == row.section[1]
+        )
+        values = [file["metrics"][name] * factor for file in files]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        words["Ours"] = f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"
+        if row.published:
+            words["Difference"] = f"{statistics.mean(values) - row.published.value:+.2f}"
+    return words
+
+
+@pytest.mark.parametrize("name", ["md", "latex", "html"])
+def test_formats_are_read_back(works, name):
+    table = make_table([works], CATALOGUE)
+    text = FORMATS[name](table)
+    read = table_of[name](text)
+    assert len(read) == len(table.rows) > 60
+    for line, row in zip(read, table.rows, strict=True):
+        assert {key: line[key] for key in expected_of(row)} == expected_of(row)
+    (line,) = [line for line in read if line["Task"].startswith("k-NN")]
+    assert line["Task"] == "k-NN, 50%_of|cifar<b>" and line["Remark"] == "reduced: 50,000 images, validated on 10,000"
+    (line,) = [line for line in read if line["Difference"]]
+    assert line["Ours"] == "84.25 ± 0.18 (n = 3)" and line["Difference"] == "+0.15" and line["Published"] == "84.1"
+    marks = re.findall(r"[PR]\d+", line["Origin"])
+    assert [mark[0] for mark in marks] == ["R", "P"]
+    assert all(re.search(rf"(?<!\w){mark}: ", text) for mark in marks)
+    assert text.endswith("\n") and "8 x NVIDIA H200" in text and "2026-01-02T03:04:05" in text and "0123abc" in text
+
+
+def test_csv_holds_everything(works):
+    table = make_table([works], CATALOGUE)
+    read = csv_table(FORMATS["csv"](table))
+    for line, row in zip(read, table.rows, strict=True):
+        if row.published:
+            value = row.published.value
+            assert line["published"] == ("" if value is None else str(value))
+            assert line["status"] == row.published.status and line["source"] == row.published.source
+        if row.cell:
+            assert float(line["ours"]) == pytest.approx(row.cell.mean) and line["n"] == str(len(row.cell.runs))
+    (line,) = [line for line in read if line["difference"]]
+    values = [84.3, 84.05, 84.4]
+    assert float(line["std"]) == pytest.approx(statistics.stdev(values))
+    assert float(line["difference"]) == pytest.approx(statistics.mean(values) - 84.1)
+    assert (line["commit"], line["config"], line["checkpoint"]) == ("0123abc", WHOLE["config"], WHOLE["checkpoint"])
+    assert (line["hardware"], line["date"], line["seed"]) == (WHOLE["device"], WHOLE["date"], "0, 1, 2")
+    assert (line["training_images"], line["validation_images"]) == ("1281167", "50000")
+    (line,) = [line for line in read if line["task"] == "k-NN"]
+    assert (line["data_folder"], line["checkpoint"], line["commit"]) == (NEIGHBOURS["data"], "none", "unknown")
+
+
+def test_the_warning_stands_below_the_figures_it_is_about(works):
+    table = make_table([works], CATALOGUE)
+    for name in ("md", "latex", "html"):
+        text = FORMATS[name](table)
+        (place,) = [match.start() for match in re.finditer(WARNING, text)]
+        assert place > text.rindex("AP mask, gain over MAE")
+        number = re.search(rf"Note (\d+): [^\n]*{WARNING}", text)[1]
+        (line,) = [line for line in table_of[name](text) if line["Published"] == "51.3"]
+        assert f"note {number}" in line["Remark"]
+    (line,) = [line for line in csv_table(FORMATS["csv"](table)) if line["published"] == "51.3"]
+    assert WARNING in line["notes"]
+
+
+def test_only_tasks_that_were_measured_are_shown(works):
+    tasks = {row.section[0] for row in make_table([works / "finetune"], CATALOGUE).rows}
+    assert tasks == {"fine-tuning"}
+    ours = make_table([works], CATALOGUE, published=False)
+    assert len(ours.rows) == 5 and not ours.notes and all(row.published is None for row in ours.rows)
+
+
+# --- the command
+
+
+def command(*arguments):
+    """The tool's whole run."""
+    line = [sys.executable, str(ROOT / "tools/results_table.py"), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+
+
+def test_command_prints_and_writes(works, tmp_path):
+    done = command(works / "finetune", works / "detector")
+    assert done.returncode == 0 and not done.stderr and "84.25 ± 0.18 (n = 3)" in done.stdout and WARNING in done.stdout
+    for name, read in table_of.items():
+        done = command(works, works / "detector", "--format", name, "--out", tmp_path / "table", "--no-published")
+        assert done.returncode == 0 and not done.stdout, done.stderr
+        text = (tmp_path / "table").read_text(encoding="utf-8")
+        assert len(read(text)) == 5 and WARNING not in text and "84.1" not in text
+
+
+def test_command_refuses_with_one_line(works, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/results.json").write_text('{"metrics": {"top1": 8')
+    write(tmp_path / "other", {"loss": 1})
+    write(tmp_path / "words", WHOLE, metrics={"top1": "84"})
+    write(tmp_path / "list", WHOLE, train_images=[1])
+    write(tmp_path / "nothing", WHOLE, metrics={"loss": 1.0})
+    for arguments, message in (
+        (["nowhere"], "no such folder: nowhere"),
+        ([tmp_path / "empty"], f"no results.json in {tmp_path / 'empty'}"),
+        ([works / "detector", tmp_path / "half"], f"{tmp_path / 'half/results.json'} is broken"),
+        ([tmp_path / "other"], f"{tmp_path / 'other/results.json'} is none of our results"),
+        ([tmp_path / "words"], "metrics.top1 is '84'"),
+        ([tmp_path / "list"], "train_images is [1]"),
+        ([tmp_path / "nothing"], "hold no figure"),
+        ([works / "detector", "--out", tmp_path / "no/table"], f"cannot write {tmp_path / 'no/table'}"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and message in done.stderr and not done.stdout, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert command(works, "--format", "doc").returncode == 2 and command().returncode == 2
+
+
+def test_overlapping_folders_count_once(works):
+    assert len(find_results([works, works / "deep/../finetune", works / "finetune/0"])) == 5
+    with pytest.raises(UserError, match="no such folder"):
+        find_results([works / "detector/results.json"])

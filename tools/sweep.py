@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+"""Search learning rate and layer decay: tools/sweep.py CONFIG --lr 1e-4 2e-4 --layer-decay 0.65 0.75 (see --help)."""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from decimal import Decimal
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.table import Table
+
+from semaim.engine.config import load_config
+from semaim.engine.launcher import launched
+from semaim.errors import UserError, run
+
+ROOT = Path(__file__).resolve().parent.parent
+DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
+
+#: Metrics that are shown where runs have them; the first decides. More is better, but for the loss.
+SHOWN = ("mIoU", "mAcc", "aAcc", "coco/bbox_mAP", "coco/segm_mAP", "top1", "top5", "loss")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train once for every combination of learning rate and layer decay, one run after the other, each"
+        " by the tools/train.py command that is printed, and tabulate what they reach: DIR/sweep.md, DIR/sweep.csv.",
+        epilog="Started again it skips the runs that have finished and goes on with the one that was cut; with further"
+        " rates it runs those, and the table has all. --iters and --epochs keep the shape of the schedule: warm-up and"
+        " milestones stay at their shares of the run, which is validated at its end.",
+    )
+    parser.add_argument("config", help="config file of any stage with a base_lr that is validated")
+    parser.add_argument("--lr", nargs="+", type=float, metavar="LR", help="values of base_lr (default: the config's)")
+    parser.add_argument("--layer-decay", nargs="+", type=float, metavar="D", help="values of the layer decay")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--iters", type=int, metavar="N", help="steps of each run: detection and segmentation")
+    length.add_argument("--epochs", type=int, metavar="N", help="epochs of each run: fine-tuning and linear probing")
+    parser.add_argument("--metric", metavar="NAME", help="metric that decides (default: mIoU, box mAP, or top1)")
+    parser.add_argument("--table", action="store_true", help="train nothing, tabulate what is there")
+    parser.add_argument("--work-dir", metavar="DIR", help="folder of the runs (default: work_dirs/CONFIG_sweep)")
+    common = parser.add_argument_group("as for tools/train.py")
+    common.add_argument("--data-root", metavar="DIR")
+    common.add_argument("--pretrained", metavar="FILE")
+    common.add_argument("--gpus", default="1", metavar="N")
+    common.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
+    try:
+        return parser.parse_args()
+    except ValueError:  # from DictAction
+        raise UserError("--cfg-options: write KEY=VALUE") from None
+
+
+def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
+    """Options that give a run another length and its schedule the same shape; none where no length is given."""
+    if iters is None and epochs is None:
+        return {}
+    unit, length = ("max_epochs", epochs) if iters is None else ("max_iters", iters)
+    if unit not in cfg.train_cfg:
+        raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
+    if length < 1:
+        raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
+    share = length / cfg.train_cfg[unit]
+    options = {f"train_cfg.{unit}": length, "train_cfg.val_interval": length}
+    if iters is None:
+        return {**options, "param_scheduler.warmup_epochs": round(cfg.param_scheduler.warmup_epochs * share, 4)}
+
+    def place(step: int) -> int:  # at least 2: mmengine's LinearLR of one step never leaves its start
+        return max(2, round(step * share)) if step else 0
+
+    for index, scheduler in enumerate(cfg.param_scheduler):
+        changed = {key: place(scheduler[key]) for key in ("begin", "end", "T_max") if key in scheduler}
+        if "end" in changed:  # mmengine refuses an empty stretch
+            changed["end"] = max(changed["end"], changed.get("begin", 0) + 1)
+        if "milestones" in scheduler:
+            changed["milestones"] = [max(1, round(step * share)) for step in scheduler["milestones"]]
+        options |= {f"param_scheduler.{index}.{key}": value for key, value in changed.items()}
+    return options
+
+
+def short(number: float) -> str:
+    """All digits, in few characters: 0.0001 -> 1e-4, 0.65 -> 0.65."""
+    return f"{Decimal(repr(float(number))).normalize():{'f' if number >= 0.01 else 'e'}}"
+
+
+def plan(args: argparse.Namespace) -> dict[str, dict]:
+    """Name of every run -> its record, which `sweep.json` in its folder keeps."""
+    given = args.cfg_options or {}
+    cfg = load_config(args.config, given)
+    if not cfg.get("base_lr") or cfg.model.type == "Pretraining":
+        raise UserError(f"{args.config}: a sweep needs a stage with a base_lr that is validated")
+    decay = (cfg.optim_wrapper.get("paramwise_cfg") or {}).get("layer_decay")
+    if args.layer_decay and decay is None:
+        raise UserError(f"{args.config} has no layer decay ({DECAY}): leave --layer-decay out")
+    for flag, key, values in (("--lr", "base_lr", args.lr), ("--layer-decay", DECAY, args.layer_decay)):
+        if values and key in given:
+            raise UserError(f"{key} is given twice, by {flag} and by --cfg-options")
+        for value in values or ():
+            if not 0 < value < math.inf or key == DECAY and value > 1:
+                raise UserError(f"{flag} {value:g}: give numbers above 0" + ", at most 1" * (key == DECAY))
+    options = given | shortened(cfg, args.iters, args.epochs)
+    paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
+    settings = {
+        **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth moves on
+        "options": {key: str(value).replace(" ", "") for key, value in options.items()},
+    }
+    runs = {}
+    for lr, tried in itertools.product(args.lr or [cfg.base_lr], args.layer_decay or [None]):
+        runs[f"lr{short(lr)}" + (f"_ld{short(tried)}" if tried else "")] = {
+            "base_lr": lr,
+            "peak_lr": lr * cfg.total_batch_size / cfg.get("base_batch_size", 256),
+            "layer_decay": tried or decay,
+            "settings": settings,
+        }
+    return runs
+
+
+def read(path: Path) -> dict:
+    """The content of a json file, empty where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def check_folder(work: Path, runs: dict[str, dict]) -> None:
+    """`UserError` where runs of other settings have begun in the folder: one table must not hold both."""
+    settings = next(iter(runs.values()))["settings"]
+    for folder in sorted({work / name for name in runs} | {path.parent for path in work.glob("*/sweep.json")}):
+        if not any((folder / name).exists() for name in ("results.json", "latest.pth")):
+            continue
+        had = read(folder / "sweep.json").get("settings")
+        if had is None:
+            raise UserError(f"{folder} holds a run that no sweep started: choose another --work-dir")
+        old, new = ({**part, **part["options"], "options": None} for part in (had, settings))
+        for key in [*new, *old]:
+            if old.get(key) != new.get(key):
+                change = f"{key} = {old.get(key)}, now it is {new.get(key)}"
+                raise UserError(f"{folder} was run with {change}: choose another --work-dir")
+
+
+def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
+    """The command line of a run, as one would type it here."""
+    here = Path.cwd()
+    start = (Path(sys.executable), ROOT / "tools/train.py")
+    line = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in start]
+    line += [args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
+    line += ["--pretrained", args.pretrained] if args.pretrained else []
+    line += ["--data-root", args.data_root] if args.data_root else []
+    line += ["--resume"] if (folder / "latest.pth").exists() else []
+    options = {**record["settings"]["options"], "base_lr": short(record["base_lr"])}
+    if args.layer_decay:
+        options[DECAY] = short(record["layer_decay"])
+    return [*line, "--cfg-options", *(f"{key}={value}" for key, value in options.items())]
+
+
+def follow(line: list[str]) -> tuple[int, bool]:
+    """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
+    child = subprocess.Popen(line, start_new_session=True)  # a second Ctrl-C, from the terminal, would cut its saving
+    stopped = []
+
+    def pass_on(number: int, frame) -> None:
+        stopped.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code, bool(stopped)
+
+
+def sweep(args: argparse.Namespace, work: Path) -> int:
+    """Train what has not finished; the exit status."""
+    runs = plan(args)
+    check_folder(work, runs)
+    for number, (name, record) in enumerate(runs.items(), 1):
+        folder = work / name
+        title = f"run {number} of {len(runs)}, {name}:"
+        if read(folder / "results.json").get("metrics"):
+            print(title, "has finished", flush=True)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+        line = command(args, folder, record)
+        print(f"{title}\n{shlex.join(line)}", flush=True)
+        code, stopped = follow(line)
+        if stopped:
+            print(f"interrupted in {name}: the same command goes on from there", file=sys.stderr)
+            return 130
+        if code:
+            print(f"{name} failed with exit status {code}; what has finished stays", file=sys.stderr)
+            return code
+    return 0
+
+
+def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:
+    """The runs in a folder, the best first, and the metrics to show, the deciding one first."""
+    rows = []
+    for path in sorted(work.glob("*/sweep.json")):
+        metrics = read(path.with_name("results.json")).get("metrics", {})
+        rows.append({"run": path.parent.name, "metrics": metrics, **read(path)})
+    known = {name for row in rows for name in row["metrics"]}
+    if not known:
+        raise UserError(f"no run in {work} has measured anything yet")
+    if metric and metric not in known:
+        raise UserError(f"no metric {metric} in the results: known are {', '.join(sorted(known))}")
+    shown = [name for name in SHOWN if name in known] or sorted(known)
+    shown = list(dict.fromkeys([metric or shown[0], *shown]))
+
+    def rank(row: dict) -> tuple:
+        value = row["metrics"].get(shown[0], math.nan)
+        return math.isnan(value), value if "loss" in shown[0] else -value, row["base_lr"], row["layer_decay"] or 0
+
+    return sorted(rows, key=rank), shown
+
+
+def remarks(rows: list[dict], metric: str) -> list[str]:
+    """Whether the best is at the border of what was tried, and which runs have no figures."""
+    lines, top = [], rows[0]["metrics"][metric]
+    for key in ("base_lr", "layer_decay"):
+        tried = sorted({row[key] for row in rows if row["metrics"]} - {None})
+        best, *equal = {row[key] for row in rows if row["metrics"].get(metric) == top}
+        if len(tried) > 1 and not equal and best in (tried[0], tried[-1]) and (key, best) != ("layer_decay", 1):
+            side, further = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
+            lines.append(f"The best {key}, {short(best)}, is the {side} that was tried: try {further} ones too.")
+    if missing := [row["run"] for row in rows if not row["metrics"]]:
+        lines.append(f"Not finished, or nothing was predicted: {', '.join(missing)}.")
+    return lines
+
+
+def tabulate(work: Path, metric: str | None) -> None:
+    """Print the table, and write `sweep.md` and `sweep.csv`."""
+    rows, metrics = collect(work, metric)
+    plain = ("run", "base_lr", "peak_lr", "layer_decay")
+    header = [*plain, *metrics, ""]
+    values = [[*(row[key] for key in plain), *map(row["metrics"].get, metrics), ""] for row in rows]
+    values[0][-1] = "best"
+    text = [["-" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in line] for line in values]
+    notes = remarks(rows, metrics[0])
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *text)]
+    (work / "sweep.md").write_text("\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n")
+    with open(work / "sweep.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[*header[:-1], "best"], *values])
+    if sys.stdout.isatty():
+        table = Table(*header, box=None)
+        for cells in text:
+            table.add_row(*cells, style="bold green" if cells[-1] else "")
+        Console().print(table)
+    else:  # long lines are better than wrapped ones
+        print("\n".join(lines))
+    print("\n".join([*notes, f"written: {work / 'sweep.md'}, {work / 'sweep.csv'}"]))
+
+
+def main() -> int:
+    args = parse_args()
+    if launched() or os.environ.get("NNODES", "1") != "1":
+        raise UserError("a sweep runs on one machine and is started once: give --gpus N")
+    work = Path(args.work_dir or Path("work_dirs") / f"{Path(args.config).stem}_sweep")
+    code = 0 if args.table else sweep(args, work)
+    if code == 0:
+        tabulate(work, args.metric)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,55 @@
+"""What detectors and segmentors share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+
+from mmengine.dataset import pseudo_collate  # noqa: E402
+from mmengine.model import revert_sync_batchnorm  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+
+from semaim.data.scenes import write_scenes  # noqa: E402
+from semaim.engine import dense  # noqa: E402
+from semaim.engine.config import load_config  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("config, folder", [("mmdet_configs/semaim_mask_rcnn_scenes.py", "coco"),
+                                            ("mmseg_configs/semaim_upernet_scenes.py", "ade")])  # fmt: skip
+def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp_path):
+    """As on a GPU the network runs under autocast, mmdet's and mmseg's heads and the operators of `compat` too."""
+    write_scenes(tmp_path / "scenes", 6, 64, seed=0)
+    cfg = load_config(ROOT / config, {"model.backbone.embed_dim": 64, "model.backbone.num_heads": 2})
+    if folder == "coco":
+        cfg.model.neck.in_channels = 64
+    else:
+        cfg.model.neck.embed_dim, cfg.model.decode_head.in_channels = 64, [64] * 4
+        cfg.model.auxiliary_head.in_channels = 64
+    dense.enter(cfg)
+    dense.set_data_root(cfg, str(tmp_path / "scenes" / folder))
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    train, val = dense.build_data(cfg)
+    batch = model.data_preprocessor(pseudo_collate([train[index] for index in range(2)]), True)
+    found = {}
+    for enabled in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        np.random.seed(0)  # mmdet samples boxes with it
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = model(**batch, mode="loss")
+        loss, logged = model.parse_losses(losses)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None])
+        assert loss.dtype == torch.float32 and gradients.isfinite().all() and gradients.norm() > 0
+        found[enabled] = {name: float(value) for name, value in logged.items() if "loss" in name}, gradients
+    assert found[True][0] == pytest.approx(found[False][0], rel=0.05, abs=0.02)
+    assert torch.cosine_similarity(found[True][1], found[False][1], dim=0) > 0.7  # of two small images, at the start
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert len(model.eval().test_step(pseudo_collate([val[0]]))) == 1

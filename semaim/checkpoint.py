@@ -244,15 +244,13 @@ class LoadReport:
         if self.resized:
             lines.append(f"resized: {', '.join(self.resized)}")
         if self.new:
-            lines.append(f"new, not from the file: {grouped(self.new)}")
+            lines.append(f"new, not from the file: {kinds(self.new)}")
         computing = [name for name in self.unexpected if name.split(".")[0] in ("blocks", "patch_embed")]
         left = [name for name in self.unexpected if name not in computing]
         if left:
             lines.append(f"left in the file: {grouped(left)}")
         if computing:
-            kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in computing)
-            told = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {told}")
+            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {kinds(computing)}")
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
         return "\n    ".join(lines)
@@ -260,8 +258,13 @@ class LoadReport:
 
 def grouped(names: Iterable[str]) -> str:
     """Names by their first part, with counts."""
-    counts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{part} ({count})" if count > 1 else part for part, count in counts.items())
+    return kinds(name.split(".")[0] for name in names)
+
+
+def kinds(names: Iterable[str]) -> str:
+    """Names without the numbers of their blocks, with counts."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
 
 
 def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = ()) -> LoadReport:

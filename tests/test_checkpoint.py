@@ -239,7 +239,7 @@ def test_what_a_dialect_has_no_name_for_is_told(states, tmp_path):
     torch.save({**states["encoder"], "blocks.0.attn.rel_pos_h": torch.zeros(7, 16)}, tmp_path / "x.pth")
     assert checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain") == ["blocks.0.attn.rel_pos_h"]
     report = checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth")
-    assert "NOT TAKEN, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h (1)" in str(report)
+    assert "NOT TAKEN, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h" in str(report)
     torch.save(states["encoder"], tmp_path / "x.pth")
     assert "NOT TAKEN" not in str(checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
 

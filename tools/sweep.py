@@ -8,22 +8,19 @@ import json
 import math
 import os
 import shlex
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 
 from semaim.engine.config import load_config
 from semaim.engine.launcher import launched
 from semaim.errors import UserError, run
+from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
 
-ROOT = Path(__file__).resolve().parent.parent
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
 
 #: Metrics that are shown where runs have them; the first decides. More is better, but for the loss.
@@ -58,33 +55,6 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--cfg-options: write KEY=VALUE") from None
 
 
-def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
-    """Options that give a run another length and its schedule the same shape; none where no length is given."""
-    if iters is None and epochs is None:
-        return {}
-    unit, length = ("max_epochs", epochs) if iters is None else ("max_iters", iters)
-    if unit not in cfg.train_cfg:
-        raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
-    if length < 1:
-        raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
-    share = length / cfg.train_cfg[unit]
-    options = {f"train_cfg.{unit}": length, "train_cfg.val_interval": length}
-    if iters is None:
-        return {**options, "param_scheduler.warmup_epochs": round(cfg.param_scheduler.warmup_epochs * share, 4)}
-
-    def place(step: int) -> int:  # at least 2: mmengine's LinearLR of one step never leaves its start
-        return max(2, round(step * share)) if step else 0
-
-    for index, scheduler in enumerate(cfg.param_scheduler):
-        changed = {key: place(scheduler[key]) for key in ("begin", "end", "T_max") if key in scheduler}
-        if "end" in changed:  # mmengine refuses an empty stretch
-            changed["end"] = max(changed["end"], changed.get("begin", 0) + 1)
-        if "milestones" in scheduler:
-            changed["milestones"] = [max(1, round(step * share)) for step in scheduler["milestones"]]
-        options |= {f"param_scheduler.{index}.{key}": value for key, value in changed.items()}
-    return options
-
-
 def short(number: float) -> str:
     """All digits, in few characters: 0.0001 -> 1e-4, 0.65 -> 0.65."""
     return f"{Decimal(repr(float(number))).normalize():{'f' if number >= 0.01 else 'e'}}"
@@ -109,7 +79,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
     settings = {
         **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth moves on
-        "options": {key: str(value).replace(" ", "") for key, value in options.items()},
+        "options": in_words(options),
     }
     runs = {}
     for lr, tried in itertools.product(args.lr or [cfg.base_lr], args.layer_decay or [None]):
@@ -122,16 +92,6 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     return runs
 
 
-def read(path: Path) -> dict:
-    """The content of a json file, empty where there is none."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
 def check_folder(work: Path, runs: dict[str, dict]) -> None:
     """`UserError` where runs of other settings have begun in the folder: one table must not hold both."""
     settings = next(iter(runs.values()))["settings"]
@@ -141,19 +101,12 @@ def check_folder(work: Path, runs: dict[str, dict]) -> None:
         had = read(folder / "sweep.json").get("settings")
         if had is None:
             raise UserError(f"{folder} holds a run that no sweep started: choose another --work-dir")
-        old, new = ({**part, **part["options"], "options": None} for part in (had, settings))
-        for key in [*new, *old]:
-            if old.get(key) != new.get(key):
-                change = f"{key} = {old.get(key)}, now it is {new.get(key)}"
-                raise UserError(f"{folder} was run with {change}: choose another --work-dir")
+        refuse_changes(folder, had, settings)
 
 
 def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
     """The command line of a run, as one would type it here."""
-    here = Path.cwd()
-    start = (Path(sys.executable), ROOT / "tools/train.py")
-    line = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in start]
-    line += [args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
+    line = [*tool("train.py"), args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
     line += ["--pretrained", args.pretrained] if args.pretrained else []
     line += ["--data-root", args.data_root] if args.data_root else []
     line += ["--resume"] if (folder / "latest.pth").exists() else []
@@ -161,26 +114,6 @@ def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
     if args.layer_decay:
         options[DECAY] = short(record["layer_decay"])
     return [*line, "--cfg-options", *(f"{key}={value}" for key, value in options.items())]
-
-
-def follow(line: list[str]) -> tuple[int, bool]:
-    """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
-    child = subprocess.Popen(line, start_new_session=True)  # a second Ctrl-C, from the terminal, would cut its saving
-    stopped = []
-
-    def pass_on(number: int, frame) -> None:
-        stopped.append(number)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code, bool(stopped)
 
 
 def sweep(args: argparse.Namespace, work: Path) -> int:

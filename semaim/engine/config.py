@@ -62,6 +62,8 @@ KEYS = {
     "seed": "of everything random",
     "compile": "compile the blocks with torch.compile",
     "work_dir": "where the run writes",
+    "cfg_options": "the changes of the command line, as results.json keeps them",
+    "origin": "where weights and code came from, as results.json keeps it",
 }
 
 #: Top-level keys of a config for mmdet or mmseg that are others.
@@ -98,6 +100,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
     except (KeyError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(f"--cfg-options: {error}") from None
     check_keys(cfg)
+    cfg.cfg_options = {**cfg.get("cfg_options", {}), **(options or {})}
     return cfg
 
 

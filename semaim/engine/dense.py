@@ -21,7 +21,7 @@ from semaim.data.folder import EndlessBatches
 from semaim.data.labelled import seeded
 from semaim.data.verify import check_coco_file, check_pairs
 from semaim.engine.launcher import join
-from semaim.engine.results import write_results
+from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
@@ -218,6 +218,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
     cfg.optim_wrapper.optimizer.lr = plan.lr
     cfg.optim_wrapper.accumulative_counts = plan.accumulation
+    record_origin(cfg, cfg.get("pretrained"), resume_from)
     steps = cfg.train_cfg.max_iters
     scaled = {key: cfg.train_cfg[key] * plan.accumulation for key in ("max_iters", "val_interval")}
     runner = runner_of(
@@ -264,6 +265,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     world = join()
     enter(cfg)
     train, val = build_data(cfg)
+    record_origin(cfg, weights, whole=True)
     if cfg.get("tta"):
         averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))

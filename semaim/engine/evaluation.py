@@ -16,7 +16,7 @@ from semaim import checkpoint
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
-from semaim.engine.results import write_results
+from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
 from semaim.engine.training import build_datasets, load_pretrained
 from semaim.errors import UserError
@@ -112,6 +112,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     device = torch.device(get_device())
     log = logger_of(cfg).info
     train, val = build_datasets(cfg)
+    record_origin(cfg, None if weights == RANDOM else weights)
     model: NetworkModel = MODELS.build({**cfg.model, "compile": cfg.compile})
     if weights == RANDOM:
         log("random weights: the encoder as it is initialised")
@@ -167,6 +168,7 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     if head is None:
         raise UserError(f"{weights} has no classifier: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
     cfg.model.network.num_classes = None
+    record_origin(cfg, weights, whole=True)
     train, val = build_datasets(cfg)
     classes = val.classes
     if len(head) != len(classes):

@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +12,17 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
+from semaim.engine.checkpointing import FORMAT
+from semaim.models.vit import SIZES
+from semaim.safe_reading import read_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
+CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: the folders in it that a figure depends on
+
+#: Methods by the order of SemAIM's network, in the words of published.yaml.
+METHODS = {"semantic": "SemAIM", "stochastic": "SAIM", "raster": "raster order"}
+ENCODERS = ("SemAIM", "MAE", "Classifier", "ViTDet", "SegmentationViT")  #: types that take sizes of `SIZES`
+EVALUATIONS = {"NearestNeighbours": "k-NN", "FastProbe": "fast linear probe"}
 
 
 def write_results(
@@ -18,7 +31,7 @@ def write_results(
     """Write `results.json`, on the main process.
 
     Args:
-        cfg: of the run; names the work folder.
+        cfg: of the run; names the work folder; `record_origin` has told it where weights and code came from.
         metrics: name -> number.
         train_images, val_images: how many were trained (or searched) and evaluated on.
         checkpoint: whose encoder was measured; None for random weights.
@@ -27,14 +40,21 @@ def write_results(
     if not is_main_process():
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    origin = dict(cfg.get("origin") or {})
+    trained_with = origin.pop("cfg_options", None) or {}
     results = {
         "config": cfg.filename and os.path.basename(cfg.filename),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
+        "method": origin.pop("method", None),
+        "backbone": backbone_of(cfg),
+        "task": task_of(cfg),
         "checkpoint": checkpoint,
+        **origin,
         "data": str(more.pop("data", None) or cfg.dataset.root),
         "train_images": train_images,
         "val_images": val_images,
         "seed": cfg.seed,
+        "cfg_options": {**trained_with, **(cfg.get("cfg_options") or {})},
         **more,
         "device": f"{get_world_size()} x {device}",
         "semaim": __version__,
@@ -44,5 +64,121 @@ def write_results(
     folder = Path(cfg.work_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".results.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
     os.replace(partial, folder / "results.json")
+
+
+def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:
+    """Note in `cfg.origin`, on the main process, where weights and code come from; checkpoints and results keep it.
+
+    Args:
+        cfg: of the run; its `origin` is set.
+        weights: the checkpoint started from or measured; None for none.
+        resumed: a checkpoint of this very run to go on from, whose word on its start counts.
+        whole: the weights are measured as they were trained, head and all: how long and with which changes is noted.
+    """
+    if not is_main_process():
+        return
+    found = origin_of(resumed, same=True) if resumed and task_of(cfg) else {}
+    if not found and weights:
+        found = origin_of(weights, same=whole, trained=whole)
+    cfg.origin = {**found, "commit": commit()}
+
+
+def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
+    """method, pretrain_epochs, pretrain_images and pretrain_options of a checkpoint of ours; nothing of others.
+
+    Args:
+        path: the checkpoint.
+        same: it belongs to the run itself; else a fine-tuned one is of another method than what it was made of.
+        trained: also its own length, epochs or iterations, and its own cfg_options.
+    """
+    content = _mapping(read_file(path))
+    config = _mapping(content.get("config"))
+    if content.get("format") != FORMAT or not config:
+        return {}
+    if _mapping(config.get("model")).get("type") == "Pretraining":
+        return {
+            "method": method_of(config["model"]),
+            "pretrain_epochs": content.get("epoch"),
+            "pretrain_images": content.get("images"),
+            "pretrain_options": dict(_mapping(config.get("cfg_options"))),
+        }
+    names = ("method", "pretrain_epochs", "pretrain_images", "pretrain_options")
+    known = _mapping(config.get("origin"))
+    origin = {name: known[name] for name in names if known.get(name) is not None}
+    if not same and "method" in origin:
+        origin["method"] += f" after {task_of(config)}"
+    if trained:
+        dense = config.get("default_scope") != "mmengine"
+        origin |= {"iterations": content.get("step")} if dense else {"epochs": content.get("epoch")}
+        origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
+    return origin
+
+
+def method_of(model: Mapping) -> str | None:
+    """The method that a pretraining's config of the model describes, as published.yaml spells it."""
+    network = _mapping(model.get("network"))
+    if network.get("type") != "SemAIM":
+        return network.get("type")
+    order, guide = network.get("order", "semantic"), network.get("guide", "online")
+    teacher = str(_mapping(guide).get("name", ""))
+    features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
+    features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
+    parts = [METHODS.get(order, f"order {order}")]
+    if _mapping(network.get("target")).get("type") == "FeatureTarget":
+        parts.append(f"{features} features")
+    elif guide != "online":
+        parts.append(f"guide {features}")
+    if network.get("similarity", "cls") != "cls":
+        parts.append(f"similarity {network['similarity']}")
+    return "SemAIM*" if parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
+
+
+def backbone_of(cfg: Mapping) -> str | None:
+    """ViT-B for a config's encoder of a published size, its sizes in words for another; None where it is not ours."""
+    model = _mapping(cfg.get("model"))
+    model = _mapping(model.get("module")) or model  # of several predictions
+    encoder = _mapping(model.get("network")) or _mapping(model.get("backbone"))
+    preset = SIZES.get(encoder.get("size", "base"))
+    if encoder.get("type") not in ENCODERS or preset is None:
+        return None
+    sizes = {key: encoder.get(key) or value for key, value in preset.items()}
+    name = next((name for name, published in SIZES.items() if published == sizes), None)
+    if name is None:
+        return f"ViT, {sizes['depth']} blocks of {sizes['embed_dim']} channels"
+    patch = encoder.get("patch_size", 16)
+    return f"ViT-{name[0].upper()}" + ("" if patch == (14 if name == "huge" else 16) else f"/{patch}")
+
+
+def task_of(cfg: Mapping) -> str | None:
+    """The task of a config, in the words of published.yaml; None for pretraining."""
+    if cfg.get("default_scope") != "mmengine":
+        return {"mmdet": "detection", "mmseg": "segmentation"}.get(cfg.get("default_scope"))
+    if evaluation := _mapping(cfg.get("evaluation")):
+        return EVALUATIONS.get(evaluation.get("type"))
+    model = _mapping(cfg.get("model"))
+    if model.get("type") != "Classification":
+        return None
+    return "linear probing" if _mapping(model.get("network")).get("probe") else "fine-tuning"
+
+
+def commit() -> str | None:
+    """The checkout's git commit, "+changes" behind it where code or configs differ; None where it is no checkout."""
+
+    def git(*arguments: str) -> str:
+        line = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # installed inside another project
+            return None
+        changed = git("status", "--porcelain", "--", *(name for name in CODE if (ROOT / name).is_dir()))
+        return git("rev-parse", "HEAD") + "+changes" * bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _mapping(value: object) -> Mapping:
+    """A mapping as it is, anything else as an empty one: configs in checkpoints are data from elsewhere."""
+    return value if isinstance(value, Mapping) else {}

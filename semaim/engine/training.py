@@ -16,7 +16,7 @@ from semaim import checkpoint
 from semaim.data.folder import ResumableBatches
 from semaim.data.labelled import check_classes
 from semaim.engine.launcher import join
-from semaim.engine.results import write_results
+from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
@@ -103,6 +103,7 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
             "val_cfg": {"type": "ValLoop"},
             "val_evaluator": {"type": "ClassAccuracy"},
         }
+    record_origin(cfg, cfg.get("pretrained"), resume_from)
     runner = SeededRunner(
         model={**cfg.model, "compile": cfg.compile},
         work_dir=cfg.work_dir,

@@ -206,6 +206,7 @@ def test_bad_input_is_one_line_before_training(tmp_path):
     fails("broken image", lambda root: (root / image).write_bytes(b"no picture"))
     fails("val_dataset: no images", emptied)
     fails("no such file", lambda root: shutil.rmtree(root / "images/training"))
+    fails("needs 2 images a pass", lambda root: None, images_per_gpu=1)
     fails("fewer than one batch", lambda root: None, total_batch_size=64)
     encoder = VisionTransformer(embed_dim=32, depth=4, num_heads=2, img_size=32, patch_size=8).state_dict()
     detector = {f"backbone.{name}": tensor for name, tensor in encoder.items()}

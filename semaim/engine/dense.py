@@ -85,6 +85,8 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
+        raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
     train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained"):

@@ -12,7 +12,7 @@ model = dict(
 train_dataset = dict(
     pipeline=[
         dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations", reduce_zero_label=True),
+        dict(type="LoadAnnotations"),
         dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
         dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
         dict(type="RandomFlip", prob=0.5),
@@ -23,7 +23,7 @@ train_dataset = dict(
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 val_dataset = dict(pipeline=test_pipeline)

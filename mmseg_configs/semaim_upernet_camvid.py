@@ -52,7 +52,7 @@ train_dataset = dict(
     **data,
     pipeline=[
         dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations", reduce_zero_label=True),
+        dict(type="LoadAnnotations"),
         dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
         dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
         dict(type="RandomFlip", prob=0.5),
@@ -63,7 +63,7 @@ train_dataset = dict(
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(480, 360), keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 val_dataset = dict(**data, pipeline=test_pipeline)

@@ -38,7 +38,7 @@ model = dict(
 )
 pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=size, ratio_range=(0.7, 1.4), keep_ratio=True),
     dict(type="RandomCrop", crop_size=size, cat_max_ratio=0.9),
     dict(type="RandomFlip", prob=0.5),
@@ -47,7 +47,7 @@ pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=size, keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 train_dataset = dict(

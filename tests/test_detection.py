@@ -63,7 +63,9 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     with torch.device("meta"):
         detector = MODELS.build(cfg.model)
     size = next((part for part in path.stem.split("_") if part in SIZES), "base")
-    if "overfit" in path.stem:
+    if "cifar10" in path.stem:
+        size = None  # of the encoders pretrained there
+    elif "overfit" in path.stem:
         size = "tiny"
         assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 80
         assert "classes" not in cfg.train_dataset.metainfo and cfg.train_dataset.ann_file == cfg.val_dataset.ann_file
@@ -76,16 +78,16 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         windows = [block.attn.window for block in detector.backbone.blocks]
         assert [i for i, window in enumerate(windows) if not window] == [quarter * (q + 1) - 1 for q in range(4)]
         assert set(windows) == {0, cfg.model.backbone.window_size}
-    assert detector.backbone.embed_dim == SIZES[size]["embed_dim"]
+    assert not size or detector.backbone.embed_dim == SIZES[size]["embed_dim"]
     epochs = re.search(r"_(\d+)ep", path.stem)
-    if not epochs and not {"huge", "1gpu", "scenes", "overfit"} & set(path.stem.split("_")):
+    if not epochs and not {"huge", "1gpu", "scenes", "overfit", "cifar10"} & set(path.stem.split("_")):
         epochs = re.search(r"(\d+)", "100")
     if epochs:
         assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
     if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
         shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
-        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size == "tiny"
+        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size in ("tiny", None)
 
 
 def test_the_main_config_is_vitdets_recipe():

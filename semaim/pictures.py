@@ -180,8 +180,7 @@ def draw_reconstruction(model, images: Tensor, title: str = "") -> Image.Image:
             removed = output.mask.view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3).cpu()
             shown = images.cpu() / 255
             columns["what it sees"] = photos(shown * (1 - removed) + 0.5 * removed)
-            columns["prediction"] = photos(whole)
-            columns["with what it sees"] = photos(shown * (1 - removed) + whole * removed)
+            columns["reconstruction"] = photos(shown * (1 - removed) + whole * removed)  # of the rest it learns nothing
         else:
             columns |= {"order": ranks(output.order, grid), "prediction": photos(whole)}
     return lay_out(columns, title)

@@ -283,6 +283,7 @@ def test_a_diverged_run_is_shown(tmp_path):
         ({"pretrain_images": 900}, "reduced: 1,281,167 images, 100 epochs, pretrained on 900 images"),
         ({"epochs": 200}, "other than published: 1,281,167 images, 200 epochs"),
         ({"cfg_options": {"base_lr": 0.1, "num_workers": 2}}, "changed: base_lr=0.1"),
+        ({"pretrain_options": {"base_lr": 0.1, "work_dir": "x"}}, "changed: pretraining's base_lr=0.1"),
         ({"config": "mine.py"}, "its config follows no published recipe"),
         ({"cfg_options": None, "method": None}, "not recorded: cfg options, method"),
         ({"pretrain_epochs": None, "pretrain_images": None}, "not recorded: pretrain epochs, pretrain images"),

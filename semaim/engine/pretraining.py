@@ -130,8 +130,8 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     cfg.merge_from_dict(options or {})
     model = cfg.model.to_dict()
     kinds = (model.pop("type", None), model.get("network", {}).get("type"))
-    if kinds != ("Pretraining", "SemAIM"):
-        raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining")
+    if kinds not in (("Pretraining", "SemAIM"), ("Pretraining", "MAE")):
+        raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining or MAE's")
     try:
         built = Pretraining(**{**model, "compile": False})
         built.network.load_state_dict(checkpoint["model"])

@@ -100,18 +100,18 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
             "method": method_of(config["model"]),
-            "pretrain_epochs": content.get("epoch"),
-            "pretrain_images": content.get("images"),
+            "pretrain_epochs": _whole(content.get("epoch")),
+            "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
     names = ("method", "pretrain_epochs", "pretrain_images", "pretrain_options")
     known = _mapping(config.get("origin"))
     origin = {name: known[name] for name in names if known.get(name) is not None}
     if not same and "method" in origin:
-        origin["method"] += f" after {task_of(config)}"
+        origin["method"] = f"{origin['method']} after {task_of(config)}"
     if trained:
         dense = config.get("default_scope") != "mmengine"
-        origin |= {"iterations": content.get("step")} if dense else {"epochs": content.get("epoch")}
+        origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
 
@@ -120,7 +120,7 @@ def method_of(model: Mapping) -> str | None:
     """The method that a pretraining's config of the model describes, as published.yaml spells it."""
     network = _mapping(model.get("network"))
     if network.get("type") != "SemAIM":
-        return network.get("type")
+        return network.get("type") if isinstance(network.get("type"), str) else None
     order, guide = network.get("order", "semantic"), network.get("guide", "online")
     teacher = str(_mapping(guide).get("name", ""))
     features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
@@ -177,6 +177,10 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + "+changes" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _mapping(value: object) -> Mapping:

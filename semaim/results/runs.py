@@ -24,6 +24,7 @@ UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training
 
 #: Keys of results.json by what they may hold. All may be missing but `metrics`.
 NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed")
+OPTIONS = ("cfg_options", "pretrain_options")
 STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
 
 #: Changed options that leave the figure what it is.
@@ -69,8 +70,11 @@ class Run:
     @property
     def changes(self) -> str:
         """Options that differ from the config's, where they may change the figure."""
-        options = self.raw.get("cfg_options") or {}
-        return ", ".join(f"{key}={value}" for key, value in options.items() if not HARMLESS.fullmatch(key))
+        told = []
+        for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
+            options = (self.raw.get(name) or {}).items()
+            told += [f"{whose}{key}={value}" for key, value in options if not HARMLESS.fullmatch(key)]
+        return ", ".join(told)
 
     @property
     def identified(self) -> bool:
@@ -123,7 +127,7 @@ def read_results(path: Path) -> dict:
         raise UserError(f"{path} is broken: {error}") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
         raise UserError(f"{path} is none of our results: it has no metrics")
-    kinds = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(STRINGS, str) | {"cfg_options": dict}
+    kinds = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(STRINGS, str) | dict.fromkeys(OPTIONS, dict)
     values = [(name, raw[name], kind) for name, kind in kinds.items() if raw.get(name) is not None]
     values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
     for name, value, kind in values:

@@ -1,0 +1,99 @@
+"""Curves of a run as line charts: the geometry of an SVG that takes the colours of the page it stands in."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that its letters stay readable there
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  #: margins
+POINTS = 400  #: more in a line are thinned out
+
+#: Charts of validations: title, and what is drawn, name in the log -> words.
+VALIDATED = (
+    ("accuracy, %", {"top1": "top-1", "top5": "top-5"}),
+    ("AP", {"coco/bbox_mAP": "box", "coco/segm_mAP": "mask"}),
+    ("segmentation, %", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: its words with the last value, and points "x,y x,y ..." of the drawing."""
+
+    name: str
+    points: str
+    dots: tuple[tuple[float, float], ...]  #: where there are too few points for a line alone
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing of `WIDTH` x `HEIGHT`: ticks are (place, words)."""
+
+    title: str
+    below: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+def make_chart(title: str, below: str, curves: dict[str, Sequence[tuple[float, float]]]) -> Chart | None:
+    """A chart of name -> (x, y) by rising x; None where there is nothing to draw."""
+    curves = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
+    across, up = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    x_low, x_high = min(xs + across), max(xs + across)
+    y_low, y_high = min(ys + up), max(ys + up)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1),
+            round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1),
+        )
+
+    lines = []
+    for name, points in curves.items():
+        step = max(1, math.ceil(len(points) / POINTS))
+        drawn = [place(*point) for point in points[::-1][::step][::-1]]  # from the end: the last point stays
+        text = " ".join(f"{x},{y}" for x, y in drawn)
+        lines.append(Line(f"{name} {points[-1][1]:.4g}", text, tuple(drawn) if len(drawn) < 12 else ()))
+    return Chart(
+        title,
+        below,
+        tuple(lines),
+        tuple((place(x, y_low)[0], f"{x:g}") for x in across),
+        tuple((place(x_low, y)[1], f"{y:g}") for y in up),
+    )
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers around and within a range."""
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    rough = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(part * power for part in (1, 2, 2.5, 5, 10) if part * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
+
+
+def charts_of(lines: Sequence[dict]) -> list[Chart]:
+    """Loss, learning rate and validations from the lines of `semaim.pictures.read_lines`."""
+    training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
+    charts = [
+        make_chart(title, "iteration", {name: numbers(training, "iter", key)})
+        for title, name, key in (("training loss", "loss", "loss"), ("learning rate", "rate", "lr"))
+    ]
+    validations = [line for line in lines if "validation" in line]
+    for title, names in VALIDATED:
+        curves = {words: numbers(validations, "step", key) for key, words in names.items()}
+        charts.append(make_chart(f"validation: {title}", "epoch", curves))
+    return [chart for chart in charts if chart]
+
+
+def numbers(lines: Sequence[dict], x: str, y: str) -> list[tuple[float, float]]:
+    """(x, y) of the lines that have both, the last of each x."""
+    found = {line[x]: line[y] for line in lines if all(isinstance(line.get(key), int | float) for key in (x, y))}
+    return sorted(found.items())

@@ -1,0 +1,190 @@
+"""What stages cost: GPU-hours = images / rate, where a rate was given or measured, and disk for checkpoints."""
+
+import logging
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from semaim.errors import UserError, nearest
+from semaim.results.running import ROOT, read
+from semaim.results.stages import METHODS, NAMES, Stage
+
+MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
+CLASSES = 1000  #: of ImageNet, where the data is to tell; fewer make a slightly smaller file
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage.
+
+    Args:
+        images: that pass through the network to be trained on, or measured; None where that is not known.
+        counted: their number's arithmetic, in words.
+        rate: images per second and GPU; None where it is not known.
+        source: where the rate is from.
+        disk: bytes of checkpoints, or of kept features.
+        kept: their arithmetic, in words.
+    """
+
+    stage: Stage
+    images: int | None
+    counted: str
+    rate: float | None
+    source: str
+    disk: int
+    kept: str
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """None where images or rate are not known."""
+        return None if self.images is None or self.rate is None else self.images / self.rate / 3600
+
+    def __str__(self) -> str:
+        processes = self.stage.gpus * self.stage.nodes
+        if self.images is None:
+            time = self.counted
+        elif self.rate is None:
+            time = f"{self.counted}; rate unknown: give --rate {self.stage.name}=N"
+        else:
+            hours = self.gpu_hours
+            time = f"{self.counted}; / {self.rate:g} images/s ({self.source}) / 3600 = {hours:,.2f} GPU-hours"
+            time += f", {hours / processes:,.2f} h on {processes} GPUs" if processes > 1 else ""
+        return f"{time}; {self.kept}"
+
+
+def parse_rates(words: Iterable[str]) -> dict[str, float]:
+    """STAGE=N and METHOD/STAGE=N -> numbers by what stands left; `UserError` for anything else."""
+    rates = {}
+    for word in words:
+        match = re.fullmatch(r"(?:(\w+)/)?(\w+)=([0-9.eE+]+)", word)
+        if not match:
+            raise UserError(f"--rate {word}: write STAGE=N or METHOD/STAGE=N, images per second and GPU")
+        method, name, number = match.groups()
+        for part, known in ((method, METHODS), (name, NAMES)):
+            if part and part not in known:
+                raise UserError(f"--rate {word}: no {part}: {nearest(part, known)}")
+        try:
+            rate = float(number)
+        except ValueError:
+            rate = 0.0
+        if not 0 < rate < math.inf:
+            raise UserError(f"--rate {word}: give a number above 0")
+        rates[f"{method}/{name}" if method else name] = rate
+    return rates
+
+
+def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
+    """The cost of a stage; its rate as given, else as an earlier run in its folder logged it."""
+    from semaim.engine.config import load_config  # takes a second
+
+    cfg = load_config(ROOT / stage.config, stage.options)
+    given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
+    rate, source = (given, "--rate") if given else measured_rate(stage)
+    if stage.unit == "iterations":
+        images = stage.batch * stage.length
+        counted = f"{stage.batch:,} images x {stage.length:,} steps = {images:,} images"
+    elif stage.images is None:
+        images, counted = None, "images not counted: name the data"
+    elif stage.unit == "epochs":
+        images = stage.images * stage.length
+        counted = f"{stage.images:,} images x {stage.length:,} epochs = {images:,} images"
+    else:
+        images, counted = stage.images, f"{stage.images:,} images once"
+    if not stage.trains:
+        disk = (stage.images or 0) * sizes_of(stage.config)[2] * 2  # half precision
+        return Cost(stage, images, counted, rate, source, disk, f"features: {in_bytes(disk)}")
+    one = checkpoint_bytes(cfg, stage.config)
+    files = checkpoints_kept(cfg, stage.length)
+    kept = f"checkpoints: {files} x {in_bytes(one)} = {in_bytes(files * one)}"
+    return Cost(stage, images, counted, rate, source, files * one, kept)
+
+
+def measured_rate(stage: Stage) -> tuple[float | None, str]:
+    """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
+    from semaim.pictures import read_scalars  # matplotlib takes a second
+
+    try:
+        logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
+    except UserError:
+        logged = []
+    processes = read(stage.folder / "stage.json").get("processes")
+    if not logged or not processes:
+        return None, ""
+    return statistics.median(logged) / processes, f"median logged in {stage.folder}"
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Without what mmdet, mmseg and mmengine say while they build a model."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@cache
+def sizes_of(config: str) -> tuple[int, int, int]:
+    """Of a config's model, which is built without memory: bytes of all weights, trained numbers, encoder's width."""
+    from semaim.engine import dense
+    from semaim.engine.config import load_config
+
+    cfg = load_config(ROOT / config)
+    with silence(), torch.device("meta"):
+        if cfg.default_scope == "mmengine":
+            init_default_scope("mmengine")  # mmseg has an MAE too
+            if cfg.model.network.get("num_classes", 0) is None:
+                cfg.model.network.num_classes = CLASSES
+            model = MODELS.build(cfg.model)
+            encoder = model.network
+        else:
+            dense.enter(cfg)
+            model = dense.build(cfg.model, MODELS, "model")
+            encoder = model.backbone
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in checkpointed(model).values())
+    return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), encoder.embed_dim
+
+
+def checkpointed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model."""
+    return getattr(model, "network", model).state_dict()
+
+
+def checkpoint_bytes(cfg: Config, config: str) -> int:
+    """Bytes of a checkpoint: all weights, and for each trained one what the optimizer keeps."""
+    weights, trained, _ = sizes_of(config)
+    return weights + 4 * MOMENTS[cfg.optim_wrapper.optimizer.type] * trained
+
+
+def checkpoints_kept(cfg: Config, length: int) -> int:
+    """How many checkpoints a run of `length` epochs or iterations leaves."""
+    hook = cfg.default_hooks.checkpoint
+    saved = math.ceil(length / hook.get("interval", 20))
+    return min(saved, hook.get("keep", 3) or saved)
+
+
+def in_bytes(count: int) -> str:
+    """Bytes in GB, or in MB where they are few."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def totals(costs: Iterable[Cost]) -> str:
+    """The sums; what is not known is named."""
+    costs = list(costs)
+    known = [cost.gpu_hours for cost in costs if cost.gpu_hours is not None]
+    unknown = [cost for cost in costs if cost.gpu_hours is None]
+    hours = f"{sum(known):,.2f} GPU-hours" if known else "GPU-hours unknown"
+    without = ", ".join(dict.fromkeys(cost.stage.name for cost in unknown))
+    time = f"{hours} without {without}, of unknown rate" if known and unknown else hours
+    return f"total: {time}; {in_bytes(sum(cost.disk for cost in costs))} of disk; validation is not counted"

@@ -1,0 +1,255 @@
+"""One HTML file about runs: table, curves, pictures, classes, times and configs. It loads nothing from elsewhere."""
+
+import base64
+import datetime
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, ImageOps
+
+from semaim import __version__
+from semaim.errors import UserError
+from semaim.pictures import read_lines
+from semaim.results import Catalogue, load_published
+from semaim.results.charts import Chart, charts_of
+from semaim.results.runs import read_results, read_runs
+from semaim.results.table import HEADER, Printed, in_words, make_table
+
+MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that tell the folder of a run
+WIDEST = 1000  #: pixels of a picture in the report
+MOST = 6  #: pictures of one kind and run, but of orders
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+#: Measured values that stand in the list of runs, where a run has any of them.
+HEADLINES = ("top1", "probe_top1", "knn20_top1", "coco/bbox_mAP", "coco/segm_mAP", "mIoU")
+STAMP = re.compile(r"^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ")  #: at the start of mmengine's log lines
+#: What a config says of its stage, as it is written to the work folder.
+STAGES = (
+    (r"type='Pretraining'", "pretraining"),
+    (r"default_scope = 'mmdet'", "detection"),
+    (r"default_scope = 'mmseg'", "segmentation"),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI."""
+
+    name: str
+    source: str
+    width: int
+    height: int
+
+
+@dataclass
+class ClassTable:
+    """Figures of each class: head and rows, as logged."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class RunPart:
+    """All that a report tells of one run; what is not recorded is empty."""
+
+    name: str
+    stage: str = ""
+    figures: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
+    charts: list[Chart] = field(default_factory=list)
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+    classes: list[ClassTable] = field(default_factory=list)
+    configs: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Write a self-contained HTML file about all runs in the folders, however deep."""
+    runs, catalogue = find_runs(folders), load_published()
+    parts = [read_part(folder, name, catalogue) for folder, name in runs.items()]
+    loader = PackageLoader("semaim", "results")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html").render(
+        runs=parts,
+        table=table_of(runs, catalogue),
+        recorded={name for part in parts for name in part.facts},
+        header=HEADER,
+        date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        version=__version__,
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+# Finding
+
+
+def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
+    """Folders of runs -> their names, which are their paths from the given folder on."""
+    found: dict[Path, str] = {}
+    for given in map(Path, folders):
+        if not given.is_dir():
+            raise UserError(f"no such folder: {given}")
+        root = given.resolve()
+        files = [path for mark in MARKS for path in root.rglob(mark)]
+        inside = {path.parent if path.name == "results.json" else path.parents[2] for path in files}
+        inside = {path for path in inside if path.is_relative_to(root)}  # not of a folder inside a run
+        if not inside:
+            raise UserError(f"no run in {given}: a run's folder holds results.json, or logged scalars and config")
+        for folder in sorted(inside):
+            found.setdefault(folder, "/".join((root.name, *folder.relative_to(root).parts)))
+    names = list(found.values())
+    return {folder: name if names.count(name) == 1 else str(folder) for folder, name in found.items()}
+
+
+def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Printed | None:
+    """The results table of these folders; None where nothing was measured that it has."""
+    measured = [folder for folder in runs if (folder / "results.json").is_file()]
+    measured = [folder for folder in measured if read_runs(folder / "results.json", catalogue)]
+    return in_words(make_table(measured, catalogue)) if measured else None
+
+
+# Reading one run
+
+
+def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
+    """What the files of a run's folder tell."""
+    part = RunPart(name, configs=configs_of(folder), pictures=pictures_of(folder))
+    lines, results = read_lines(folder), folder / "results.json"
+    raw = read_results(results) if results.is_file() else {}
+    logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
+    told = [stage for sign, stage in STAGES for text in part.configs.values() if re.search(sign, text)]
+    tasks = [run.task for run in read_runs(results, catalogue)] if raw else []
+    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *tasks, raw.get("stage")) if stage), "")
+    part.charts = charts_of(lines)
+    part.facts = facts_of(lines, logs, raw)
+    part.measured = {key: worded(value) for key, value in raw.get("metrics", {}).items()}
+    part.figures = {key: value for key, value in part.measured.items() if key in HEADLINES} or part.measured
+    part.classes = classes_of(logs)
+    part.facts |= {
+        key.replace("_", " "): worded(value)
+        for key, value in raw.items()
+        if key != "metrics" and value not in (None, {}, "")
+    }
+    return part
+
+
+def worded(value: object) -> str:
+    """A value of results.json in words."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else json.dumps(value)
+
+
+def configs_of(folder: Path) -> dict[str, str]:
+    """File name -> text of the configs that the run left: as given, or else the newest of its log folders."""
+    files = sorted(folder.glob("*.py")) or sorted(folder.glob("*/vis_data/config.py"))[-1:]
+    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
+
+
+def facts_of(lines: Sequence[dict], logs: Sequence[str], raw: dict) -> dict[str, str]:
+    """Length, time, speed and memory, as far as they were logged."""
+    facts = {}
+    training = [line for line in lines if "validation" not in line]
+    if training:
+        facts["logged up to"] = f"iteration {training[-1]['iter']:,}"
+        if "epoch" in training[-1]:
+            facts["logged up to"] += f", epoch {training[-1]['epoch']:,}"
+    spans = [stamps[-1] - stamps[0] for stamps in map(stamps_of, logs) if stamps]
+    if spans:
+        facts["time"] = str(sum(spans, datetime.timedelta()))
+    for key, words, form in (("images_per_second", "images/s", "{:.1f}"), ("memory", "GPU memory", "{:,.0f} MB")):
+        values = sorted(line[key] for line in training if isinstance(line.get(key), int | float))
+        if values:
+            facts[words] = form.format(values[len(values) // 2] if key != "memory" else values[-1])
+    device = re.findall(r"INFO - torch \S+ on (.+); seed ", "\n".join(logs))
+    if device and "device" not in raw:
+        facts["device"] = device[-1]
+    return facts
+
+
+def stamps_of(log: str) -> list[datetime.datetime]:
+    """The times at the starts of a log's lines."""
+    found = [match[1] for match in map(STAMP.match, log.splitlines()) if match]
+    return [datetime.datetime.strptime(stamp, "%Y/%m/%d %H:%M:%S") for stamp in (found[:1] + found[-1:])]
+
+
+def classes_of(logs: Sequence[str]) -> list[ClassTable]:
+    """The last table of each kind that mmdet (by `classwise`) and mmseg log of their classes."""
+    found: dict[str, ClassTable] = {}
+    for log in logs:
+        evaluated, head, rows = "", None, []
+        for line in [*log.splitlines(), ""]:
+            if line.startswith(("|", "+-")):
+                cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+                if line.startswith("|") and head is None:
+                    head = cells
+                elif line.startswith("|"):
+                    rows.append(cells)
+            elif head is not None:
+                if head[0].lower() in ("class", "category") and len(head) > 2:
+                    kind = {"bbox": "box AP", "segm": "mask AP"}.get(evaluated, ", ".join(head[1:]))
+                    found[kind] = ClassTable(f"{kind} of each class", ["class", *head[1:]], rows)
+                head, rows = None, []
+            if match := re.search(r"Evaluating (\w+)\.\.\.", line):
+                evaluated = match[1]
+    return list(found.values())
+
+
+# Pictures
+
+
+def pictures_of(folder: Path) -> dict[str, list[Picture]]:
+    """Words -> pictures of a run: of its orders over training, of predictions, and what lies in the folder itself."""
+    predicted = [path.parent for path in folder.glob("*/predictions.json")]
+    chosen = {"Orders over training": spread(listed(folder / "orders"), 3)}  # first, middle, last
+    for place in sorted({*predicted, folder / "predictions"}):
+        words = "Predictions" if place.name == "predictions" else f"Predictions ({place.name})"
+        chosen[words] = spread(listed(place), MOST)
+    chosen["Pictures"] = spread(listed(folder), MOST)
+    shown = {words: [shown for path in paths if (shown := encode(path))] for words, paths in chosen.items()}
+    return {words: pictures for words, pictures in shown.items() if pictures}
+
+
+def listed(folder: Path) -> list[Path]:
+    """Picture files of a folder, numbers in names by their size."""
+    files = [path for path in folder.glob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
+    return sorted(files, key=lambda path: [(part.zfill(12), part) for part in re.findall(r"\d+|\D+", path.name)])
+
+
+def spread(items: Sequence, most: int) -> list:
+    """At most so many of them, from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def encode(path: Path) -> Picture | None:
+    """A picture, at most `WIDEST` pixels wide, as the smaller of PNG and JPEG; None where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception:  # Pillow raises many types; a training may be writing it
+        return None
+    ground = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(ground, image).convert("RGB")
+    if image.width > WIDEST:
+        image = image.resize((WIDEST, max(1, round(image.height * WIDEST / image.width))), Image.Resampling.LANCZOS)
+    coded = []
+    for kind, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 85})):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        coded.append((buffer.tell(), kind.lower(), buffer.getvalue()))
+    _, kind, data = min(coded)
+    return Picture(path.stem, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *image.size)

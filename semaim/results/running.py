@@ -1,0 +1,112 @@
+"""What tools that start others share: following a command, going on where it was cut, refusing changed settings."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from mmengine.config import Config
+
+from semaim.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, which holds the tools
+DEATH_OF_PARENT = 1  #: prctl's PR_SET_PDEATHSIG
+
+
+def here(path: Path) -> str:
+    """A path as one would type it in the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def tool(name: str) -> list[str]:
+    """The start of a tool's command line: this Python and tools/NAME."""
+    return [here(Path(sys.executable)), here(ROOT / "tools" / name)]
+
+
+def read(path: Path) -> dict:
+    """The content of a json file, empty where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def refuse_changes(folder: Path, had: dict, settings: dict) -> None:
+    """`UserError` where a folder's run had other settings: one table must not hold both.
+
+    Args:
+        folder: of the run.
+        had, settings: plain values, of the run and asked for now; their `options` are a dict of such.
+    """
+    old, new = ({**part, **part["options"], "options": None} for part in (had, settings))
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            change = f"{key} = {old.get(key)}, now it is {new.get(key)}"
+            raise UserError(f"{folder} was run with {change}: choose another --work-dir")
+
+
+def in_words(options: dict[str, object]) -> dict[str, str]:
+    """Options as --cfg-options takes them: no spaces."""
+    return {key: str(value).replace(" ", "") for key, value in options.items()}
+
+
+def follow(line: list[str]) -> tuple[int, bool]:
+    """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:  # which may be killed before it can pass anything on
+        if library:
+            library.prctl(DEATH_OF_PARENT, signal.SIGTERM)
+
+    # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving.
+    child = subprocess.Popen(line, start_new_session=True, preexec_fn=end_with_parent)
+    stopped = []
+
+    def pass_on(number: int, frame) -> None:
+        stopped.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code, bool(stopped)
+
+
+def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
+    """Options that give a run another length and its schedule the same shape; none where no length is given."""
+    if iters is None and epochs is None:
+        return {}
+    unit, length = ("max_epochs", epochs) if iters is None else ("max_iters", iters)
+    if unit not in cfg.train_cfg:
+        raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
+    if length < 1:
+        raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
+    share = length / cfg.train_cfg[unit]
+    options = {f"train_cfg.{unit}": length}
+    if cfg.model.type != "Pretraining":  # which validates nothing
+        options["train_cfg.val_interval"] = length
+    if iters is None:
+        return {**options, "param_scheduler.warmup_epochs": round(cfg.param_scheduler.warmup_epochs * share, 4)}
+
+    def place(step: int) -> int:  # at least 2: mmengine's LinearLR of one step never leaves its start
+        return max(2, round(step * share)) if step else 0
+
+    for index, scheduler in enumerate(cfg.param_scheduler):
+        changed = {key: place(scheduler[key]) for key in ("begin", "end", "T_max") if key in scheduler}
+        if "end" in changed:  # mmengine refuses an empty stretch
+            changed["end"] = max(changed["end"], changed.get("begin", 0) + 1)
+        if "milestones" in scheduler:
+            changed["milestones"] = [max(1, round(step * share)) for step in scheduler["milestones"]]
+        options |= {f"param_scheduler.{index}.{key}": value for key, value in changed.items()}
+    return options

@@ -1,0 +1,230 @@
+#!/usr/bin/env python
+"""From images to the results table: tools/reproduce.py --scale quick --work-dir work_dirs/quick (see --help)."""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from semaim.engine.launcher import check_processes, launched
+from semaim.errors import UserError, run
+from semaim.results import load_published
+from semaim.results.costs import cost_of, parse_rates, totals
+from semaim.results.formats import FORMATS
+from semaim.results.running import follow, here, read, refuse_changes
+from semaim.results.stages import METHODS, NAMES, SCALES, Stage, plan
+from semaim.results.table import make_table
+
+#: What the stages of a task import: a package, and the stage's name.
+PACKAGES = {"detection": "mmdet", "segmentation": "mmseg"}
+FILES = {"md": "table.md", "csv": "table.csv", "html": "table.html", "latex": "table.tex"}
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Pretrain, measure and fine-tune, detect and segment, for every method, each stage by the command"
+        " that is printed; then write the results table: table.md, .csv, .html, .tex in the work folder.",
+        epilog="Started again it skips the stages that have finished and goes on with the one that was cut.",
+    )
+    parser.add_argument(
+        "--scale", required=True, choices=SCALES,
+        help="quick: built-in scenes, on a CPU, minutes; study: small data, one GPU; paper: ImageNet, COCO, ADE20K",
+    )  # fmt: skip
+    parser.add_argument("--work-dir", metavar="DIR", help="folder of all runs (default: work_dirs/SCALE)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: quick, semaim scratch; else all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of each (default: 0)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STAGE", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--skip", nargs="+", choices=NAMES, metavar="STAGE", default=[], help="all but these")
+    parser.add_argument("--gpus", metavar="N", help="of each node; all for all (default: 1, at paper scale 8)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --dry-run: commands for several")
+    parser.add_argument(
+        "--length", nargs="+", action="extend", default=[], metavar="STAGE=N",
+        help="epochs (pretrain, finetune) or steps (detection, segmentation); images=N, size=N of the scenes",
+    )  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--scenes", metavar="DIR", help="quick: where they are drawn (default: in the work folder)")
+    data.add_argument("--cifar", metavar="DIR", help="study: class folders, DIR/train/CLASS and DIR/val/CLASS")
+    data.add_argument("--imagenet", metavar="DIR", help="paper: class folders (default: data/imagenet)")
+    data.add_argument("--coco", metavar="DIR", help="as COCO; study: without it, no detection")
+    data.add_argument("--ade", metavar="DIR", help="as ADE20K; study: without it, no segmentation")
+    cost = parser.add_argument_group("cost")
+    cost.add_argument("--dry-run", action="store_true", help="print all commands and what each costs; run nothing")
+    cost.add_argument(
+        "--rate", nargs="+", action="extend", default=[], metavar="STAGE=N",
+        help="images per second and GPU of a stage, or of METHOD/STAGE; else what an earlier run here has logged",
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+def lengths(words: list[str]) -> dict[str, int]:
+    """NAME=N -> numbers by name."""
+    pairs = [word.partition("=")[::2] for word in words]
+    for name, number in pairs:
+        if not number.isdigit():
+            raise UserError(f"--length {name}{'=' * bool(number)}{number}: write STAGE=N, a whole number")
+    return {name: int(number) for name, number in pairs}
+
+
+def roots(args: argparse.Namespace) -> dict[str, Path | None]:
+    """Folders of the images by kind; `UserError` for a flag of another scale, and for a folder that is not there."""
+    taken = {"quick": ("scenes",), "study": ("cifar", "coco", "ade"), "paper": ("imagenet", "coco", "ade")}[args.scale]
+    given = {name: getattr(args, name) for name in ("scenes", "cifar", "imagenet", "coco", "ade")}
+    for name, path in given.items():
+        if path and name not in taken:
+            raise UserError(f"--{name} is not for scale {args.scale}, which takes --{', --'.join(taken)}")
+        if path and name != "scenes" and not args.dry_run and not Path(path).is_dir():
+            raise UserError(f"--{name} {path}: no such folder")
+    if args.scale == "study" and not args.cifar:
+        raise UserError("scale study needs images: --cifar DIR, with DIR/train/CLASS and DIR/val/CLASS")
+    paths = {name: path and Path(path) for name, path in given.items()}
+    return {**paths, "images": paths["cifar"] or paths["imagenet"]}
+
+
+def count_images(root: Path | None) -> tuple[int, int] | None:
+    """Training and validation images in class folders, or None where there are none."""
+    if root is None or not (root / "train").is_dir():
+        return None
+    return tuple(
+        sum(path.suffix.lower() in PICTURES for path in (root / split).rglob("*")) for split in ("train", "val")
+    )
+
+
+def choose(stages: list[Stage], args: argparse.Namespace) -> list[Stage]:
+    """The stages asked for; `UserError` where one needs a pretraining that is neither there nor asked for."""
+    names = {"scenes", *(args.only or NAMES)} - set(args.skip)
+    chosen = [stage for stage in stages if stage.name in names]
+    if not any(stage.method for stage in chosen):
+        raise UserError("no stage is left: see --only, --skip and the folders of data")
+    return chosen
+
+
+def check(stages: list[Stage], chosen: list[Stage]) -> None:
+    """`UserError` for what would stop the stages, or mix their results, before any starts."""
+    for stage in stages:
+        if stage.name == "scenes":
+            drawn = read(stage.result)
+            for name, value in stage.options.items():
+                if drawn and drawn.get(name) != value:
+                    was = f"{drawn.get(name)}, now it is {value}"
+                    raise UserError(f"{stage.folder} was drawn with {name} = {was}: choose another --work-dir")
+        elif any((stage.folder / name).exists() for name in ("results.json", "latest.pth")):
+            had = read(stage.folder / "stage.json").get("settings")
+            if had is None:
+                raise UserError(f"{stage.folder} holds a run of other origin: choose another --work-dir")
+            refuse_changes(stage.folder, had, stage.settings)
+    by_title = {stage.title: stage for stage in stages}
+    for stage in chosen:
+        needed = by_title.get(stage.needs)
+        if needed and needed not in chosen and not needed.result.exists():
+            raise UserError(f"{stage.title} needs {needed.result}, which is not there: let {needed.title} run first")
+        package = PACKAGES.get(stage.name)
+        if package and not stage.result.exists() and not importlib.util.find_spec(package):
+            flags = "tools/setup.sh --extras all, or leave it out: --skip detection segmentation"
+            raise UserError(f"{stage.title}: {package} is not installed: {flags}")
+
+
+def typed(stage: Stage) -> str:
+    """The command line, with the environment of several nodes where it runs on them."""
+    nodes = f"NNODES={stage.nodes} NODE_RANK=$NODE_RANK MASTER_ADDR=$MASTER_ADDR PORT=29500 "
+    return nodes * (stage.nodes > 1) + shlex.join(stage.command())
+
+
+def show(chosen: list[Stage], rates: dict[str, float]) -> None:
+    """All commands, and what each costs."""
+    if any(stage.nodes > 1 for stage in chosen):
+        most = max(stage.nodes for stage in chosen)
+        print(f"# On every node, with its NODE_RANK (0 to {most - 1}) and the first one's name as MASTER_ADDR;")
+        print("# where NNODES is lower, or not there, on the first ones only.")
+    costs = []
+    for number, stage in enumerate(chosen, 1):
+        print(f"# stage {number} of {len(chosen)}, {stage.title}{': has finished' * stage.result.exists()}")
+        if stage.method:
+            costs.append(cost_of(stage, rates))
+            print(f"#   {costs[-1]}")
+        print(typed(stage), flush=True)
+    print(f"# {totals(costs)}")
+
+
+def work_through(chosen: list[Stage]) -> int:
+    """Run what has not finished; the exit status."""
+    for number, stage in enumerate(chosen, 1):
+        title = f"stage {number} of {len(chosen)}, {stage.title}:"
+        if stage.result.exists():
+            print(title, "has finished", flush=True)
+            continue
+        if stage.method:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            record = {"settings": stage.settings, "processes": stage.gpus}
+            (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+        print(f"{title}\n{typed(stage)}", flush=True)
+        begun = time.monotonic()
+        code, stopped = follow(stage.command())
+        if stopped:
+            print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
+            return 130
+        if code == 0 and not stage.result.exists():
+            code = 1
+        if code:
+            print(f"{stage.title} failed with exit status {code}; what has finished stays", file=sys.stderr)
+            return code
+        print(f"{stage.title} took {time.monotonic() - begun:.0f} s", flush=True)
+    return 0
+
+
+def tabulate(work: Path, scale: str) -> None:
+    """Write the table in all formats, and the report; print our rows, at paper scale beside the published."""
+    if not any(work.rglob("results.json")):
+        print("no stage that measures has finished yet: there is no table")
+        return
+    catalogue = load_published()
+    table = make_table([work], catalogue)
+    written = []
+    for name, file in FILES.items():
+        head = '<!doctype html>\n<meta charset="utf-8">\n' * (name == "html")
+        (work / file).write_text(head + FORMATS[name](table), encoding="utf-8")
+        written.append(work / file)
+    if importlib.util.find_spec("semaim.results.report"):
+        from semaim.results.report import write_report
+
+        write_report([work], work / "report.html")
+        written.append(work / "report.html")
+    shown = table if scale == "paper" else make_table([work], catalogue, published=False)
+    print(f"\n{FORMATS['md'](shown)}\nwritten: {', '.join(map(here, written))}")
+
+
+def main() -> int:
+    args = parse_args()
+    if launched() or os.environ.get("NNODES", "1") != "1":
+        raise UserError("this tool is started once and starts the others: give --gpus N")
+    work = Path(args.work_dir or Path("work_dirs") / args.scale)
+    gpus = args.gpus or ("8" if args.scale == "paper" else "1")
+    gpus = int(gpus) if args.dry_run and gpus.isdigit() and int(gpus) else check_processes(gpus)
+    if args.nodes < 1:
+        raise UserError(f"--nodes {args.nodes}: give 1 or more")
+    if args.nodes > 1 and not args.dry_run:
+        raise UserError("several nodes: print the commands with --dry-run, and start each on every node")
+    folders, rates = roots(args), parse_rates(args.rate)
+    counted = count_images(folders["images"]) if args.scale == "study" else None
+    given = lengths(args.length)
+    stages = plan(args.scale, work, args.methods, args.seeds, folders, given, counted, gpus, args.nodes)
+    chosen = choose(stages, args)
+    for name, flag in (("detection", "coco"), ("segmentation", "ade")):
+        if args.scale == "study" and not folders[flag] and name in {*(args.only or NAMES)} - {*args.skip}:
+            print(f"{name} is left out: there is no --{flag} DIR", flush=True)
+    if args.dry_run:
+        show(chosen, rates)
+        return 0
+    check(stages, chosen)
+    code = work_through(chosen)
+    if code == 0:
+        tabulate(work, args.scale)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

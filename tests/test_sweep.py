@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -227,17 +226,17 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(labelled, tmp_path, here):
         "default_hooks.logger.interval": 1,
     }
     options = [f"{key}={value}" for key, value in small.items()]
-    start = [LINEAR, "--epochs", 40, "--data-root", labelled, "--work-dir", work, "--cfg-options", *options]
+    # 200 epochs are some seconds: the signal is there long before their end.
+    start = [LINEAR, "--epochs", 200, "--data-root", labelled, "--work-dir", work, "--cfg-options", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line(*start, "--lr", 0.1, 0.2), **pipes, env=ENV, cwd=ROOT) as child:
         for row in child.stdout:
-            if "epoch  2/40" in row:
+            if "epoch   2/200" in row:
                 break
         child.send_signal(signal.SIGINT)
-        begun = time.monotonic()
         rest, errors = child.communicate(timeout=100)
     assert child.returncode == 130 and errors.splitlines()[-1].startswith("interrupted in lr0.1: "), rest + errors
-    assert time.monotonic() - begun < 60 and (work / "lr0.1/latest.pth").resolve().name == "interrupted.pth"
+    assert (work / "lr0.1/latest.pth").resolve().name == "interrupted.pth"
     assert not (work / "lr0.1/results.json").exists() and not (work / "lr0.2").exists()
 
     status, output, error = here(*start, "--lr", 0.1)

@@ -1,5 +1,6 @@
 """What detectors and segmentors share."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,15 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     train, val = dense.build_data(cfg)
-    batch = model.data_preprocessor(pseudo_collate([train[index] for index in range(2)]), True)
+    batch = model.data_preprocessor(
+        pseudo_collate([dense.SeededImages(train, 0)[0, index] for index in range(2)]), True
+    )
+    if folder == "coco":
+        # Which proposals are among the best hangs on the last bits of their scores: both runs have the same ones.
+        with torch.no_grad():
+            features = model.extract_feat(batch["inputs"])
+            proposals = model.rpn_head.predict(features, batch["data_samples"])
+        model.rpn_head.predict_by_feat = lambda *args, **kwargs: deepcopy(proposals)
     found = {}
     for enabled in (False, True):
         model.zero_grad()
@@ -51,5 +60,7 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp
         found[enabled] = {name: float(value) for name, value in logged.items() if "loss" in name}, gradients
     assert found[True][0] == pytest.approx(found[False][0], rel=0.05, abs=0.02)
     assert torch.cosine_similarity(found[True][1], found[False][1], dim=0) > 0.7  # of two small images, at the start
+    if folder == "coco":
+        del model.rpn_head.predict_by_feat
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert len(model.eval().test_step(pseudo_collate([val[0]]))) == 1

@@ -229,6 +229,8 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(labelled, tmp_path, here):
     # 200 epochs are some seconds: the signal is there long before their end.
     start = [LINEAR, "--epochs", 200, "--data-root", labelled, "--work-dir", work, "--cfg-options", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Where the tests run in a shell's background, it has SIGINT ignored, and so would they.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(line(*start, "--lr", 0.1, 0.2), **pipes, env=ENV, cwd=ROOT) as child:
         for row in child.stdout:
             if "epoch   2/200" in row:

@@ -20,7 +20,7 @@ from semaim.engine.results import backbone_of, commit, method_of, origin_of, tas
 from semaim.errors import UserError
 from semaim.results.costs import checkpoints_kept, parse_rates, sizes_of, totals
 from semaim.results.runs import METRICS
-from semaim.results.stages import CONFIGS, METHODS, NAMES, lengths_of, plan, split
+from semaim.results.stages import CONFIGS, METHODS, NAMES, VARIANTS, lengths_of, plan, split
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -272,7 +272,7 @@ def test_every_config_builds(scale):
     pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
     roots = {"images": Path("i"), "coco": Path("c"), "ade": Path("a")}
-    stages = plan(scale, Path("w"), METHODS, roots=roots)
+    stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots=roots)
     assert [stage.name for stage in stages if stage.method == "mae"] == list(NAMES)
     widths = {sizes_of(stage.config)[2] for stage in stages if stage.method}
     assert widths == {{"quick": 192, "study": 128, "paper": 768}[scale]}  # one encoder all along
@@ -285,11 +285,13 @@ def test_methods_differ_by_what_makes_them():
     from semaim.engine.config import load_config
 
     for scale in CONFIGS:
-        stages = plan(scale, Path("w"), METHODS, roots={"images": Path("i")})
+        stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots={"images": Path("i")})
         for stage in stages:
             if stage.name == "pretrain":
                 cfg = load_config(ROOT / stage.config, stage.options)
-                named = {"semaim": "SemAIM", "saim": "SAIM", "raster": "raster order", "mae": "MAE"}[stage.method]
+                order, *target = stage.method.split("-")
+                named = {"semaim": "SemAIM", "saim": "SAIM", "raster": "raster order", "mae": "MAE"}
+                named = named.get(order, f"order {order}") + ", EMA features" * (target == ["ema"])
                 assert method_of(cfg.model) == named and task_of(cfg) is None
 
 

@@ -284,6 +284,7 @@ def test_a_diverged_run_is_shown(tmp_path):
         ({"epochs": 200}, "other than published: 1,281,167 images, 200 epochs"),
         ({"cfg_options": {"base_lr": 0.1, "num_workers": 2}}, "changed: base_lr=0.1"),
         ({"pretrain_options": {"base_lr": 0.1, "work_dir": "x"}}, "changed: pretraining's base_lr=0.1"),
+        ({"cfg_options": {"train_cfg.max_epochs": 9, "param_scheduler.end": 9}}, "changed: schedule"),
         ({"config": "mine.py"}, "its config follows no published recipe"),
         ({"cfg_options": None, "method": None}, "not recorded: cfg options, method"),
         ({"pretrain_epochs": None, "pretrain_images": None}, "not recorded: pretrain epochs, pretrain images"),

@@ -16,7 +16,7 @@ from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
 from semaim.results.formats import FORMATS
 from semaim.results.running import follow, here, read, refuse_changes
-from semaim.results.stages import METHODS, NAMES, SCALES, Stage, plan
+from semaim.results.stages import METHODS, NAMES, SCALES, VARIANTS, Stage, plan
 from semaim.results.table import make_table
 
 #: What the stages of a task import: a package, and the stage's name.
@@ -36,7 +36,11 @@ def parse_args() -> argparse.Namespace:
         help="quick: built-in scenes, on a CPU, minutes; study: small data, one GPU; paper: ImageNet, COCO, ADE20K",
     )  # fmt: skip
     parser.add_argument("--work-dir", metavar="DIR", help="folder of all runs (default: work_dirs/SCALE)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default: quick, semaim scratch; else all)")
+    methods = (*METHODS, *VARIANTS)
+    default = f"(default: quick, semaim scratch; else {' '.join(METHODS)})"
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods, metavar="METHOD", help=f"{', '.join(methods)} {default}"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of each (default: 0)")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STAGE", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--skip", nargs="+", choices=NAMES, metavar="STAGE", default=[], help="all but these")
@@ -153,27 +157,43 @@ def show(chosen: list[Stage], rates: dict[str, float]) -> None:
 def work_through(chosen: list[Stage]) -> int:
     """Run what has not finished; the exit status."""
     for number, stage in enumerate(chosen, 1):
-        title = f"stage {number} of {len(chosen)}, {stage.title}:"
-        if stage.result.exists():
-            print(title, "has finished", flush=True)
-            continue
-        if stage.method:
-            stage.folder.mkdir(parents=True, exist_ok=True)
-            record = {"settings": stage.settings, "processes": stage.gpus}
-            (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
-        print(f"{title}\n{typed(stage)}", flush=True)
-        begun = time.monotonic()
-        code, stopped = follow(stage.command())
+        print(f"stage {number} of {len(chosen)}, {stage.title}:{' has finished' * stage.result.exists()}", flush=True)
+        code, stopped = (0, False) if stage.result.exists() else carry_out(stage)
+        if code == 0 and not stopped:
+            stopped = draw(stage)
         if stopped:
             print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
             return 130
-        if code == 0 and not stage.result.exists():
-            code = 1
         if code:
             print(f"{stage.title} failed with exit status {code}; what has finished stays", file=sys.stderr)
             return code
-        print(f"{stage.title} took {time.monotonic() - begun:.0f} s", flush=True)
     return 0
+
+
+def carry_out(stage: Stage) -> tuple[int, bool]:
+    """Run a stage to its end; the exit status, and whether it was interrupted."""
+    if stage.method:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        record = {"settings": stage.settings, "processes": stage.gpus}
+        (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(typed(stage), flush=True)
+    begun = time.monotonic()
+    code, stopped = follow(stage.command())
+    if not stopped and code == 0:
+        print(f"{stage.title} took {time.monotonic() - begun:.0f} s", flush=True)
+    return code or int(not stage.result.exists()), stopped
+
+
+def draw(stage: Stage) -> bool:
+    """Make its picture for the report, where it has one; whether that was interrupted. A failure stops nothing."""
+    line = stage.drawing()
+    if line is None or stage.picture.exists():
+        return False
+    print(shlex.join(line), flush=True)
+    code, stopped = follow(line)
+    if code and not stopped:
+        print(f"{stage.title}: no picture of its predictions", file=sys.stderr)
+    return stopped
 
 
 def tabulate(work: Path, scale: str) -> None:

@@ -37,5 +37,5 @@ val_dataset = dict(
     test_mode=True,
     pipeline=test_pipeline,
 )
-val_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], format_only=False)
+val_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], classwise=True)
 del image_size

@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,9 +245,10 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     runner.train()
     scalars = runner.message_hub.log_scalars
     metrics = {name[4:]: buffer.current() for name, buffer in scalars.items() if name.startswith("val/")}
-    metrics = {name: value for name, value in metrics.items() if not name.endswith("time")}
     data = cfg.train_dataset.data_root
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    write_results(
+        cfg, of_all_classes(metrics), len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps
+    )
     return runner
 
 
@@ -275,10 +276,15 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
     load_whole(model, weights, runner.logger.info)
-    metrics = runner.test()
+    metrics = of_all_classes(runner.test())
     stage = "test, several scales and flipped" if cfg.get("tta") else "test"
     write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
     return metrics
+
+
+def of_all_classes(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without times, and without CocoMetric's of each class, whose table is in the log."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
 
 
 def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from semaim.errors import UserError, nearest
 from semaim.results.running import ROOT, read
-from semaim.results.stages import METHODS, NAMES, Stage
+from semaim.results.stages import METHODS, NAMES, VARIANTS, Stage
 
 MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
 CLASSES = 1000  #: of ImageNet, where the data is to tell; fewer make a slightly smaller file
@@ -65,11 +65,11 @@ def parse_rates(words: Iterable[str]) -> dict[str, float]:
     """STAGE=N and METHOD/STAGE=N -> numbers by what stands left; `UserError` for anything else."""
     rates = {}
     for word in words:
-        match = re.fullmatch(r"(?:(\w+)/)?(\w+)=([0-9.eE+]+)", word)
+        match = re.fullmatch(r"(?:([\w-]+)/)?(\w+)=([0-9.eE+]+)", word)
         if not match:
             raise UserError(f"--rate {word}: write STAGE=N or METHOD/STAGE=N, images per second and GPU")
         method, name, number = match.groups()
-        for part, known in ((method, METHODS), (name, NAMES)):
+        for part, known in ((method, (*METHODS, *VARIANTS)), (name, NAMES)):
             if part and part not in known:
                 raise UserError(f"--rate {word}: no {part}: {nearest(part, known)}")
         try:

@@ -29,6 +29,8 @@ STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", 
 
 #: Changed options that leave the figure what it is.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
+#: A shorter run changes several at once; its length stands beside them.
+SCHEDULE = re.compile(r"(train_cfg|param_scheduler)\..*")
 
 #: Words in the name of a checkpoint's file or folder that tell its method, the more special first.
 NAMED_AFTER = (
@@ -69,11 +71,13 @@ class Run:
 
     @property
     def changes(self) -> str:
-        """Options that differ from the config's, where they may change the figure."""
+        """Options that differ from the config's, where they may change the figure; those of its schedule as one."""
         told = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
-            options = (self.raw.get(name) or {}).items()
-            told += [f"{whose}{key}={value}" for key, value in options if not HARMLESS.fullmatch(key)]
+            options = self.raw.get(name) or {}
+            told += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
+            apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
+            told += [f"{whose}{key}={options[key]}" for key in apart]
         return ", ".join(told)
 
     @property

@@ -11,6 +11,8 @@ from semaim.results.running import ROOT, here, in_words, shortened, tool
 
 NAMES = ("pretrain", "knn", "linear", "finetune", "detection", "segmentation")
 METHODS = ("semaim", "saim", "raster", "mae", "scratch")
+#: What the study of orders and targets has besides; "-ema": the running average's features are the target.
+VARIANTS = ("similarity", "semaim-ema", "similarity-ema", "saim-ema", "raster-ema")
 SCALES = ("quick", "study", "paper")
 
 #: How long each stage is, where the config's own length is not meant: epochs of pretrain and finetune, steps of
@@ -22,11 +24,12 @@ LENGTHS = {
 }
 DEFAULT_METHODS = {"quick": ("semaim", "scratch"), "study": METHODS, "paper": METHODS}
 
-#: The config of each stage by scale: of all methods, or by method, "" for those not named.
+#: The config of each stage by scale: of all methods, or by method or its target, "" for those not named.
 CONFIGS = {
     "quick": {
         "pretrain": {
             "": "semaim/configs/pretrain/semaim_vit_tiny_scenes.py",
+            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_scenes.py",
             "mae": "semaim/configs/pretrain/mae_vit_tiny_scenes.py",
         },
         "knn": "semaim/configs/knn/vit_tiny_scenes.py",
@@ -38,6 +41,7 @@ CONFIGS = {
     "study": {
         "pretrain": {
             "": "semaim/configs/pretrain/semaim_vit_tiny_cifar10.py",
+            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_cifar10.py",
             "mae": "semaim/configs/pretrain/mae_vit_tiny_cifar10.py",
         },
         "knn": "semaim/configs/knn/vit_tiny_cifar10.py",
@@ -48,7 +52,8 @@ CONFIGS = {
     },
     "paper": {
         "pretrain": {
-            "semaim": "semaim/configs/pretrain/semaim_vit_base_800e.py",
+            "": "semaim/configs/pretrain/semaim_vit_base_800e.py",
+            "-ema": "semaim/configs/pretrain/semaim_ema_vit_base_800e.py",
             "saim": "semaim/configs/pretrain/saim_vit_base_800e.py",
             "raster": "semaim/configs/pretrain/raster_vit_base_800e.py",
             "mae": "semaim/configs/pretrain/mae_vit_base_1600e.py",
@@ -72,7 +77,7 @@ CONFIGS = {
     },
 }
 #: Changes that make a method of SemAIM's config, where it has none of its own.
-ORDERS = {"saim": "stochastic", "raster": "raster"}
+ORDERS = {"saim": "stochastic", "raster": "raster", "similarity": "similarity"}
 #: Changes at a scale.
 OPTIONS = {"quick": {}, "study": {"num_workers": 8}, "paper": {}}
 
@@ -86,7 +91,7 @@ class Stage:
 
     Args:
         name: of `NAMES`, or "scenes", which draws the images.
-        method: of `METHODS`; empty for "scenes".
+        method: of `METHODS` or `VARIANTS`; empty for "scenes".
         config: as a path in the checkout.
         folder: where it writes.
         pretrained: the checkpoint it starts from, "random", or None.
@@ -154,6 +159,19 @@ class Stage:
         line += ["--resume"] if self.trains and (self.folder / "latest.pth").exists() else []
         options = [f"{key}={value}" for key, value in in_words(self.options).items()]
         return line + (["--cfg-options", *options] if options else [])
+
+    def drawing(self) -> list[str] | None:
+        """The command line that draws what a detector or segmentor finds, for the report; None for other stages."""
+        if self.name not in ("detection", "segmentation"):
+            return None
+        line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
+        line += ["--data-root", str(self.data_root)] if self.data_root else []
+        return [*line, "--out", str(self.picture)]
+
+    @property
+    def picture(self) -> Path:
+        """Where `drawing` writes to."""
+        return self.folder / "predictions.png"
 
 
 def lengths_of(scale: str, given: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -232,14 +250,16 @@ def plan_stage(
     from semaim.engine.config import load_config  # takes a second
 
     configs = CONFIGS[scale][name]
-    config = configs if isinstance(configs, str) else configs.get(method, configs.get(""))
+    order, *target = method.split("-")
+    keys = (method, *(f"-{name}" for name in target), "")
+    config = configs if isinstance(configs, str) else next(configs[key] for key in keys if key in configs)
     cfg = load_config(ROOT / config)
     unit, own = length_of(cfg)
     options = {} if length in (None, own) else shortened(cfg, **{"iters" if unit == "iterations" else unit: length})
     options |= {} if seed == cfg.seed else {"seed": seed}
     options |= OPTIONS[scale]
-    if name == "pretrain" and method in ORDERS and cfg.model.network.order != ORDERS[method]:
-        options["model.network.order"] = ORDERS[method]
+    if name == "pretrain" and order in ORDERS and cfg.model.network.order != ORDERS[order]:
+        options["model.network.order"] = ORDERS[order]
     passing = images and (images[0] if unit == "epochs" else sum(images) if unit is None else None)
     batch = cfg.get("total_batch_size") if unit else None
     gpus, nodes = split(batch, gpus, nodes) if batch else (gpus, 1)

@@ -10,9 +10,10 @@ image_size = (256, 256)
 ann_file = "annotations/instances_overfit.json"
 model = dict(
     data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=image_size, pad_mask=True)]),
-    backbone=dict(img_size=256, global_blocks=(1, 3)),
+    backbone=dict(img_size=256, window_size=8, global_blocks=(1, 3)),
     roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)),
-    train_cfg=dict(rcnn=dict(sampler=dict(num=128))),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),
+    test_cfg=dict(rpn=dict(max_per_img=200)),
 )
 train_dataset = dict(
     data_root="data/coco",
@@ -40,6 +41,7 @@ val_dataset = dict(
     pipeline=test_pipeline,
 )
 total_batch_size = 4
+images_per_gpu = 4
 base_lr = 8e-3  # peak 5e-4 = 8e-3 x 4 / 64
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),

@@ -166,7 +166,9 @@ class Stage:
             return None
         line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
         line += ["--data-root", str(self.data_root)] if self.data_root else []
-        return [*line, "--out", str(self.picture)]
+        # A detector of few steps is sure of nothing.
+        sure = [] if self.length is None or self.length > 10_000 else ["--score-thr", "0.1"]
+        return [*line, "--most", "4", *sure, "--out", str(self.picture)]
 
     @property
     def picture(self) -> Path:

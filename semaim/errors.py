@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one clear line and a non-zero exit, no traceback."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -17,9 +18,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; exit status 0, 2 after a `UserError`, 130 after an interrupt."""
+    """Run a command's `main`; exit status 0, 2 after a `UserError`, 130 after an interrupt, 141 after a closed pipe."""
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+        return 141
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)

@@ -33,6 +33,14 @@ def test_every_tool_has_help(name):
     assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
 
 
+def test_a_closed_pipe_ends_a_tool_quietly():
+    line = [sys.executable, "tools/reproduce.py", "--scale", "paper", "--dry-run"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, **pipe) as child:
+        child.stdout.close()
+        assert (child.wait(120), child.stderr.read()) == (141, "")
+
+
 # Parity with the recorded reference.
 
 

@@ -148,7 +148,7 @@ def test_report_of_real_runs(tiny_config, tmp_path):
     heights = np.array([y for _, y in points])
     assert np.corrcoef(heights, list(steps.values()))[0, 1] < -0.999, "of an SVG the y axis points down"
     assert TOP <= heights.min() and heights.max() <= HEIGHT - BOTTOM
-    assert "iteration 20, epoch 4" in page.text and "GPU memory" not in page.text.replace("GPU memory: the", "")
+    assert "iteration 20, epoch 4" in page.text and "memory" not in page.text.replace("GPU memory: the", "")
 
     assert len(list((work / "orders").iterdir())) == 5
     names = ("epoch_0000", "epoch_0002", "epoch_0004")
@@ -260,7 +260,7 @@ def test_classes_time_and_memory_are_as_logged(tmp_path):
         "logged up to": "iteration 3",
         "time": "0:12:20",  # twice 3:04:05 to 3:10:15
         "images/s": "20.0",
-        "GPU memory": "903 MB",
+        "memory": "903 MB",
         "device": "4 x NVIDIA H200",
     }
     write_report([tmp_path / "run"], tmp_path / "r.html")

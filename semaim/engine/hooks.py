@@ -3,6 +3,7 @@
 import atexit
 import datetime
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class TrainLog(LogProcessor):
         batches = runner.train_dataloader.batch_sampler
         tag["images_per_second"] = batches.images * get_world_size() / tag["time"]
         tag["data_share"] = tag["data_time"] / tag["time"]
+        # Peaks in MB: of the GPU's allocations, which mmengine logs, or of the process.
+        tag.setdefault("memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         eta = datetime.timedelta(seconds=int(runner.message_hub.get_info("eta")))
         if self.by_epoch:
             epochs, steps = runner.max_epochs, len(batches)
@@ -52,7 +55,7 @@ class TrainLog(LogProcessor):
             + (f" ({', '.join(parts)})" if parts else "")
             + (f"  grad {tag['grad_norm']:.3f}" if "grad_norm" in tag else "")
             + f"  {tag['images_per_second']:.1f} images/s  data {100 * tag['data_share']:.0f}%"
-            + (f"  memory {tag['memory']} MB" if "memory" in tag else "")
+            + f"  memory {tag['memory']} MB"
             + f"  ETA {eta}"
         )
         return tag, line

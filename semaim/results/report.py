@@ -169,7 +169,7 @@ def facts_of(lines: Sequence[dict], logs: Sequence[str], raw: dict) -> dict[str,
     spans = [stamps[-1] - stamps[0] for stamps in map(stamps_of, logs) if stamps]
     if spans:
         facts["time"] = str(sum(spans, datetime.timedelta()))
-    for key, words, form in (("images_per_second", "images/s", "{:.1f}"), ("memory", "GPU memory", "{:,.0f} MB")):
+    for key, words, form in (("images_per_second", "images/s", "{:.1f}"), ("memory", "memory", "{:,.0f} MB")):
         values = sorted(line[key] for line in training if isinstance(line.get(key), int | float))
         if values:
             facts[words] = form.format(values[len(values) // 2] if key != "memory" else values[-1])

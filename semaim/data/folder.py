@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from semaim.errors import UserError
 
@@ -72,6 +74,18 @@ def load_image(path: str, smallest: int = 1) -> Image.Image:
     return image
 
 
+def load_pixels(path: str, smallest: int = 1) -> Tensor:
+    """As `load_image`, but uint8 (3, H, W), channels last in memory, and sooner: JPEGs are decoded by OpenCV.
+
+    Its pixels are Pillow's (CMYK's may differ by 1), without a copy in between.
+    """
+    if path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path) and os.path.getsize(path):
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        if pixels is not None and min(pixels.shape[:2]) >= smallest:
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pil_to_tensor(load_image(path, smallest))  # says what is wrong with the broken ones
+
+
 def seed_of(*parts: int) -> int:
     """A 63-bit seed from non-negative whole numbers, well mixed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
@@ -110,7 +124,6 @@ class PretrainImages(Dataset):
             [
                 v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
                 v2.RandomHorizontalFlip(flip),
-                v2.PILToTensor(),
             ]
         )
 
@@ -119,7 +132,7 @@ class PretrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
-        image = load_image(os.fsdecode(self.paths[index]), self.patch_size)
+        image = load_pixels(os.fsdecode(self.paths[index]), self.patch_size)
         state = torch.get_rng_state()
         # Not torch.manual_seed, which would seed the GPU's generator too.
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))

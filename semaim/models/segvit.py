@@ -83,7 +83,7 @@ class SegmentationBlock(Block):
     def _step(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         attended = self.attn(self.norm1(x), grid) if self.rel_bias else self.attn(self.norm1(x))
         x = x + self.drop_path(self.gamma_1 * attended)
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.gamma_2 * self.mlp(x, self.norm2))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""

@@ -16,10 +16,10 @@ One training step, top to bottom (Song et al., AAAI 2024, figure 1; official cod
 from typing import NamedTuple
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from semaim.models.linear import Linear, Mlp
 from semaim.models.ordering import SEMANTIC_ORDERS, check_order, make_order, similarity_map
 from semaim.models.targets import FeatureTarget, PixelTarget, Teacher
 from semaim.models.vit import Block, CrossAttention, VisionTransformer
@@ -92,7 +92,7 @@ class SemAIM(VisionTransformer):
             if width != seen:
                 raise ValueError(f"the target has {width} channels, the guide's tokens have {seen}")
         self.prediction_head = (
-            Mlp(self.embed_dim, 4 * self.embed_dim, width) if head == "mlp" else nn.Linear(self.embed_dim, width)
+            Mlp(self.embed_dim, 4 * self.embed_dim, width) if head == "mlp" else Linear(self.embed_dim, width)
         )
         self.reset_parameters()
         if guide == "ema":

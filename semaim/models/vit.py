@@ -8,9 +8,11 @@ Shapes: B images, N tokens (class token first, then the patches row by row), L p
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed, to_2tuple
+from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from semaim.models.linear import Linear, Mlp, linear
 
 #: Widths of the published models. `huge` has patch 14 in MAE and patch 16 in SemAIM's code: the config names it.
 SIZES = {
@@ -33,8 +35,8 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"embed_dim {dim} cannot be split into {num_heads} heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `x`, keys and values from `context` (`x` itself if None), each (B, N, D)."""
@@ -42,8 +44,8 @@ class Attention(nn.Module):
             return self.qkv(x).chunk(3, dim=-1)
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        keys, values = F.linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        return F.linear(x, weight[:dim], bias[:dim]), keys, values
+        keys, values = linear(context, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        return linear(x, weight[:dim], bias[:dim]), keys, values
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """Attend.
@@ -80,9 +82,9 @@ class CrossAttention(Attention):
     def __init__(self, dim: int, num_heads: int):
         super().__init__(dim, num_heads)
         del self.qkv
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `x`, keys and values from `context`."""
@@ -116,7 +118,7 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, context: Tensor | None, causal: bool) -> Tensor:
         keys = None if context is None else self.norm1(context)
         x = x + self.drop_path(self.attn(self.norm1(x), keys, causal))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.mlp(x, self.norm2))
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """(B, N, D) queries, optional (B, M, D) context -> (B, N, D)."""

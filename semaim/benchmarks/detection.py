@@ -1,0 +1,226 @@
+"""ViTDet's global block, and the step of Mask R-CNN on it, against attention with a bias for all pairs."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from semaim.benchmarks.baselines import plain_map_attention, plain_mlp, plain_norm
+from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak
+from semaim.benchmarks.rows import Row, without_gpu
+from semaim.engine.results import ROOT
+from semaim.errors import UserError
+from semaim.models.vit import SIZES, Block
+from semaim.models.vitdet import MapAttention
+
+
+def build_block(model: str, img_size: int, batch: int, device: str) -> tuple[Block, Tensor]:
+    """A global block with relative positions that are not zero, and a map (B, H, W, D) for it."""
+    torch.manual_seed(0)
+    if img_size < 16 or img_size % 16:
+        raise UserError(f"--img-size {img_size}: give a multiple of 16")
+    dim, heads, side = SIZES[model]["embed_dim"], SIZES[model]["num_heads"], img_size // 16
+    block = Block(dim, heads, attention=lambda dim, heads: MapAttention(dim, heads, table=(side, side)))
+    for table in (block.attn.rel_pos_h, block.attn.rel_pos_w):
+        torch.nn.init.normal_(table, std=0.2)
+    return block.to(device), torch.randn(batch, side, side, dim, device=device)
+
+
+def plain_block(block: Block, maps: Tensor) -> Tensor:
+    """The same block, unfused."""
+    maps = maps + plain_map_attention(block.attn, plain_norm(maps, block.norm1))
+    return maps + plain_mlp(plain_norm(maps, block.norm2), block.mlp)
+
+
+def block_pass(
+    variant: str, block: Block, maps: Tensor, precision: str = "fp32"
+) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
+    """Forward and backward of "ours" or the "baseline": gives the output and the gradients of maps and weights."""
+    maps = maps.requires_grad_()
+    weights = [maps, *block.parameters()]
+    low = precision == "bf16" and maps.device.type == "cuda"
+
+    def work() -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.autocast(maps.device.type, torch.bfloat16, enabled=low):
+            out = block(maps) if variant == "ours" else plain_block(block, maps)
+        return out, torch.autograd.grad(out, weights, torch.ones_like(out))
+
+    return work
+
+
+def build_pass(variant: str, *sizes) -> Callable:
+    """`block_pass` of a block of its own, for a process of its own."""
+    return block_pass(variant, *build_block(*sizes))
+
+
+def vitdet(
+    model: str = "base",
+    img_size: int = 512,
+    batch: int = 1,
+    device: str = "cpu",
+    precision: str = "fp32",
+    repeats: int = 5,
+) -> list[Row]:
+    """Time and memory of one global block, forward and backward."""
+    where = "GPU" if device == "cuda" else "CPU"
+    block, maps = build_block(model, img_size, batch, device)
+    ours, plain = (block_pass(variant, block, maps) for variant in ("ours", "baseline"))
+    (a, of_a), (b, of_b) = ours(), plain()
+    difference = check_equal("outputs", [a], [b], 1e-5)
+    check_equal("gradients", of_a, of_b, 1e-3)
+    del a, b, of_a, of_b
+    ours, plain = (block_pass(variant, block, maps, precision) for variant in ("ours", "baseline"))
+    if where == "GPU":
+        peaks = [gpu_peak(work, torch.device(device)) for work in (ours, plain)]
+    else:
+        sizes = model, img_size, batch, device
+        peaks = [cpu_peak(build_pass, variant, *sizes) for variant in ("ours", "baseline")]
+    timing = alternate(ours, plain, torch.device(device), repeats, warmup=2)
+    details = {"model": model, "img_size": img_size, "batch": batch, "precision": precision, "repeats": repeats}
+    common = {"loss_difference": difference, "details": details}
+    counts = where == "GPU" and img_size == 1024  # what the targets are set for
+    rows = [
+        Row(
+            f"ViTDet global block, ViT-{model} {img_size} px, forward + backward", where, "ms", 2.0 if counts else None,
+            ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio, spread=timing.spread, **common,
+        ),
+        Row(
+            "its peak memory", where, "MB", 0.3 if counts else None, at_least=False, ours=peaks[0] / 1e6,
+            baseline=peaks[1] / 1e6, ratio=peaks[0] / peaks[1], **common,
+        ),
+    ]  # fmt: skip
+    if where == "CPU":
+        rows += [
+            without_gpu("ViTDet global block at 1024 px, forward + backward", "ms", 2.0),
+            without_gpu("its peak memory", "MB", 0.3, at_least=False),
+        ]
+    return rows
+
+
+@contextmanager
+def plain_blocks() -> Iterator[None]:
+    """Within, all blocks of ViTDet run as `plain_block` does, in windows too."""
+
+    def forward(block: Block, x: Tensor, context: None, causal: bool) -> Tensor:
+        x = x + block.drop_path(block.attn(plain_norm(x, block.norm1)))
+        return x + block.drop_path(plain_mlp(plain_norm(x, block.norm2), block.mlp))
+
+    with patch.object(Block, "_forward", forward), patch.object(MapAttention, "attend", plain_map_attention):
+        yield
+
+
+def build_detector(model: str, img_size: int, device: str) -> nn.Module:
+    """Mask R-CNN of the recipe, for square images of another size."""
+    from mmengine.registry import MODELS
+
+    from semaim.engine.config import load_config
+    from semaim.engine.dense import build, enter
+
+    options = {"model.backbone.size": model, "model.backbone.img_size": img_size, "model.backbone.drop_path_rate": 0.0}
+    cfg = load_config(ROOT / "mmdet_configs" / "semaim_mask_rcnn.py", options)
+    cfg.model.neck.in_channels = SIZES[model]["embed_dim"]
+    cfg.model.data_preprocessor.batch_augments[0].size = (img_size, img_size)
+    enter(cfg)
+    torch.manual_seed(0)
+    return build(cfg.model, MODELS, "model").to(device).train()
+
+
+def noise_batch(img_size: int, batch: int, objects: int = 8) -> dict:
+    """Images of noise with boxes and masks at random places, as mmdet's data sets give them."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    numbers = np.random.default_rng(0)
+    inputs, samples = [], []
+    for _ in range(batch):
+        start = numbers.uniform(0, 0.6, (objects, 2))
+        boxes = np.concatenate([start, start + numbers.uniform(0.1, 0.4, (objects, 2))], axis=1) * img_size
+        masks = np.zeros((objects, img_size, img_size), np.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int), strict=True):
+            mask[top:bottom, left:right] = 1
+        sample = DetDataSample(
+            metainfo={"img_shape": (img_size, img_size), "ori_shape": (img_size, img_size), "scale_factor": (1.0, 1.0)}
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=HorizontalBoxes(torch.from_numpy(boxes).float()),
+            labels=torch.from_numpy(numbers.integers(0, 80, objects)),
+            masks=BitmapMasks(masks, img_size, img_size),
+        )
+        inputs.append(torch.from_numpy(numbers.integers(0, 256, (3, img_size, img_size), dtype=np.uint8)))
+        samples.append(sample)
+    return {"inputs": inputs, "data_samples": samples}
+
+
+def mask_rcnn(
+    model: str, img_size: int, batch: int, device: str, precision: str, repeats: int, anyway: bool = False
+) -> list[Row]:
+    """Mask R-CNN's training step, and its memory; on a CPU only where asked for."""
+    name = "Mask R-CNN ViT-base training step at 1024 px"
+    missing = [
+        without_gpu(name, "images/s", 1.5),
+        without_gpu("its peak memory at 1 image", "GB", 8.0, at_least=False, of_ours=True),
+    ]
+    if device != "cuda" and not anyway:
+        return missing
+    if find_spec("mmdet") is None:
+        if anyway:
+            raise UserError("--mask-rcnn: mmdet is not installed: tools/setup.sh --extras det")
+        for row in missing:
+            row.details["reason"] = "mmdet is not installed"
+        return missing
+    detector = build_detector(model, img_size, device)
+    data = noise_batch(img_size, batch)
+    low = precision == "bf16" and device == "cuda"
+
+    def losses(reduced: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # which boxes are sampled
+        with torch.autocast(device, torch.bfloat16, enabled=reduced):
+            return detector(**detector.data_preprocessor(copy.deepcopy(data), True), mode="loss")
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        loss, _ = detector.parse_losses(losses(low))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain_step(optimizer: torch.optim.Optimizer) -> None:
+        with plain_blocks():
+            step(optimizer)
+
+    found = losses(False)
+    with plain_blocks():
+        expected = losses(False)
+    # Those of the proposals: what is sampled from them for the heads may hang on a rounding.
+    of_proposals = [[t for k, v in one.items() if "rpn" in k for t in v] for one in (found, expected)]
+    difference = check_equal("proposal losses", *of_proposals, 1e-3)
+    fused = torch.optim.AdamW(detector.parameters(), lr=1e-5, fused=True)
+    default = torch.optim.AdamW(detector.parameters(), lr=1e-5)
+    target = torch.device(device)
+    timing = alternate(lambda: step(fused), lambda: plain_step(default), target, repeats, warmup=2)
+    where = "GPU" if device == "cuda" else "CPU"
+    counts = where == "GPU" and img_size == 1024
+    common = {"loss_difference": difference, "details": {"batch": batch, "precision": precision, "repeats": repeats}}
+    rows = [
+        Row(
+            f"Mask R-CNN ViT-{model} training step at {img_size} px, batch {batch}", where, "images/s",
+            1.5 if counts else None, ours=batch / timing.ours, baseline=batch / timing.baseline, ratio=timing.ratio,
+            spread=timing.spread, **common,
+        )
+    ]  # fmt: skip
+    if device == "cuda":
+        del default
+        ours = gpu_peak(lambda: step(fused), target) / 1e9
+        rows.append(
+            Row(
+                f"its peak memory at {batch} image{'s' * (batch > 1)}", "GPU", "GB",
+                8.0 if counts and batch == 1 else None, at_least=False, of_ours=True, ours=ours, **common,
+            )
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,151 @@
+"""Time, memory and equality, measured in the same way for all benchmarks."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from semaim.errors import UserError
+
+
+class Timing(NamedTuple):
+    """Seconds of two things that took turns."""
+
+    ours: float  #: median
+    baseline: float  #: median
+    ratio: float  #: median of baseline / ours over the turns: how many times faster ours is
+    spread: tuple[float, float]  #: smallest and largest of those ratios
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device, inner: int = 1) -> float:
+    """Time of one call, as the mean of `inner` calls."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(inner):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - start) / inner
+
+
+def alternate(
+    ours: Callable[[], object],
+    baseline: Callable[[], object],
+    device: torch.device,
+    repeats: int = 5,
+    warmup: int = 1,
+    inner: int = 1,
+) -> Timing:
+    """Time two things turn by turn, so that whatever else the machine does meets both.
+
+    Args:
+        ours, baseline: to be called; one call is one step.
+        device: that they run on.
+        repeats: turns that count; every second one begins with the baseline.
+        warmup: calls of each before.
+        inner: calls in a turn.
+    """
+    for _ in range(warmup):
+        ours()
+        baseline()
+    turns = []
+    for turn in range(repeats):
+        first, second = (ours, baseline) if turn % 2 == 0 else (baseline, ours)
+        times = seconds(first, device, inner), seconds(second, device, inner)
+        turns.append(times if turn % 2 == 0 else times[::-1])
+    ratios = [b / a for a, b in turns]
+    a, b = (statistics.median(column) for column in zip(*turns, strict=True))
+    return Timing(a, b, statistics.median(ratios), (min(ratios), max(ratios)))
+
+
+def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> float:
+    """Largest difference of any pair, over that pair's largest value, or a hundredth of the largest of all pairs.
+
+    The latter for values that are zero but for rounding, as the gradients of the keys' biases are.
+    """
+    pairs = list(zip(ours, baseline, strict=True))
+    scales = [max(a.abs().max().item(), b.abs().max().item()) for a, b in pairs]
+    least = max(scales) / 100 or 1.0
+    differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
+    return max(difference / max(scale, least) for difference, scale in zip(differences, scales, strict=True))
+
+
+def check_equal(what: str, ours: Iterable[Tensor], baseline: Iterable[Tensor], tolerance: float) -> float:
+    """The `relative_difference`; `UserError` where it is above the tolerance: unequal things are not compared."""
+    difference = relative_difference(ours, baseline)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{what} of ours and of the baseline differ by {difference:.1e}, more than {tolerance:.0e}: not timed"
+        )
+    return difference
+
+
+def gpu_peak(work: Callable[[], object], device: torch.device) -> float:
+    """Peak of allocated GPU memory in bytes while `work` runs once, with all that lives on the card besides."""
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    synchronise(device)
+    return float(torch.cuda.max_memory_allocated(device))
+
+
+def cpu_peak(build: Callable[..., Callable[[], object]], *arguments, steps: int = 2) -> float:
+    """Memory that a step takes on a CPU, in bytes, measured in a fresh process of its own.
+
+    The allocator keeps what it once got, so a process that has run one variant tells nothing about a second one. The
+    peak is the largest resident set of the process (the kernel's VmHWM, which unlike `ru_maxrss` knows nothing of the
+    parent's) less what it held before `build` was called: weights, gradients, optimizer state and activations; not
+    Python and its libraries.
+
+    Args:
+        build: a function of a module that makes the step; called with `arguments` in the new process.
+        steps: steps taken; the second one finds gradients and optimizer state in place.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(_cpu_peak, torch.get_num_threads(), build, arguments, steps).result()
+
+
+def _cpu_peak(threads: int, build: Callable, arguments: tuple, steps: int) -> float:
+    torch.set_num_threads(threads)
+    torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # libraries are loaded on first use
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak of the imports
+    before = _memory("VmRSS")
+    step = build(*arguments)
+    for _ in range(steps):
+        step()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> float:
+    """A figure of this process's memory in bytes, as Linux keeps it."""
+    try:
+        with open("/proc/self/status") as lines:
+            return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        raise UserError("memory on a CPU is read from /proc/self/status, which this system does not have") from None
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192, repeats: int = 10) -> float:
+    """Multiplications and additions a second in a product of two large square matrices: the card's practical limit."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = [seconds(lambda: a @ b, device, inner=5) for _ in range(repeats)]
+    return 2 * side**3 / statistics.median(times)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a name; `UserError` where this machine has none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch sees; leave --device away for the CPU")
+    return torch.device(name)

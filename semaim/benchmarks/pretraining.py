@@ -1,0 +1,224 @@
+"""The pretraining step and the attention in it, against the formulation with explicit masks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from semaim.benchmarks.baselines import ExplicitMasks, published_step, unfused_attention
+from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak, matmul_rate
+from semaim.benchmarks.rows import Row, without_gpu
+from semaim.engine.config import CONFIGS
+from semaim.engine.optim import fuse, group_parameters
+from semaim.errors import UserError
+from semaim.models import PixelTarget, SemAIM, linear
+from semaim.models.vit import SIZES
+
+#: Largest relative differences between ours and the baseline, both in fp32, before anything is timed.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the step is measured on: a size of the encoder, images a step and their side, device, precision of ours."""
+
+    model: str = "small"
+    batch: int = 16
+    img_size: int = 224
+    patch_size: int = 16
+    device: str = "cpu"
+    precision: str = "fp32"
+    order: str = "semantic"
+    depth: int | None = None  #: of the encoder, in place of the size's
+
+    def build(self) -> tuple[SemAIM, Tensor, Tensor]:
+        """The model by the recipe, images of noise and draws, always the same."""
+        torch.manual_seed(0)
+        try:
+            patch = (self.patch_size, self.patch_size)
+            model = SemAIM(
+                PixelTarget(patch),
+                size=self.model,
+                img_size=self.img_size,
+                patch_size=patch,
+                order=self.order,
+                depth=self.depth,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        images = torch.randn(self.batch, 3, self.img_size, self.img_size, device=self.device)
+        draw = torch.rand(self.batch, math.prod(model.grid), device=self.device)
+        return model.to(self.device), images, draw
+
+
+def recipe() -> Config:
+    """The pretraining recipe, for its optimizer."""
+    return Config.fromfile(CONFIGS / "_base_" / "pretrain.py")
+
+
+def groups_of(model: SemAIM) -> list[dict]:
+    """The recipe's optimizer groups, as plain as torch takes them."""
+    optimizer = recipe().optim_wrapper.optimizer
+    groups = group_parameters(model.named_parameters(), 1e-4, optimizer.weight_decay)
+    return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
+
+
+def our_step(model: torch.nn.Module, images: Tensor, draw: Tensor, precision: str) -> Callable[[], Tensor]:
+    """A training step as the runner takes it: autocast, backward, and the recipe's optimizer wrapper."""
+    wrapper = recipe().optim_wrapper.to_dict()
+    wrapper.pop("constructor")
+    network = getattr(model, "module", model)
+    optimizer = OPTIMIZERS.build(fuse({"lr": 1e-4, **wrapper.pop("optimizer"), "params": groups_of(network)}))
+    wrapper = OPTIM_WRAPPERS.build({**wrapper, "optimizer": optimizer})
+    low = precision == "bf16" and images.device.type == "cuda"
+
+    def step() -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+            loss = model(images, draw).loss
+        wrapper.update_params(loss)
+        return loss.detach()
+
+    return step
+
+
+def build_step(variant: str, setting: Setting) -> Callable[[], object]:
+    """The step of "ours" or of the "baseline", with a model of its own."""
+    model, images, draw = setting.build()
+    if variant == "ours":
+        return our_step(model, images, draw, setting.precision)
+    return published_step(ExplicitMasks(model), images, draw, groups_of(model), recipe().optim_wrapper.optimizer.betas)
+
+
+def check_parity(model: SemAIM, images: Tensor, draw: Tensor) -> dict[str, float]:
+    """Relative differences of loss and gradients of the two forms, both in fp32; `UserError` if they are not equal."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, gradients = [], []
+    for form in (lambda: model(images, draw).loss, lambda: ExplicitMasks(model)(images, draw)):
+        losses.append(form())
+        gradients.append(torch.autograd.grad(losses[-1], parameters))
+    return {
+        "loss": check_equal("losses", losses[:1], losses[1:], LOSS_TOLERANCE),
+        "gradients": check_equal("gradients", *gradients, GRADIENT_TOLERANCE),
+    }
+
+
+def step_flops(step: Callable[[], object]) -> int:
+    """Multiplications and additions of a step's matrix products, convolutions and attention, forward and backward.
+
+    Attention counts in full, masked half included. oneDNN is left aside for this once, as its products are not counted.
+    """
+    with patch.object(linear, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
+    """Time, memory and, on a GPU, the share of its matmul rate."""
+    device = torch.device(setting.device)
+    where = "GPU" if device.type == "cuda" else "CPU"
+    model, images, draw = setting.build()
+    difference = check_parity(model, images[:4], draw[:4])
+    details = {**asdict(setting), "gradient_difference": difference["gradients"], "repeats": repeats}
+
+    if where == "GPU":
+        torch.cuda.empty_cache()
+        peaks = {}
+        del model, images, draw
+        for name in ("ours", "baseline"):
+            step = build_step(name, setting)
+            step()  # optimizer state
+            peaks[name] = gpu_peak(step, device)
+            del step
+            torch.cuda.empty_cache()
+        model, images, draw = setting.build()
+    else:
+        peaks = {name: cpu_peak(build_step, name, setting) for name in ("ours", "baseline")}
+
+    ours = our_step(model, images, draw, setting.precision)
+    published = published_step(
+        ExplicitMasks(model), images, draw, groups_of(model), recipe().optim_wrapper.optimizer.betas
+    )
+    timing = alternate(ours, published, device, repeats, warmup=3 if where == "GPU" else 1)
+    common = {"loss_difference": difference["loss"], "details": details}
+    rate = setting.batch / timing.ours, setting.batch / timing.baseline
+    rows = [
+        Row(
+            f"pretraining step, ViT-{setting.model} {setting.img_size} px, batch {setting.batch}", where, "images/s",
+            3.0 if where == "GPU" else 1.2, ours=rate[0], baseline=rate[1], ratio=timing.ratio, spread=timing.spread,
+            **common,
+        ),
+        Row(
+            "its peak memory", where, "MB", 0.5 if where == "GPU" else 0.7, at_least=False, ours=peaks["ours"] / 1e6,
+            baseline=peaks["baseline"] / 1e6, ratio=peaks["ours"] / peaks["baseline"], **common,
+        ),
+    ]  # fmt: skip
+    if where == "CPU":
+        return rows + [
+            without_gpu("pretraining step, ViT-base 224 px", "images/s", 3.0),
+            without_gpu("its peak memory", "MB", 0.5, at_least=False),
+            without_gpu("share of the card's measured bf16 matmul rate", "", 0.5, of_ours=True),
+        ]
+    best, used = matmul_rate(device, torch.bfloat16), step_flops(ours) / timing.ours
+    what = {"matmul_tflops": best / 1e12, "step_tflops": used / 1e12, **details}
+    return rows + [
+        Row(
+            "share of the card's measured bf16 matmul rate", where, "", 0.5, of_ours=True, ours=used / best,
+            details=what,
+        )
+    ]  # fmt: skip
+
+
+def attention(setting: Setting, repeats: int = 5) -> list[Row]:
+    """Attention alone, forward and backward: fused and causal against scores, mask and softmax in steps."""
+    device = torch.device(setting.device)
+    where = "GPU" if device.type == "cuda" else "CPU"
+    dtype = torch.bfloat16 if setting.precision == "bf16" and where == "GPU" else torch.float32
+    dim, heads = (SIZES[setting.model][name] for name in ("embed_dim", "num_heads"))
+    rows = []
+    for side in sorted({7, 14, 28, setting.img_size // setting.patch_size}):
+        fused, plain = attention_pair(setting.batch, side * side, dim, heads, device, dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        difference = check_equal("attention", [fused()], [plain()], tolerance)
+        check_equal("gradients of attention", gradients(fused), gradients(plain), 10 * tolerance)
+        both = [lambda work=work: gradients(work) for work in (fused, plain)]
+        timing = alternate(*both, device, repeats, warmup=2, inner=4)
+        rows.append(
+            Row(
+                f"causal attention, {side * side} tokens, {heads} heads, batch {setting.batch}", where, "ms",
+                ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio, spread=timing.spread,
+                loss_difference=difference, details={"dtype": str(dtype), "width": dim},
+            )
+        )  # fmt: skip
+    return rows
+
+
+def attention_pair(batch: int, tokens: int, dim: int, heads: int, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Fused and unfused causal attention of the same queries, keys and values: two functions that give (B, N, D)."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(batch, tokens, dim, generator=generator, device=device, dtype=dtype) for _ in range(3)]
+    inputs = [t.requires_grad_() for t in inputs]
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    mask = torch.zeros(batch, 1, tokens, tokens, device=device).masked_fill_(~seen, float("-inf"))
+
+    def fused() -> Tensor:
+        query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in inputs)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+    def plain() -> Tensor:
+        return unfused_attention(*inputs, heads, mask)
+
+    fused.inputs = plain.inputs = inputs
+    return fused, plain
+
+
+def gradients(work: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    """Forward and backward of what `attention_pair` gives."""
+    out = work()
+    return torch.autograd.grad(out, work.inputs, torch.ones_like(out))

@@ -18,7 +18,7 @@ SCALES = ("quick", "study", "paper")
 #: How long each stage is, where the config's own length is not meant: epochs of pretrain and finetune, steps of
 #: detection and segmentation; how many scenes, and their side in pixels.
 LENGTHS = {
-    "quick": {"images": 1000, "size": 96, "pretrain": 30, "finetune": 5, "detection": 320, "segmentation": 120},
+    "quick": {"images": 1000, "size": 96, "pretrain": 30, "finetune": 5, "detection": 400, "segmentation": 120},
     "study": {"pretrain": 100, "finetune": 30, "detection": 5000, "segmentation": 5000},
     "paper": {},
 }

@@ -64,3 +64,16 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp
         del model.rpn_head.predict_by_feat
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert len(model.eval().test_step(pseudo_collate([val[0]]))) == 1
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero():
+    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_scenes.py", {})
+    dense.enter(cfg)
+    from mmdet.evaluation import CocoMetric  # needs our operators
+
+    assert dense.figures(cfg, {"data_time": 0.1, "time": 0.2}) == {"coco/bbox_mAP": 0.0, "coco/segm_mAP": 0.0}
+    assert CocoMetric.default_prefix == "coco"
+    found = {"coco/bbox_mAP": 0.5, "coco/cat_precision": 0.5, "time": 0.2}
+    assert dense.figures(cfg, found) == {"coco/bbox_mAP": 0.5}
+    cfg = load_config(ROOT / "mmseg_configs/semaim_upernet_scenes.py", {})
+    assert dense.figures(cfg, {"mIoU": 4.0, "time": 0.2}) == {"mIoU": 4.0} and dense.figures(cfg, {}) == {}

@@ -1,5 +1,6 @@
 """What a benchmark found: rows with their targets, the machine they were measured on, a table and a JSON file."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -64,11 +65,8 @@ def without_gpu(what: str, unit: str, target: float, at_least: bool = True, of_o
 def hardware() -> dict:
     """Processor, cores, threads, GPU and versions, as plain values."""
     model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": model,

@@ -246,9 +246,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     scalars = runner.message_hub.log_scalars
     metrics = {name[4:]: buffer.current() for name, buffer in scalars.items() if name.startswith("val/")}
     data = cfg.train_dataset.data_root
-    write_results(
-        cfg, of_all_classes(metrics), len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps
-    )
+    write_results(cfg, figures(cfg, metrics), len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
     return runner
 
 
@@ -276,15 +274,21 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
     load_whole(model, weights, runner.logger.info)
-    metrics = of_all_classes(runner.test())
+    metrics = figures(cfg, runner.test())
     stage = "test, several scales and flipped" if cfg.get("tta") else "test"
     write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
     return metrics
 
 
-def of_all_classes(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without times, and without CocoMetric's of each class, whose table is in the log."""
-    return {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
+def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without times, and without CocoMetric's of each class, whose table is in the log.
+
+    CocoMetric gives nothing where nothing at all was detected; that is an AP of 0.
+    """
+    kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
+    if not kept and cfg.default_scope == "mmdet":
+        return {f"coco/{metric}_mAP": 0.0 for metric in cfg.val_evaluator.metric}
+    return kept
 
 
 def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:

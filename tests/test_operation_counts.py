@@ -1,11 +1,10 @@
 """What a step computes, counted: no time is measured, so nothing here hangs on the machine."""
 
-from collections import Counter
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 from torch.utils.flop_counter import FlopCounterMode
 
 from semaim.benchmarks.baselines import ExplicitMasks
@@ -15,22 +14,6 @@ from semaim.models import PixelTarget, SemAIM, linear
 BATCH, PATCH, DIM, DEPTH, READERS, HEADS, SIDE = 2, 8, 48, 4, 2, 4, 6
 LENGTH = SIDE * SIDE
 PIXELS = 3 * PATCH * PATCH
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations below autograd, and keeps the shapes of what they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts, self.shapes = Counter(), set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.counts[func.overloadpacket.__name__] += 1
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.shapes.add(tuple(tensor.shape))
-        return out
 
 
 def make(**options):

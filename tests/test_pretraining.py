@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from operations import Operations
 from safetensors.torch import save_file
 
 from semaim.data.folder import ResumableBatches, find_images
@@ -26,6 +27,7 @@ from semaim.engine.checkpointing import (
 )
 from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import build_teacher, model_from_checkpoint
+from semaim.engine.runner import Resumable
 from semaim.engine.training import plan_run, train
 from semaim.errors import UserError
 from semaim.pictures import read_scalars
@@ -258,11 +260,35 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny_config):
     assert (Path(cfg.work_dir) / "latest.pth").read_bytes() == before
 
 
-def test_a_diverged_run_stops_without_saving(tiny_config):
-    cfg = tiny_config(base_lr=1e30)
-    with pytest.raises(UserError, match="the loss is (nan|inf) in iteration .*lower --cfg-options base_lr"):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_diverged_run_stops_without_saving(tiny_config, late):
+    interval = {"default_hooks.logger.interval": 1000}
+    cfg = tiny_config(base_lr=1e30, **interval, **{"default_hooks.runtime_info.late": late})
+    with pytest.raises(UserError, match="the loss is (nan|inf) in iteration [23]:.*lower --cfg-options base_lr"):
         train(cfg)
     assert newest_checkpoint(cfg.work_dir) is None
+
+
+def test_numbers_read_late_are_those_read_at_once(tiny_config, monkeypatch):
+    waits = []
+    run_iter = Resumable.run_iter
+
+    def counted(*args):
+        with Operations() as operations:
+            run_iter(*args)
+        waits.append(operations.counts["_local_scalar_dense"])
+
+    monkeypatch.setattr(Resumable, "run_iter", counted)
+    histories = []
+    for late in (False, True):
+        interval = {"default_hooks.logger.interval": 3}
+        cfg = tiny_config(f"late_{late}", **interval, **{"default_hooks.runtime_info.late": late})
+        train(cfg)
+        histories.append(read_checkpoint(newest_checkpoint(cfg.work_dir))["history"])
+    assert waits and not any(waits)  # no number is fetched one by one
+    for name in ("train/loss", "train/grad_norm"):
+        once, late = (history[name][0] for history in histories)
+        assert torch.equal(once, late) and len(once) == len(waits) // 2
 
 
 def test_a_used_work_folder_asks_for_resume(tiny_config):

@@ -4,7 +4,7 @@ default_scope = "mmseg"
 num_workers = 4
 seed = 0
 default_hooks = dict(
-    runtime_info=dict(type="RuntimeInfoHook"),
+    runtime_info=dict(type="LateRuntimeInfo"),
     timer=dict(type="IterTimerHook"),
     sampler_seed=None,  # the batch sampler seeds itself
     logger=dict(type="LoggerHook", interval=50),

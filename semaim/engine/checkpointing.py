@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from semaim import __version__
+from semaim.engine.hooks import LateRuntimeInfo
 from semaim.errors import UserError
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
@@ -183,6 +184,9 @@ class SaveCheckpoints(Hook):
 
     def save(self, runner, epoch: int, iteration: int, name: str) -> None:
         """Write `name` in the work folder, point latest.pth at it, and drop what is too old."""
+        for hook in runner.hooks:
+            if isinstance(hook, LateRuntimeInfo):
+                hook.read(runner)  # a run that has diverged is not saved
         if not is_main_process():
             return
         folder = Path(runner.work_dir)

@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
-import semaim.engine.optim  # noqa: F401
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
 from semaim.data.labelled import seeded
 from semaim.data.verify import check_coco_file, check_pairs
 from semaim.engine.launcher import join
+from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
@@ -37,7 +36,7 @@ NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 
 
 @OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(OptimWrapper):
+class BFloat16OptimWrapper(LateOptimWrapper):
     """Autocast to bf16 on a GPU, without loss scaling; fp32 on a CPU, where mmengine's AmpOptimWrapper refuses."""
 
     @contextmanager

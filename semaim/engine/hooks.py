@@ -3,18 +3,73 @@
 import atexit
 import datetime
 import logging
+import math
 import resource
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
 from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from semaim.errors import UserError
 from semaim.models.targets import ema_decay
+
+
+class Diverged(UserError):
+    """A loss that is no number."""
+
+
+@HOOKS.register_module()
+class LateRuntimeInfo(RuntimeInfoHook):
+    """mmengine's, but losses and the gradient norm are read when a log line or a checkpoint needs them, all at once.
+
+    To read a number is to wait until the GPU has computed it, while it waits for nothing but its next work. A CPU has
+    nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is no number
+    is `Diverged`, at the latest before anything is saved.
+
+    Args:
+        late: whether to wait for the next log line; None for doing so on a GPU.
+    """
+
+    def __init__(self, late: bool | None = None):
+        self.late = torch.cuda.is_available() if late is None else late
+        self.waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Keep what the iteration gave; read it at once, or where a log line is due."""
+        values = dict(outputs)
+        if (norm := getattr(runner.optim_wrapper, "grad_norm", None)) is not None:
+            values["grad_norm"], runner.optim_wrapper.grad_norm = norm, None
+        self.waiting.append((runner.iter + 1, {name: value.detach() for name, value in values.items()}))
+        every = min((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), default=1)
+        due = self.every_n_inner_iters(batch_idx, every) or self.end_of_epoch(runner.train_dataloader, batch_idx)
+        if due or not self.late:
+            self.read(runner)
+
+    def read(self, runner) -> None:
+        """All that waits into the message hub; every process has to call it."""
+        if not self.waiting:
+            return
+        waiting, self.waiting = self.waiting, []
+        losses = torch.stack([values["loss"] for _, values in waiting])
+        if get_world_size() > 1:
+            torch.distributed.all_reduce(losses)
+            losses /= get_world_size()
+        numbers = torch.stack([value.double() for _, values in waiting for value in values.values()]).tolist()
+        for (iteration, values), loss in zip(waiting, losses.tolist(), strict=True):
+            mine, numbers = numbers[: len(values)], numbers[len(values) :]
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the loss is {loss} in iteration {iteration}: the run diverged; continue from the last checkpoint"
+                    " with --resume and a lower --cfg-options base_lr=..."
+                )
+            for name, number in {**dict(zip(values, mine, strict=True)), "loss": loss}.items():
+                runner.message_hub.update_scalar(f"train/{name}", number)
 
 
 @HOOKS.register_module()
@@ -86,7 +141,9 @@ class ProgressBar(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Move the bar."""
         if self.progress:
-            self.progress.update(self.task, completed=runner.iter + 1, description=f"loss {outputs['loss']:.4f}")
+            loss = runner.message_hub.log_scalars.get("train/loss")
+            told = f"loss {loss.current():.4f}" if loss else "training"
+            self.progress.update(self.task, completed=runner.iter + 1, description=told)
 
     def after_train(self, runner) -> None:
         """Take the bar away."""

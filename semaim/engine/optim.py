@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 import timm.optim
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
 
 from semaim.errors import UserError
 
@@ -92,6 +92,18 @@ class Lars(timm.optim.Lars):
         super().__init__(groups, lr, momentum, weight_decay=weight_decay)
 
 
+@OPTIM_WRAPPERS.register_module()
+class LateOptimWrapper(OptimWrapper):
+    """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until somebody reads it."""
+
+    grad_norm: Tensor | None = None
+
+    def _clip_grad(self) -> None:
+        clipped = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if clipped:
+            self.grad_norm = self.clip_func(clipped, **self.clip_grad_kwargs)
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
     """Builds the optimizer from `group_parameters`; arguments of it but the first three go into `paramwise_cfg`."""
@@ -117,6 +129,6 @@ class GroupedOptimizer(DefaultOptimWrapperConstructor):
                     logger="current",
                 )
         optimizer["params"] = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-        wrapper.setdefault("type", "OptimWrapper")
+        wrapper.setdefault("type", "LateOptimWrapper")
         wrapper["optimizer"] = OPTIMIZERS.build(fuse(optimizer))
         return OPTIM_WRAPPERS.build(wrapper)

@@ -1,6 +1,5 @@
 """mmengine's Runner with our checkpoints, a loop that resumes inside an epoch, and DDP that also runs on a CPU."""
 
-import math
 import os
 import signal
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
+from semaim.engine.hooks import Diverged
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 
@@ -72,12 +72,12 @@ class Resumable:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self.work()
-        except CannotSave:
+        except (CannotSave, Diverged):
             raise
         except (UserError, KeyboardInterrupt):
             saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
-            if saver and steps and self._stop != "diverged":
+            if saver and steps:
                 saver.save(self.runner, self._epoch, self._iter - rest, "interrupted.pth")
             raise
         finally:
@@ -98,24 +98,13 @@ class Resumable:
                 torch.distributed.broadcast(buffer, 0)
 
     def run_iter(self, idx: int, data_batch: dict) -> None:
-        """One forward and backward pass; the logged loss is the mean over all processes."""
+        """One forward and backward pass."""
         runner = self.runner
         seed = seed_of(runner.seed, self._iter, get_rank())
         torch.manual_seed(seed)  # drop path, sampled boxes
         np.random.seed(seed % 2**32)  # mixup and cutmix
         runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
-        loss = outputs["loss"].detach().clone()
-        if get_world_size() > 1:
-            torch.distributed.all_reduce(loss)
-            loss /= get_world_size()
-        outputs["loss"] = loss.item()
-        if not math.isfinite(outputs["loss"]):
-            self._stop = "diverged"
-            raise UserError(
-                f"the loss is {outputs['loss']} in iteration {self._iter + 1}: the run diverged; continue from the"
-                " last checkpoint with --resume and a lower --cfg-options base_lr=..."
-            )
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
         self._iter += 1
         if self._stop:

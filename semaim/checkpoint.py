@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from semaim import __version__
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
+from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES
 from semaim.safe_reading import read_file
@@ -309,7 +310,7 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
     for name in own:
         if name not in state:
             (report.new if set(expected) & set(name.split(".")) else report.missing).append(name)
-    model.load_state_dict({name: state[name] for name in report.matched}, strict=False)
+    load_whole_state(model, {name: state[name] for name in report.matched}, strict=False)
     return report
 
 

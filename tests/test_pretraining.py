@@ -158,6 +158,63 @@ def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
     assert runner.iter == 3 * 5 * 4 and read_checkpoint(newest_checkpoint(again.work_dir))["step"] == 15
 
 
+def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_config):
+    options = {"model.network.guide": "ema", "default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 1}
+    options["param_scheduler.warmup_epochs"] = 0.4
+    whole, divided = tiny_config("whole", **options), tiny_config("divided", **options)
+    extra = ["model.network.guide=ema"]
+    for cfg, fsdp in ((whole, False), (divided, True)):
+        done = command(SCENES, 2, *flags(cfg), *extra, f"fsdp={fsdp}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(divided) == pytest.approx(losses(whole), rel=1e-5) and len(losses(whole)) == 5
+    one, other = (read_checkpoint(newest_checkpoint(cfg.work_dir)) for cfg in (whole, divided))
+    assert one["model"].keys() == other["model"].keys()
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(other["model"][name], weight, rtol=1e-3, atol=1e-5)
+    for number, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(other["optimizer"]["state"][number][name], value, rtol=1e-3, atol=1e-5)
+    pictures = [Path(cfg.work_dir) / "orders/epoch_0001.png" for cfg in (whole, divided)]
+    assert all(path.stat().st_size > 1000 for path in pictures)
+
+    # The divided run goes on in one process alone, the whole one divided.
+    longer = {**options, "train_cfg.max_epochs": 2}
+    alone, two = tiny_config("divided", **longer), tiny_config("whole", **longer)
+    train(alone, choose_checkpoint(alone, "auto"))
+    done = command(SCENES, 2, "--resume", *flags(two), *extra, "fsdp=True", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-3) and len(losses(two)) == 10
+
+
+def test_a_process_holds_its_share_of_a_divided_model(tmp_path):
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import torch\n"
+        "from semaim.engine.launcher import join\n"
+        "from semaim.engine.sharding import is_sharded, shard\n"
+        "from semaim.models import PixelTarget, SemAIM\n"
+        "world = join()\n"
+        "model = SemAIM(PixelTarget((8, 8)), img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)\n"
+        "whole = sum(p.numel() for p in model.parameters())\n"
+        "model = shard(model)\n"
+        "optimizer = torch.optim.AdamW(model.parameters(), fused=True)\n"
+        "model(torch.randn(2, 3, 32, 32), torch.rand(2, 16)).loss.backward()\n"
+        "optimizer.step()\n"
+        "mine = sum(p.to_local().numel() for p in model.parameters())\n"
+        "state = sum(s['exp_avg'].to_local().numel() for s in optimizer.state.values())\n"
+        "print(is_sharded(model), world, mine / whole, state / whole)\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [line.split() for line in done.stdout.splitlines()]
+    assert len(shares) == 2
+    for sharded, world, mine, state in shares:
+        assert (sharded, world) == ("True", "2")
+        assert 0.45 < float(mine) < 0.55 and 0.4 < float(state) < 0.55
+
+
 def test_activation_checkpointing_trains_the_same(tiny_config):
     plain_run, recomputed = tiny_config("plain"), tiny_config("cp", **{"model.network.with_cp": True})
     train(plain_run)

@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.engine.hooks import LateRuntimeInfo
+from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer, load_whole_state
 from semaim.errors import UserError
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
@@ -131,8 +132,8 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
     try:
-        saved_module(runner).load_state_dict(checkpoint["model"])
-        runner.optim_wrapper.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_whole_state(saved_module(runner), checkpoint["model"])
+        load_whole_optimizer(runner.optim_wrapper.optimizer, checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this config ({first}): resume with the config it was made by") from None
@@ -187,10 +188,11 @@ class SaveCheckpoints(Hook):
         for hook in runner.hooks:
             if isinstance(hook, LateRuntimeInfo):
                 hook.read(runner)  # a run that has diverged is not saved
+        state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        write_checkpoint(training_state(runner, epoch, iteration), folder / name)
+        write_checkpoint(state or training_state(runner, epoch, iteration), folder / name)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)

@@ -61,6 +61,7 @@ KEYS = {
     "visualizer": "where scalars and pictures go",
     "seed": "of everything random",
     "compile": "compile the blocks with torch.compile",
+    "fsdp": "divide weights, gradients and optimizer state among the processes",
     "work_dir": "where the run writes",
     "cfg_options": "the changes of the command line, as results.json keeps them",
     "origin": "where weights and code came from, as results.json keeps it",

@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from semaim.engine.sharding import gathered, is_sharded
 from semaim.errors import UserError
 from semaim.models.targets import ema_decay
 
@@ -183,11 +184,15 @@ class OrderPictures(Hook):
 
     def draw(self, runner, epoch: int) -> None:
         """Draw and write one picture, on the main process."""
+        model = getattr(runner.model, "module", runner.model)
+        state = gathered(model.network.state_dict()) if is_sharded(model) else None
         if not is_main_process():
             return
+        from semaim.engine.pretraining import model_from_checkpoint
         from semaim.pictures import draw_orders  # matplotlib takes a second to import
 
-        model = getattr(runner.model, "module", runner.model)
+        if state:
+            model = model_from_checkpoint({"config": runner.cfg.to_dict(), "model": state})
         images = runner.train_dataloader.dataset.preview(self.images)
         picture = draw_orders(model, images, title=f"epoch {epoch}")
         folder = Path(runner.work_dir) / "orders"

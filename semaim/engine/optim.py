@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from semaim.errors import UserError
 
@@ -101,7 +102,8 @@ class LateOptimWrapper(OptimWrapper):
     def _clip_grad(self) -> None:
         clipped = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if clipped:
-            self.grad_norm = self.clip_func(clipped, **self.clip_grad_kwargs)
+            norm = self.clip_func(clipped, **self.clip_grad_kwargs)
+            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

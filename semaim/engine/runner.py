@@ -16,6 +16,7 @@ from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
 from semaim.engine.hooks import Diverged
 from semaim.engine.schedule import BatchPlan
+from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import UserError
 
 
@@ -213,10 +214,19 @@ class SeededRunner(Runner):
         super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in own})
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
-        """On one process the model itself, on several `DistributedModel`."""
+        """On one process the model itself, on several `DistributedModel`, or with `fsdp` divided among them."""
         if not self.distributed:
             return model.to(get_device())
+        if self.cfg.get("fsdp"):
+            self.model = model.to(get_device())
+            self._init_model_weights()  # from whole weights
+            return shard(self.model)
         return super().wrap_model({"type": "DistributedModel"}, model)
+
+    def _init_model_weights(self) -> None:
+        """As mmengine: initialise, and give all processes the weights of the first; a divided model has its own."""
+        if not is_sharded(self.model):
+            super()._init_model_weights()
 
     def _log_env(self, env_cfg: dict) -> None:
         on_gpu = torch.cuda.is_available()

@@ -1,0 +1,78 @@
+"""Weights, gradients and optimizer state divided among the processes: PyTorch's FSDP2, for what no GPU holds alone.
+
+Checkpoints hold whole tensors under the same names, so that a run goes on sharded or not, on any number of processes.
+"""
+
+from typing import Any
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.model import revert_sync_batchnorm
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from semaim.models.vit import Block
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Divide a model in place, block by block: a process holds whole weights of the block at work alone.
+
+    Gradients are the mean over the processes, as by DDP, and weights stay fp32: the numbers are DDP's but for the order
+    of sums.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        model = revert_sync_batchnorm(model)  # torch refuses it on a CPU
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (get_world_size(),))
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has divided it."""
+    return isinstance(model, FSDPModule)
+
+
+def gathered(value: Any) -> Any:
+    """A nest of dicts and lists with its tensors whole on the main process, on its CPU; every process has to call it.
+
+    On the others, None is in the place of what was divided.
+    """
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if is_main_process() else None
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gathered(item) for item in value]
+    return value
+
+
+def divided_like(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has whole -> this process's part of it, where `like` is divided; else itself."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_whole_state(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
+    """`module.load_state_dict` of whole tensors, also into a divided module."""
+    own = module.state_dict()
+    fitted = {name: divided_like(value, own[name]) if name in own else value for name, value in state.items()}
+    module.load_state_dict(fitted, strict=strict)
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict` of whole tensors, also for a divided model."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def fitted(number: int, values: dict) -> dict:
+        like = parameters[number] if number < len(parameters) else torch.empty(0)
+        return {k: divided_like(v, like) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    divided = {number: fitted(number, values) for number, values in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": divided})

@@ -1,6 +1,8 @@
 """Finding and reading images, repeatable crops, batches that resume and split."""
 
+import io
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -150,3 +152,56 @@ def test_epochs_differ_and_a_start_skips_what_was_seen():
     assert list(sampler) == whole[5:] and len(sampler) == len(whole) == 12
     sampler.start, sampler.epoch = 0, 1
     assert [i for batch in sampler for _, i in batch] != [i for batch in whole for _, i in batch]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_give_the_samples_of_the_folder(tmp_path, form):
+    names = [f"{index:03}.{'png' if index % 3 else 'jpg'}" for index in range(9)]
+    for index, name in enumerate(names):
+        picture(tmp_path / "folder" / name, (40, 30), seed=index)
+    (tmp_path / "shards").mkdir()
+    deep = "a" * (
+        60 if form == tarfile.USTAR_FORMAT else 150
+    )  # the others write longer names into headers of their own
+    for number, part in enumerate((names[:4], names[4:])):
+        with tarfile.open(tmp_path / f"shards/{number:06}.tar", "w", format=form) as shard:
+            for name in part:
+                shard.add(tmp_path / "folder" / name, f"{deep}/{name}")
+                label = tarfile.TarInfo(name[:3] + ".cls")
+                label.size = 1
+                shard.addfile(label, io.BytesIO(b"7"))
+    folder = PretrainImages(str(tmp_path / "folder"), img_size=16, patch_size=8)
+    shards = PretrainImages(str(tmp_path / "shards"), img_size=16, patch_size=8)
+    assert len(folder) == len(shards) == 9
+    for index in range(9):
+        one, other = folder[2, index], shards[2, index]
+        assert torch.equal(one["image"], other["image"]) and torch.equal(one["draw"], other["draw"])
+    assert torch.equal(folder.preview(3), shards.preview(3))
+    assert len(find_images(tmp_path / "shards/000001.tar")) == 5
+
+
+def test_bad_shards_are_named(tmp_path):
+    picture(tmp_path / "a.png", (64, 64))
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/0.tar", "w") as shard:
+        shard.add(tmp_path / "a.png", "a.png")
+        torn = tarfile.TarInfo("torn.jpg")
+        torn.size = 4
+        shard.addfile(torn, io.BytesIO(b"none"))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        shard.addfile(link)
+    whole = (tmp_path / "data/0.tar").read_bytes()
+    data = PretrainImages(str(tmp_path / "data"), img_size=16, patch_size=8)
+    assert len(data) == 2 and data[0, 0]["image"].shape == (3, 16, 16)
+    with pytest.raises(UserError, match=r"cannot read image .*0\.tar.*torn\.jpg"):
+        data[0, 1]
+    (tmp_path / "data/0.tar").write_bytes(whole[:1000])
+    with pytest.raises(UserError, match=r"0\.tar (ends within a\.png|is no tar file)"):
+        find_images(tmp_path / "data")
+    (tmp_path / "data/0.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(UserError, match=r"0\.tar is no tar file"):
+        find_images(tmp_path / "data")
+    (tmp_path / "data/0.tar").rename(tmp_path / "data/0.tar.gz")
+    with pytest.raises(UserError, match=r"compressed shards cannot be read at random"):
+        find_images(tmp_path / "data")

@@ -1,10 +1,12 @@
-"""Images for pretraining: a folder of any depth or a list file, random crops that a seed repeats, batches that resume.
+"""Images for pretraining: a folder, a list file or tar shards, random crops that a seed repeats, batches that resume.
 
 All randomness of a sample - its crop, its flip, and the uniform numbers that later break ties in its order - comes from
 (seed, epoch, index). So a run does not depend on the number of workers, processes or accumulated steps, and
 continues in the middle of an epoch by skipping the batches that were seen.
 """
 
+import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from semaim.data.shards import find_in_shards, read_bytes
 from semaim.errors import UserError
 
 
@@ -26,24 +29,31 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """Paths of the images under `root`, sorted.
 
     `root` is a folder (of class folders or flat; its `train` folder if it has one), or a text file with one path
-    a line, relative to that file, optionally followed by a label.
+    a line, relative to that file, optionally followed by a label. A folder of .tar files in place of images, or one
+    such file, gives the images in them.
     """
     root = Path(root)
     if root.is_file():
-        return _read_list(root)
+        return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else _read_list(root)
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
     if (root / "train").is_dir():
         root = root / "train"
-    paths = [
+    files = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(root, followlinks=True)
         for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        if not name.startswith(".")
     ]
-    if not paths:
-        raise UserError(f"no images in {root}: looked in all its folders for {', '.join(IMG_EXTENSIONS)}")
-    return sorted(paths)
+    images = sorted(path for path in files if path.lower().endswith(IMG_EXTENSIONS))
+    images = images or find_in_shards(sorted(Path(path) for path in files if path.endswith(".tar")), IMG_EXTENSIONS)
+    if not images:
+        packed = any(path.endswith((".tar.gz", ".tgz", ".tar.zst")) for path in files)
+        raise UserError(
+            f"no images in {root}: looked in all its folders for {', '.join(IMG_EXTENSIONS)}, and in .tar files"
+            + "; its compressed shards cannot be read at random: unpack them to .tar" * packed
+        )
+    return images
 
 
 def _read_list(file: Path) -> list[str]:
@@ -63,7 +73,7 @@ def _read_list(file: Path) -> list[str]:
 def load_image(path: str, smallest: int = 1) -> Image.Image:
     """An image file as RGB; `UserError` names the file where it is broken or has a side below `smallest` pixels."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
             image = image.convert("RGB")
     except Exception as error:  # Pillow raises many types for the many ways a file can be broken
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({error})"
@@ -79,10 +89,12 @@ def load_pixels(path: str, smallest: int = 1) -> Tensor:
 
     Its pixels are Pillow's (CMYK's may differ by 1), without a copy in between.
     """
-    if path.lower().endswith((".jpg", ".jpeg")) and os.path.isfile(path) and os.path.getsize(path):
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        if pixels is not None and min(pixels.shape[:2]) >= smallest:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+    if path.lower().endswith((".jpg", ".jpeg")):
+        with contextlib.suppress(OSError, cv2.error):  # of no file and an empty one
+            data = np.frombuffer(read_bytes(path), np.uint8)
+            pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+            if pixels is not None and min(pixels.shape[:2]) >= smallest:
+                return torch.from_numpy(pixels).permute(2, 0, 1)
     return pil_to_tensor(load_image(path, smallest))  # says what is wrong with the broken ones
 
 

@@ -56,7 +56,7 @@ def divided_like(value: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has whole -> this process's part of it, where `like` is divided; else itself."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:

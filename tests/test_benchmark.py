@@ -10,6 +10,7 @@ import torch
 from commands import one_line, tool
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.utils.data import DataLoader
 
 from semaim.benchmarks import measuring, pretraining
@@ -92,6 +93,14 @@ def test_unequal_forms_are_not_timed(monkeypatch):
     monkeypatch.setattr(ExplicitMasks, "keys", lambda self, images, draw: draw)
     with pytest.raises(UserError, match="losses of ours and of the baseline differ by .* not timed"):
         pretraining.check_parity(model, images, draw)
+
+
+def test_kernels_of_attention_are_compared(monkeypatch):
+    monkeypatch.setitem(pretraining.KERNELS, "CPU", (SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION))
+    rows = pretraining.attention(pretraining.Setting("tiny", batch=1, img_size=112), repeats=1)
+    named = [row for row in rows if "the same by" in row.what]
+    assert len(named) == len(rows) // 2 and all("math" in row.what for row in named)  # cuDNN is not on a CPU
+    assert all(row.ours > 0 and row.loss_difference < 1e-4 for row in named)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])

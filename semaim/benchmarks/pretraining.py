@@ -1,5 +1,6 @@
 """The pretraining step and the attention in it, against the formulation with explicit masks."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from semaim.benchmarks.baselines import ExplicitMasks, published_step, unfused_attention
@@ -23,6 +25,12 @@ from semaim.models.vit import SIZES
 
 #: Largest relative differences between ours and the baseline, both in fp32, before anything is timed.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+
+#: PyTorch's kernels of attention that are compared with the one it chooses.
+KERNELS = {
+    "GPU": (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
+    "CPU": (),  # one fused kernel, which it chooses
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
 
 
 def attention(setting: Setting, repeats: int = 5) -> list[Row]:
-    """Attention alone, forward and backward: fused and causal against scores, mask and softmax in steps."""
+    """Attention alone, forward and backward: fused and causal against steps one by one; on a GPU, kernel by kernel."""
     device = torch.device(setting.device)
     where = "GPU" if device.type == "cuda" else "CPU"
     dtype = torch.bfloat16 if setting.precision == "bf16" and where == "GPU" else torch.float32
@@ -196,7 +204,28 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
                 loss_difference=difference, details={"dtype": str(dtype), "width": dim},
             )
         )  # fmt: skip
+        for kernel in KERNELS[where]:
+            named = [functools.partial(by_kernel, kernel, fused), both[0]]
+            try:
+                found = named[0]()
+            except RuntimeError:
+                continue  # not on this card, or not in this precision
+            difference = check_equal(f"gradients by {kernel.name}", found, both[0](), 10 * tolerance)
+            timing = alternate(*named, device, repeats, warmup=2, inner=4)
+            rows.append(
+                Row(
+                    f"the same by {kernel.name.lower()}, against PyTorch's choice", where, "ms",
+                    ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio, spread=timing.spread,
+                    loss_difference=difference, details={"dtype": str(dtype), "width": dim},
+                )
+            )  # fmt: skip
     return rows
+
+
+def by_kernel(kernel: SDPBackend, work: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    """`gradients` by one of PyTorch's kernels of attention."""
+    with sdpa_kernel(kernel):
+        return gradients(work)
 
 
 def attention_pair(batch: int, tokens: int, dim: int, heads: int, device: torch.device, dtype: torch.dtype) -> tuple:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mmengine.registry import MODELS  # noqa: E402
 from semaim.data.scenes import write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.runner import ResumableIterations  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,3 +79,25 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero():
     assert dense.figures(cfg, found) == {"coco/bbox_mAP": 0.5}
     cfg = load_config(ROOT / "mmseg_configs/semaim_upernet_scenes.py", {})
     assert dense.figures(cfg, {"mIoU": 4.0, "time": 0.2}) == {"mIoU": 4.0} and dense.figures(cfg, {}) == {}
+
+
+def test_a_run_has_the_figures_of_its_last_validation_though_it_found_nothing():
+    validations = iter([{"coco/bbox_mAP": 0.5}, {}])
+
+    class Batches(list):
+        batch_sampler = SimpleNamespace(start=0)
+
+    class Loop(ResumableIterations):
+        def run_iter(self, idx, data_batch):
+            self._iter += 1
+
+        def share_buffers(self):
+            pass
+
+    val_loop = SimpleNamespace(run=lambda: next(validations))
+    runner = SimpleNamespace(val_loop=val_loop, call_hook=lambda name: None, model=torch.nn.Identity())
+    loop = Loop.__new__(Loop)
+    loop._runner, loop.dataloader, loop.max_iters, loop.val_interval, loop._iter = runner, Batches([0] * 4), 4, 2, 0
+    loop.metrics = None
+    loop.work()
+    assert loop.metrics == {} and next(validations, None) is None

@@ -242,10 +242,8 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
     runner.train()
-    scalars = runner.message_hub.log_scalars
-    metrics = {name[4:]: buffer.current() for name, buffer in scalars.items() if name.startswith("val/")}
-    data = cfg.train_dataset.data_root
-    write_results(cfg, figures(cfg, metrics), len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
     return runner
 
 

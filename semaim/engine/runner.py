@@ -145,6 +145,9 @@ class ResumableIterations(Resumable, BaseLoop):
         runner, dataloader: as mmengine gives them; batches are `EndlessBatches`.
         max_iters: iterations of the run.
         val_interval: iterations between two validations; the last is always followed by one.
+
+    Attributes:
+        metrics: what the last validation gave.
     """
 
     stop_training = False  # mmengine's early stopping asks for it
@@ -154,6 +157,7 @@ class ResumableIterations(Resumable, BaseLoop):
         self.max_iters, self.val_interval, self.val_begin = max_iters, val_interval, 1
         self.max_epochs = -(-max_iters // len(dataloader.batch_sampler))
         self._epoch = self._iter = 0
+        self.metrics: dict[str, float] = {}
 
     @property
     def epoch(self) -> int:
@@ -177,9 +181,9 @@ class ResumableIterations(Resumable, BaseLoop):
             self.run_iter(self._iter, next(batches))
             if runner.val_loop and (self._iter % self.val_interval == 0 or self._iter == self.max_iters):
                 self.share_buffers()
-                runner.val_loop.run()
+                self.metrics = runner.val_loop.run()
         if batches is None and runner.val_loop:
-            runner.val_loop.run()
+            self.metrics = runner.val_loop.run()
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model

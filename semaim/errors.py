@@ -9,6 +9,14 @@ from collections.abc import Callable, Iterable
 class UserError(Exception):
     """Something given is wrong: the message says what, where, and what to do."""
 
+    status = 2  #: a command's exit status
+
+
+class Diverged(UserError):
+    """A loss that is no number."""
+
+    status = 3  # a search of learning rates goes on with the next
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known ones, or all of them."""
@@ -18,7 +26,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; exit status 0, 2 after a `UserError`, 130 after an interrupt, 141 after a closed pipe."""
+    """Run a command's `main`; exit status 0, a `UserError`'s, 130 after an interrupt, 141 after a closed pipe."""
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -29,7 +37,7 @@ def run(main: Callable[[], int | None]) -> int:
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

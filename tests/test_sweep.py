@@ -256,6 +256,21 @@ def test_a_failed_run_stops_the_sweep_with_its_status(tmp_path, here):
     assert "nowhere" in first and last == "lr0.1 failed with exit status 2; what has finished stays"
 
 
+def test_a_rate_that_diverges_is_told_and_the_sweep_goes_on(labelled, tmp_path, here):
+    small = ["num_workers=0", "model.network.embed_dim=32", "model.network.num_heads=2", "model.network.depth=1"]
+    places = ["--data-root", labelled, "--work-dir", tmp_path]
+    start = [LINEAR, "--epochs", 3, *places, "--cfg-options", *small, "total_batch_size=8", "--lr", 1e39, 0.1]
+    status, output, error = here(*start)
+    assert status == 0 and "the run diverged" in error, error[-3000:]
+    assert f"Diverged: lr{10**39}." in output and "Not finished" not in output
+    status, output, error = here(*start)
+    assert (
+        status == 0
+        and f"run 1 of 2, lr{10**39}: has diverged" in output
+        and "run 2 of 2, lr0.1: has finished" in output
+    )
+
+
 # The table.
 
 

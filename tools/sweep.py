@@ -18,7 +18,7 @@ from rich.table import Table
 
 from semaim.engine.config import load_config
 from semaim.engine.launcher import launched
-from semaim.errors import UserError, run
+from semaim.errors import Diverged, UserError, run
 from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
@@ -126,6 +126,9 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
         if read(folder / "results.json").get("metrics"):
             print(title, "has finished", flush=True)
             continue
+        if read(folder / "sweep.json").get("diverged"):
+            print(title, "has diverged", flush=True)
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
         line = command(args, folder, record)
@@ -134,7 +137,9 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
         if stopped:
             print(f"interrupted in {name}: the same command goes on from there", file=sys.stderr)
             return 130
-        if code:
+        if code == Diverged.status:
+            (folder / "sweep.json").write_text(json.dumps({**record, "diverged": True}, indent=2) + "\n")
+        elif code:
             print(f"{name} failed with exit status {code}; what has finished stays", file=sys.stderr)
             return code
     return 0
@@ -170,7 +175,9 @@ def remarks(rows: list[dict], metric: str) -> list[str]:
         if len(tried) > 1 and not equal and best in (tried[0], tried[-1]) and (key, best) != ("layer_decay", 1):
             side, further = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
             lines.append(f"The best {key}, {short(best)}, is the {side} that was tried: try {further} ones too.")
-    if missing := [row["run"] for row in rows if not row["metrics"]]:
+    if diverged := [row["run"] for row in rows if row.get("diverged")]:
+        lines.append(f"Diverged: {', '.join(diverged)}.")
+    if missing := [row["run"] for row in rows if not row["metrics"] and not row.get("diverged")]:
         lines.append(f"Not finished, or nothing was predicted: {', '.join(missing)}.")
     return lines
 

@@ -17,12 +17,8 @@ from mmengine.runner import LogProcessor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from semaim.engine.sharding import gathered, is_sharded
-from semaim.errors import UserError
+from semaim.errors import Diverged
 from semaim.models.targets import ema_decay
-
-
-class Diverged(UserError):
-    """A loss that is no number."""
 
 
 @HOOKS.register_module()

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
-from semaim.engine.hooks import Diverged
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
-from semaim.errors import UserError
+from semaim.errors import Diverged, UserError
 
 
 def training_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:

@@ -19,7 +19,7 @@ from semaim.errors import UserError
 from semaim.results import STATUSES, load_published
 from semaim.results.formats import FORMATS
 from semaim.results.runs import METRICS, find_results
-from semaim.results.table import HEADER, NOTHING, comparable, make_table
+from semaim.results.table import HEADER, NOTHING, at_a_glance, comparable, make_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = load_published()
@@ -517,6 +517,33 @@ def test_command_prints_and_writes(works, tmp_path):
         assert done.returncode == 0 and not done.stdout, done.stderr
         text = (tmp_path / "table").read_text(encoding="utf-8")
         assert len(read(text)) == 5 and WARNING not in text and "84.1" not in text
+
+
+def test_at_a_glance_each_encoder_has_a_line_with_all_its_figures(works):
+    table = make_table([works], CATALOGUE)
+    header, *lines = at_a_glance(table)
+    by_method = {tuple(line[:3]): dict(zip(header, line, strict=True)) for line in lines}
+    assert header[:3] == ["Method", "Backbone", "Pretraining epochs"] and len(lines) == len(by_method)
+    ours = [row for row in csv_table(FORMATS["csv"](table)) if row["ours"]]
+    seen = 0
+    for row in ours:
+        line = by_method[row["method"], row["backbone"], row["pretraining_epochs"]]
+        figure = f"{float(row['ours']):.2f}" + (f" ± {float(row['std']):.2f}" if row["std"] else "")
+        assert line[f"{row['task']}, {row['data']}: {row['metric']}"] == figure
+        seen += 1
+    assert seen == sum(bool(cell) for line in lines for cell in line[3:]) == 5
+    printed = command(works, "--glance")
+    assert printed.returncode == 0 and len(printed.stdout.splitlines()) == len(lines) + 2
+    assert "84.25 ± 0.18" in printed.stdout and "84.1 " not in printed.stdout
+    assert at_a_glance(make_table([works / "detector"], CATALOGUE)) == []
+
+
+def test_at_a_glance_what_else_differs_is_told(works):
+    write(works / "other", WHOLE, pretrain_options={"model.network.order": "raster"}, metrics={"top1": 80.0})
+    write(works / "short", WHOLE, epochs=50, metrics={"top1": 81.0})
+    header, *lines = at_a_glance(make_table([works / "finetune", works / "other", works / "short"], CATALOGUE))
+    assert header == ["Changed", "fine-tuning, ImageNet-1k: top-1", "fine-tuning, ImageNet-1k: top-5"]
+    assert sorted(lines) == [["", "84.25 ± 0.18; 81.00", "96.50 ± 0.00"], ["model.network.order=raster", "80.00", ""]]
 
 
 def test_command_refuses_with_one_line(works, tmp_path):

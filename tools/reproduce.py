@@ -14,7 +14,7 @@ from semaim.engine.launcher import check_processes, launched
 from semaim.errors import UserError, run
 from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
-from semaim.results.formats import FORMATS
+from semaim.results.formats import FORMATS, glance
 from semaim.results.running import follow, here, read, refuse_changes
 from semaim.results.stages import METHODS, NAMES, SCALES, VARIANTS, Stage, plan
 from semaim.results.table import make_table
@@ -214,7 +214,7 @@ def tabulate(work: Path, scale: str) -> None:
         write_report([work], work / "report.html")
         written.append(work / "report.html")
     shown = table if scale == "paper" else make_table([work], catalogue, published=False)
-    print(f"\n{FORMATS['md'](shown)}\nwritten: {', '.join(map(here, written))}")
+    print(f"\n{FORMATS['md'](shown)}\n{glance(table)}\nwritten: {', '.join(map(here, written))}")
 
 
 def main() -> int:

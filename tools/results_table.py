@@ -7,7 +7,7 @@ from pathlib import Path
 
 from semaim.errors import UserError, run
 from semaim.results import load_published
-from semaim.results.formats import FORMATS
+from semaim.results.formats import FORMATS, glance
 from semaim.results.table import make_table
 
 
@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="searched for results.json, however deep")
     parser.add_argument("--format", choices=list(FORMATS), default="md", help="(%(default)s)")
+    parser.add_argument("--glance", action="store_true", help="Markdown of our own figures, a line an encoder")
     parser.add_argument("--out", metavar="FILE", help="write there, in place of the terminal")
     parser.add_argument("--no-published", action="store_true", help="our own figures only")
     return parser.parse_args()
@@ -26,7 +27,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    text = FORMATS[args.format](make_table(args.folders, load_published(), not args.no_published))
+    render = glance if args.glance else FORMATS[args.format]
+    text = render(make_table(args.folders, load_published(), not (args.no_published or args.glance)))
     if not args.out:
         print(text, end="")
         return

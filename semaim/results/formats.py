@@ -5,7 +5,7 @@ import html
 import io
 import re
 
-from semaim.results.table import HEADER, ORIGIN, Table, in_words
+from semaim.results.table import HEADER, ORIGIN, Table, at_a_glance, in_words
 
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -18,17 +18,29 @@ WIDE = {"Recipe": "p{3cm}", "Remark": "p{4cm}"}  #: LaTeX's columns of words
 
 def markdown(table: Table) -> str:
     """A pipe table, and lists below it."""
-
-    def escape(text: str) -> str:
-        text = re.sub(r"[\\|*`<>&\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda sign: f"\\{sign[0]}", text)
-        return " ".join(text.split())
-
     printed = in_words(table)
-    rows = [HEADER, ["---"] * len(HEADER), *([escape(cell) for cell in row] for row in printed.rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *(f"* {escape(note)}" for note in printed.notes)]
-    lines += ["", *(f"* {mark}: {escape(text)}" for mark, text in printed.origins.items())]
+    lines = [*pipes([HEADER, *printed.rows]), ""]
+    lines += [*(f"* {escaped(note)}" for note in printed.notes), ""]
+    lines += [f"* {mark}: {escaped(text)}" for mark, text in printed.origins.items()]
     return "\n".join(lines) + "\n"
+
+
+def glance(table: Table) -> str:
+    """A pipe table of our figures, a line an encoder; nothing of a single one."""
+    return "".join(line + "\n" for line in pipes(at_a_glance(table)))
+
+
+def pipes(rows: list[list[str]]) -> list[str]:
+    """Header and rows as lines of a Markdown table."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
+    rows[1:1] = [["---"] * len(row) for row in rows[:1]]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = re.sub(r"[\\|*`<>&\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda sign: f"\\{sign[0]}", text)
+    return " ".join(text.split())
 
 
 def comma_separated(table: Table) -> str:

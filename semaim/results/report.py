@@ -18,7 +18,7 @@ from semaim.pictures import read_lines
 from semaim.results import Catalogue, load_published
 from semaim.results.charts import Chart, charts_of
 from semaim.results.runs import read_results, read_runs
-from semaim.results.table import HEADER, Printed, in_words, make_table
+from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table
 
 MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that tell the folder of a run
 WIDEST = 1000  #: pixels of a picture in the report
@@ -77,9 +77,11 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    table = table_of(runs, catalogue)
     page = environment.get_template("report.html").render(
         runs=parts,
-        table=table_of(runs, catalogue),
+        glance=at_a_glance(table) if table else [],
+        table=in_words(table) if table else None,
         recorded={name for part in parts for name in part.facts},
         header=HEADER,
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
@@ -113,11 +115,11 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
     return {folder: name if names.count(name) == 1 else str(folder) for folder, name in found.items()}
 
 
-def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Printed | None:
+def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Table | None:
     """The results table of these folders; None where nothing was measured that it has."""
     measured = [folder for folder in runs if (folder / "results.json").is_file()]
     measured = [folder for folder in measured if read_runs(folder / "results.json", catalogue)]
-    return in_words(make_table(measured, catalogue)) if measured else None
+    return make_table(measured, catalogue) if measured else None
 
 
 # Reading one run

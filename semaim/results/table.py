@@ -20,6 +20,7 @@ HEADER = ("Method", "Backbone", "Pretraining epochs", "Task", "Metric", "Recipe"
 HEADER += ("Remark", "Origin")
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
 SPREAD = "Ours: mean ± sample standard deviation over n runs that differ by their seed alone; percent."
+PRETRAINING = "pretraining's "  #: before a changed option, in `Run.changes`
 NOTHING = "nothing published to compare with"
 
 #: Where a figure comes from: words of the table -> key of results.json.
@@ -200,6 +201,37 @@ def in_words(table: Table) -> Printed:
     return Printed(rows, {mark: text for text, mark in marked}, [SPREAD, *notes])
 
 
+def at_a_glance(table: Table) -> list[list[str]]:
+    """Our cells once more: a line an encoder, a column a metric; header and lines, nothing of a single encoder.
+
+    Two cells of one place, such as two lengths of a training, stand behind one another.
+    """
+    lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    columns: list[str] = []
+    for cell in {id(row.cell): row.cell for row in table.rows if row.cell}.values():
+        labels = Row(None, cell).labels()
+        column = f"{labels['Task']}, {labels['Data']}: {labels['Metric']}"
+        changes = [it.removeprefix(PRETRAINING) for it in cell.runs[0].changes.split(", ") if PRETRAINING in it]
+        encoder = (labels["Method"], labels["Backbone"], labels["Pretraining epochs"], ", ".join(changes))
+        columns += [column] if column not in columns else []
+        lines.setdefault(encoder, {}).setdefault(column, []).append(figure_words(cell))
+    if len(lines) < 2:
+        return []
+    # Changes are told where nothing else tells two encoders apart.
+    told = range(3 if len({encoder[:3] for encoder in lines}) == len(lines) else 4)
+    several = [place for place in told if len({encoder[place] for encoder in lines}) > 1]
+    header = [(*HEADER[:3], "Changed")[place] for place in several] + columns
+    return [header] + [
+        [encoder[place] for place in several] + ["; ".join(figures.get(column, [])) for column in columns]
+        for encoder, figures in lines.items()
+    ]
+
+
+def figure_words(cell: Cell) -> str:
+    """Mean and spread."""
+    return f"{cell.mean:.2f}" + ("" if cell.spread is None else f" ± {cell.spread:.2f}")
+
+
 def published_words(figure: Published | None) -> str:
     """A published figure, and how sure it is."""
     if figure is None or figure.value is None:
@@ -211,5 +243,4 @@ def our_words(cell: Cell | None) -> str:
     """Mean, spread and number of runs."""
     if cell is None:
         return ""
-    spread = "" if cell.spread is None else f" ± {cell.spread:.2f}"
-    return f"{cell.mean:.2f}{spread} (n = {len(cell.runs)})"
+    return f"{figure_words(cell)} (n = {len(cell.runs)})"

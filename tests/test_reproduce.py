@@ -123,8 +123,10 @@ def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     text = (work / "table.md").read_text()
     page = (work / "table.html").read_text(encoding="utf-8")
     assert "84.1" in text and "<table" in page and "charset" in page and "\\toprule" in (work / "table.tex").read_text()
-    shown = printed[1][printed[1].index("| Method") :]  # ours alone, at the end
-    assert shown.count("\n| ") == 1 + len(rows) and "84.1" not in shown and "table.html" in shown
+    shown = printed[1][printed[1].index("| Method") :]  # ours alone, at the end, then at a glance
+    every, glance = shown.split("\n| Method")
+    assert every.count("\n| ") == 1 + len(rows) and "84.1" not in shown and "table.html" in shown
+    assert glance.count("\n| ") == 3 and all(f" {float(row['ours']):.2f} " in glance for row in rows)
 
 
 def test_results_tell_where_weights_and_code_came_from(whole):

@@ -331,7 +331,7 @@ def test_equal_figures_say_nothing_about_the_border(tmp_path, here):
         ([LINEAR, "--lr", "0"], "--lr 0: give numbers above 0"),
         ([LINEAR, "--lr", "1", "--cfg-options", "base_lr=2"], "base_lr is given twice"),
         ([LINEAR, "--lr", "1", "--cfg-options", "base_lr"], "KEY=VALUE"),
-        ([LINEAR, "--lr", "1", "--cfg-options", "sed=2"], "did you mean seed?"),
+        ([LINEAR, "--lr", "1", "--cfg-options", "sed=2"], "did you mean seed"),
         ([LINEAR, "--lr", "1", "--iters", "10"], "give --epochs N"),
         ([SCENES, "--layer-decay", "1.5"], "--layer-decay 1.5: give numbers above 0, at most 1"),
         (["semaim/configs/pretrain/semaim_vit_tiny_scenes.py", "--lr", "1"], "a stage with a base_lr"),

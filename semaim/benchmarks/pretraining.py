@@ -190,35 +190,32 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
     dtype = torch.bfloat16 if setting.precision == "bf16" and where == "GPU" else torch.float32
     dim, heads = (SIZES[setting.model][name] for name in ("embed_dim", "num_heads"))
     rows = []
+
+    def add(what: str, works: list[Callable], tolerance: float) -> None:
+        found, wanted = (work() for work in works)
+        difference = check_equal(f"gradients of {what}", found, wanted, tolerance)
+        timing = alternate(*works, device, repeats, warmup=2, inner=4)
+        rows.append(
+            Row(
+                what, where, "ms", ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio,
+                spread=timing.spread, loss_difference=difference, details={"dtype": str(dtype), "width": dim},
+            )
+        )  # fmt: skip
+
     for side in sorted({7, 14, 28, setting.img_size // setting.patch_size}):
         fused, plain = attention_pair(setting.batch, side * side, dim, heads, device, dtype)
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-        difference = check_equal("attention", [fused()], [plain()], tolerance)
-        check_equal("gradients of attention", gradients(fused), gradients(plain), 10 * tolerance)
-        both = [lambda work=work: gradients(work) for work in (fused, plain)]
-        timing = alternate(*both, device, repeats, warmup=2, inner=4)
-        rows.append(
-            Row(
-                f"causal attention, {side * side} tokens, {heads} heads, batch {setting.batch}", where, "ms",
-                ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio, spread=timing.spread,
-                loss_difference=difference, details={"dtype": str(dtype), "width": dim},
-            )
-        )  # fmt: skip
+        check_equal("attention", [fused()], [plain()], tolerance)
+        ours = functools.partial(gradients, fused)
+        what = f"causal attention, {side * side} tokens, {heads} heads, batch {setting.batch}"
+        add(what, [ours, functools.partial(gradients, plain)], 10 * tolerance)
         for kernel in KERNELS[where]:
-            named = [functools.partial(by_kernel, kernel, fused), both[0]]
+            named = functools.partial(by_kernel, kernel, fused)
             try:
-                found = named[0]()
+                named()
             except RuntimeError:
                 continue  # not on this card, or not in this precision
-            difference = check_equal(f"gradients by {kernel.name}", found, both[0](), 10 * tolerance)
-            timing = alternate(*named, device, repeats, warmup=2, inner=4)
-            rows.append(
-                Row(
-                    f"the same by {kernel.name.lower()}, against PyTorch's choice", where, "ms",
-                    ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio, spread=timing.spread,
-                    loss_difference=difference, details={"dtype": str(dtype), "width": dim},
-                )
-            )  # fmt: skip
+            add(f"the same by {kernel.name.lower()}, against PyTorch's choice", [named, ours], 10 * tolerance)
     return rows
 
 

@@ -107,10 +107,10 @@ class _Inert(list):
         return super().__new__(cls)
 
     def __init__(self, *args, **kwargs):
-        pass
+        """Take nothing of what is given."""
 
     def __setstate__(self, state):
-        pass
+        """Take nothing of what is given."""
 
 
 class _InertDict:

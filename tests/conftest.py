@@ -22,7 +22,7 @@ def shared() -> Path:
     """The folder with the recorded results of the reference implementations."""
     path = ROOT / os.environ.get("SEMAIM_SHARED", "../shared")
     if not (path / "golden").is_dir():
-        pytest.skip(f"no recorded results at {path}: set SEMAIM_SHARED to the folder that holds golden/")
+        pytest.skip(f"no recorded results at {path}: runs where SEMAIM_SHARED names the folder that holds golden/")
     return path
 
 

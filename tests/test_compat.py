@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("mmcv", reason="mmcv-lite is of the extras det and seg")
+pytest.importorskip("mmcv", reason="mmcv is not installed: runs after tools/setup.sh --extras all")
 
 from semaim import compat  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
@@ -24,7 +24,7 @@ from semaim.errors import UserError  # noqa: E402
 compat.install()
 ext = importlib.import_module("mmcv._ext")
 if Path(ext.__file__) != compat.SOURCE:
-    pytest.skip("a compiled mmcv is installed", allow_module_level=True)
+    pytest.skip("a compiled mmcv takes our place: runs in the environment of tools/setup.sh", allow_module_level=True)
 
 import mmcv.ops  # noqa: E402
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction  # noqa: E402
@@ -326,7 +326,7 @@ def test_boxes_of_no_image_are_refused(index, fails):
         assert mmcv.ops.roi_align(features, rois, 2).shape == (1, 1, 2, 2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: runs where torch sees one")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_gpu_agrees_with_the_cpu(dtype):
     rng = np.random.default_rng(0)
@@ -401,7 +401,7 @@ def python(code):
 def test_downstream_packages_can_be_imported():
     packages = [package for package in ("mmdet", "mmseg") if find_spec(package)]
     if not packages:
-        pytest.skip("neither mmdet nor mmsegmentation is installed")
+        pytest.skip("neither mmdet nor mmsegmentation is installed: runs after tools/setup.sh --extras all")
     imports = ", ".join(f"{package}.models, {package}.apis" for package in packages)
     child = python(f"import semaim.compat as c; c.install(); import {imports}; print('done')")
     assert child.stdout == "done\n", child.stderr

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
-pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
 
 from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402

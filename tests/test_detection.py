@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import flags, losses, results, tool
 
-pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
+pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
 
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DATASETS, MODELS  # noqa: E402
@@ -133,7 +133,7 @@ def test_the_older_recipe_trains_on_four_maps():
 
 def test_faster_coco_eval_gives_pycocotools_figures(coco):
     """Random predictions around the true objects, of right and wrong classes, with a crowd among the objects."""
-    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("faster_coco_eval", reason="no faster-coco-eval: runs after tools/setup.sh --extras all")
     from mmdet.registry import METRICS
     from pycocotools import mask as rle
 

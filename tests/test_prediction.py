@@ -16,7 +16,7 @@ import torch
 from mmengine.registry import MODELS
 from PIL import Image
 
-pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
+pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
 
 from pycocotools import mask as coco_mask  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402

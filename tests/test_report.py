@@ -515,7 +515,10 @@ CASES = {
 
 @pytest.mark.parametrize("kind", ["coco", "ade"])
 def test_predictions_picture(kind, here, scenes, tmp_path):
-    pytest.importorskip("mmdet" if kind == "coco" else "mmseg", reason="not installed: tools/setup.sh --extras all")
+    pytest.importorskip(
+        "mmdet" if kind == "coco" else "mmseg",
+        reason="mmdet or mmsegmentation is not installed: runs after tools/setup.sh --extras all",
+    )
     from mmengine.registry import MODELS
 
     from semaim.engine.dense import build, enter

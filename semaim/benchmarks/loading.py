@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,7 @@ def check_pixels(ours: PretrainImages, plain: PlainImages, count: int = 16) -> f
 
 def once_through(loader: DataLoader) -> None:
     """Take every batch."""
-    for _ in loader:
-        pass
+    deque(loader, maxlen=0)
 
 
 def loader(data: str | None = None, img_size: int = 224, batch: int = 32, workers: int = 2, repeats: int = 5) -> list:

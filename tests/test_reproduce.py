@@ -79,8 +79,8 @@ def cells(work):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """All stages of SemAIM on 100 scenes, then k-NN of the untrained encoder: the folder, and what was printed."""
-    pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
-    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     work = tmp_path_factory.mktemp("reproduce")
     printed = []
     for more in (["--methods", "semaim"], ["--methods", "semaim", "scratch", "--only", "knn"]):
@@ -230,7 +230,7 @@ def test_runs_of_several_seeds_are_one_cell(whole, tmp_path):
 
 
 def test_the_paper_names_every_command_and_what_it_costs(here):
-    pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     rates = ["--rate", "pretrain=1000", "mae/pretrain=4000", "--rate", "detection=50"]
     status, output, error = here("--scale", "paper", "--gpus", 8, "--nodes", 4, "--dry-run", *rates)
     assert status == 0, error
@@ -271,8 +271,8 @@ def test_a_rate_is_taken_from_the_logs_of_an_earlier_run(whole, here):
 
 @pytest.mark.parametrize("scale", list(CONFIGS))
 def test_every_config_builds(scale):
-    pytest.importorskip("mmdet", reason="mmdet is not installed: tools/setup.sh --extras all")
-    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     roots = {"images": Path("i"), "coco": Path("c"), "ade": Path("a")}
     stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots=roots)
     assert [stage.name for stage in stages if stage.method == "mae"] == list(NAMES)

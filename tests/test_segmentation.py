@@ -11,7 +11,7 @@ from commands import flags, losses, results, tool
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
 
 from mmengine.registry import MODELS  # noqa: E402
 

@@ -21,7 +21,7 @@ def random_weights(model):
 
 
 def test_maps_are_those_of_mmsegs_mae():
-    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     from semaim import compat
 
     compat.install()

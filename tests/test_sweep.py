@@ -169,7 +169,7 @@ def test_numbers_are_short_and_whole(number, text):
 
 
 def test_a_sweep_trains_once_and_goes_on_where_it_was_cut(tmp_path, here):
-    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: tools/setup.sh --extras all")
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes
 
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)

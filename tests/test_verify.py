@@ -15,7 +15,9 @@ from semaim.data.scenes import BACKGROUND, write_scenes
 from semaim.data.verify import Report, _runs, check_coco_file, verify_ade20k, verify_coco
 from semaim.errors import UserError
 
-mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed: runs after tools/setup.sh --extras all")
+mask = pytest.importorskip(
+    "pycocotools.mask", reason="pycocotools is not installed: runs after tools/setup.sh --extras all"
+)
 
 # pycocotools 2.0.11 with NumPy 2, once a mask.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

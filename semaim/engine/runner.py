@@ -54,7 +54,7 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    os.setpgid(0, 0)  # what Ctrl-C or a queue sends to the process group: the main process ends workers in its time
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
 
 
 class Resumable:

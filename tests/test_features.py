@@ -232,6 +232,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(pathlib.Path(sys.argv[0]).parent), {tests!r}]
 import numpy as np
 import test_features as t
+from semaim.engine.launcher import leave
 
 rank, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{{folder}}/meeting", rank=rank, world_size=2)
@@ -257,6 +258,7 @@ queries = queries[0][:17], queries[1][:17]
 (folder / f"knn{{rank}}").write_text(repr(t.knn_accuracy(*bank, *queries, 6, (1, 5), chunk=4)))
 one = t.knn_accuracy(*bank, queries[0][:1], queries[1][:1], 6, (5,))  # the second process has no query
 (folder / f"one{{rank}}").write_text(repr(one))
+leave()
 """
 
 

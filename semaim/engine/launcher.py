@@ -1,8 +1,10 @@
 """One process per GPU or, without GPUs, on the CPU: how many, how they start, how they join."""
 
+import ctypes
 import datetime
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from semaim.errors import UserError
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> bool:
+    """Have a signal sent to this process when the one that started it ends, however it does; False where not Linux."""
+    return bool(_LIBC) and _LIBC.prctl(_PR_SET_PDEATHSIG, int(number)) == 0
 
 
 def check_processes(processes: int | str) -> int:

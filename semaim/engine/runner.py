@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
+from semaim.engine.launcher import end_with_parent
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import Diverged, UserError
@@ -54,7 +55,12 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 
 def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too: the main process ends them in its time
+    # Ctrl-C, or what a queue sends to the process group, is for the main process, which ends its workers when it has
+    # saved. A worker outside of the group would outlive a main process that is killed, and wait for ever.
+    if end_with_parent(signal.SIGKILL):
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Resumable:

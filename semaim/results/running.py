@@ -1,6 +1,5 @@
 """What tools that start others share: following a command, going on where it was cut, refusing changed settings."""
 
-import ctypes
 import json
 import os
 import signal
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from semaim.engine.launcher import end_with_parent
 from semaim.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, which holds the tools
-DEATH_OF_PARENT = 1  #: prctl's PR_SET_PDEATHSIG
 
 
 def here(path: Path) -> str:
@@ -58,13 +57,8 @@ def in_words(options: dict[str, object]) -> dict[str, str]:
 
 def follow(line: list[str]) -> tuple[int, bool]:
     """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:  # which may be killed before it can pass anything on
-        if library:
-            library.prctl(DEATH_OF_PARENT, signal.SIGTERM)
-
-    # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving.
+    # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this process,
+    # which may be killed before it can pass anything on.
     child = subprocess.Popen(line, start_new_session=True, preexec_fn=end_with_parent)
     stopped = []
 

@@ -140,15 +140,16 @@ def test_a_killed_run_leaves_no_worker_not_even_a_stuck_one():
         process.communicate(timeout=60)  # the pipe ends with the last who holds it
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number):
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
         pytest.skip("elsewhere SIGTERM to a process group ends the loader's workers before anything is saved")
     options = {"train_cfg.max_epochs": 10, "default_hooks.checkpoint.interval": 10}
     whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
     train(whole)
+    arguments = ["--gpus", str(processes), *flags(tiny_config("parts", **options, num_workers=1))]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools/train.py"), SCENES, *flags(tiny_config("parts", **options, num_workers=1))],
+        [sys.executable, str(ROOT / "tools/train.py"), SCENES, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
     )  # fmt: skip
     assert any("[2/5]" in line for line in process.stdout)
@@ -159,7 +160,7 @@ def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number):
     saved = read_checkpoint(newest_checkpoint(parts.work_dir))
     assert 2 <= saved["step"] < 50 and saved["epoch"] == saved["step"] // 5
     train(parts, choose_checkpoint(parts, "auto"))
-    assert losses(parts) == losses(whole)
+    assert losses(parts) == (losses(whole) if processes == 1 else pytest.approx(losses(whole), abs=1e-4))
 
 
 def test_two_processes_and_accumulation_train_as_one_process(tiny_config):

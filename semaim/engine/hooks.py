@@ -27,7 +27,8 @@ class LateRuntimeInfo(RuntimeInfoHook):
 
     To read a number is to wait until the GPU has computed it, while it waits for nothing but its next work. A CPU has
     nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is no number
-    is `Diverged`, at the latest before anything is saved.
+    is `Diverged`, at the latest before anything is saved. With it goes, from each process to all, whether it was asked
+    to stop.
 
     Args:
         late: whether to wait for the next log line; None for doing so on a GPU.
@@ -55,8 +56,10 @@ class LateRuntimeInfo(RuntimeInfoHook):
         waiting, self.waiting = self.waiting, []
         losses = torch.stack([values["loss"] for _, values in waiting])
         if get_world_size() > 1:
-            torch.distributed.all_reduce(losses)
-            losses /= get_world_size()
+            shared = torch.cat([losses, losses.new_tensor([runner.train_loop.asked is not None])])
+            torch.distributed.all_reduce(shared)
+            losses, asked = shared[:-1] / get_world_size(), shared[-1]
+            runner.train_loop.stopping |= bool(asked)
         numbers = torch.stack([value.double() for _, values in waiting for value in values.values()]).tolist()
         for (iteration, values), loss in zip(waiting, losses.tolist(), strict=True):
             mine, numbers = numbers[: len(values)], numbers[len(values) :]

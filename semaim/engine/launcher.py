@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -100,6 +101,10 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
             "out of GPU memory: lower --cfg-options images_per_gpu=N (accumulated steps keep the total batch), or set"
             " model.network.with_cp=True"
         ) from None
+    except KeyboardInterrupt:
+        if world == 1:
+            raise
+        return 130  # the one who started this process says so
     except RuntimeError as error:
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
             time.sleep(10)  # another process stopped, has said why, and ends this one when it exits, with its status
@@ -125,12 +130,21 @@ def spawn(arguments: list[str], processes: int) -> int:
         rdzv_configs={"rank": int(os.environ.get("NODE_RANK", 0)), "timeout": 900},
         max_restarts=0,
     )
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing process has said why
+    for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the failing process has said why
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, threads)
+    # A Ctrl-C comes here alone and is passed on, for the processes to save; so is SIGTERM, but as Ctrl-C: they take
+    # SIGTERM itself for the end that comes to those whom another's failure has left behind.
+    config.signals_to_handle, config.shutdown_timeout = "SIGINT,SIGHUP", 120  # s; not looked at by older torch
+    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         elastic_launch(config, sys.executable)(*arguments)
+    except SignalException:
+        raise KeyboardInterrupt from None
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))  # one ended by a signal: below 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return 0

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import torch
 from mmengine.device import get_device
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import get_rank, get_world_size, is_main_process
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
@@ -63,39 +63,58 @@ def _prepare_worker(worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class Stopped(KeyboardInterrupt):
+    """Asked to, between two iterations, all processes at the same."""
+
+
 class Resumable:
-    """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped."""
+    """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped.
+
+    Attributes:
+        asked: the signal that asked this process to stop.
+        stopping: whether this iteration is the last; of several processes all have to know, see `LateRuntimeInfo`.
+    """
+
+    asked: str | None = None
+    stopping = False
 
     def seek(self, epoch: int, iteration: int) -> None:
         """Stand after `epoch` whole epochs and `iteration` iterations in all."""
         self._epoch, self._iter = epoch, iteration
 
     def run(self) -> torch.nn.Module:
-        """Train; a single process that bad data, Ctrl-C or SIGTERM stops saves its state first."""
-        self._stop = None
-        if get_world_size() > 1:
-            return self.work()
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Train; Ctrl-C or SIGTERM save the run's state first, and so does bad data in a single process."""
+        self.asked, self.stopping = None, False
+        several = get_world_size() > 1
+        # torch's launcher passes Ctrl-C on, and ends with SIGTERM those that another's failure has left behind.
+        numbers = [signal.SIGINT] if "TORCHELASTIC_RUN_ID" in os.environ else [signal.SIGINT, signal.SIGTERM]
+        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             return self.work()
         except (CannotSave, Diverged):
             raise
-        except (UserError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt) as error:
+            if several and not isinstance(error, Stopped):
+                raise  # the others know nothing of it
             saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
             if saver and steps:
                 saver.save(self.runner, self._epoch, self._iter - rest, "interrupted.pth")
+            if several:
+                torch.distributed.barrier()  # one that is gone would have the launcher end the one that saves
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
-        """Stop after this iteration, where weights and counters agree; a second signal stops at once."""
-        if self._stop:
+        """Stop after an iteration, where weights and counters agree; a second signal stops at once."""
+        if self.asked:
             raise KeyboardInterrupt
-        self._stop = signal.Signals(number).name
-        self.runner.logger.warning(f"{self._stop}: stopping after this iteration")
+        self.asked, self.stopping = signal.Signals(number).name, get_world_size() == 1
+        if is_main_process():
+            when = "this iteration" if self.stopping else "the next iteration in which losses are read"
+            os.write(2, f"{self.asked}: stopping after {when}\n".encode())  # the logger may be at work below this
 
     def share_buffers(self) -> None:
         """Running statistics of batch normalisation: all processes validate with, and go on from, the same."""
@@ -113,8 +132,8 @@ class Resumable:
         outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
         runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
         self._iter += 1
-        if self._stop:
-            raise KeyboardInterrupt
+        if self.stopping:
+            raise Stopped
 
 
 @LOOPS.register_module()

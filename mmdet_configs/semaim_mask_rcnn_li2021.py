@@ -6,7 +6,7 @@ Here relative positions are ViTDet's decomposed ones, a table per block; there f
 
 _base_ = "semaim_mask_rcnn.py"
 
-norm = dict(type="SyncBN", requires_grad=True)
+norm = dict(type="PreciseSyncBN", requires_grad=True)
 model = dict(
     backbone=dict(window_size=16, out_blocks=(2, 5, 8, 11)),
     neck=[

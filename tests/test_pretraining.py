@@ -140,6 +140,16 @@ def test_a_killed_run_leaves_no_worker_not_even_a_stuck_one():
         process.communicate(timeout=60)  # the pipe ends with the last who holds it
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes outlive a launcher that is killed")
+def test_a_killed_launcher_leaves_no_process(tiny_config):
+    cfg = tiny_config(**{"train_cfg.max_epochs": 10000, "default_hooks.checkpoint.interval": 10000})
+    line = [sys.executable, str(ROOT / "tools/train.py"), SCENES, "--gpus", "2", *flags(cfg)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as launcher:
+        assert any("[2/5]" in line for line in launcher.stdout)
+        launcher.kill()
+        launcher.communicate(timeout=60)  # the pipe ends with the last who holds it
+
+
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
 def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
@@ -240,6 +250,14 @@ def test_a_process_holds_its_share_of_a_divided_model(tmp_path):
     for sharded, world, mine, state in shares:
         assert (sharded, world) == ("True", "2")
         assert 0.45 < float(mine) < 0.55 and 0.4 < float(state) < 0.55
+
+
+def test_compile_is_of_the_blocks_and_not_of_the_step(tiny_config, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("mmengine compiles the whole step"))
+    train(tiny_config(compile=True))
+    assert compiled and set(compiled) == {"Block"}
 
 
 def test_activation_checkpointing_trains_the_same(tiny_config):

@@ -1,7 +1,11 @@
 """Segmentors: every config builds and is what it says; they train, resume and are measured through the tools."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +168,23 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     # A trained segmentor is no pretrained encoder of a detector, nor one of its config's segmentors.
     done = tool("test.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", whole / "latest.pth")
     assert done.returncode == 2 and "does not fit this config" in done.stderr
+
+
+def test_a_run_that_a_queue_stops_after_a_validation_saves_first(tmp_path):
+    write_scenes(tmp_path / "scenes", 15, 64, seed=0)
+    more = {"num_workers": 1, "train_cfg.max_iters": 500, "train_cfg.val_interval": 4}
+    line = [sys.executable, "tools/train.py", SCENES, "--data-root", tmp_path / "scenes/ade", "--work-dir", tmp_path]
+    process = subprocess.Popen(
+        [*map(str, line), *options(**more, **{"default_hooks.checkpoint.interval": 500})],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert any("Iter(val) [3/3]" in line and "mIoU" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGTERM)  # reaches the loaders' workers too, those of the validation among them
+    rest = process.stdout.read()
+    assert process.wait(60) == 130 and "Traceback" not in rest, rest
+    saved = read_checkpoint(tmp_path / "interrupted.pth")
+    assert saved["step"] >= 4 and saved["epoch"] == saved["step"] * 4 // saved["images"]
 
 
 def test_bad_input_is_one_line_before_training(tmp_path):

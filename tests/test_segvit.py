@@ -52,7 +52,7 @@ def test_maps_are_those_of_mmsegs_mae():
 
 
 def test_bias_index_against_its_definition():
-    index, (height, width) = bias_index((3, 4)), (3, 4)
+    index, (height, width) = bias_index((3, 4), torch.device("cpu")), (3, 4)
     offsets = (2 * height - 1) * (2 * width - 1)
     for i in range(12):
         for j in range(12):

@@ -25,7 +25,7 @@ model = dict(
     ),
     neck=dict(type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
     rpn_head=dict(
-        type="RPNHead",
+        type="PreciseRPNHead",
         in_channels=256,
         feat_channels=256,
         num_convs=2,
@@ -37,7 +37,7 @@ model = dict(
     roi_head=dict(
         type="StandardRoIHead",
         bbox_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="PreciseRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
@@ -56,7 +56,7 @@ model = dict(
             loss_bbox=dict(type="L1Loss", loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="PreciseRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],

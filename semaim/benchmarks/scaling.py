@@ -7,6 +7,8 @@ import statistics
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from semaim.benchmarks.measuring import seconds
 from semaim.benchmarks.pretraining import Setting, attention_pair, gradients, our_step
 from semaim.benchmarks.rows import Row
-from semaim.engine.launcher import check_processes, join, launched, leave, spawn
+from semaim.engine.launcher import join, launched, leave, spawn
 from semaim.errors import UserError
 from semaim.models.ordering import make_order
 
@@ -134,6 +136,18 @@ def draw(path: Path, series: tuple, names: dict[str, str]) -> None:
         plt.close(figure)
 
 
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Processes started here have one thread each and see no GPU."""
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def processes(setting: Setting, count: int = 2, repeats: int = 5) -> list[Row]:
     """The step in `count` processes of one thread each that exchange gradients, against as many that do not.
 
@@ -150,11 +164,11 @@ def processes(setting: Setting, count: int = 2, repeats: int = 5) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for size in (1, count):
-            check_processes(size)
             out = Path(folder) / f"{size}.json"
-            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
             work = ["-m", "semaim.benchmarks.scaling", json.dumps(setting.__dict__), str(repeats), str(out)]
-            if spawn(work, size) or not out.is_file():
+            with on_one_thread():
+                failed = spawn(work, size)
+            if failed or not out.is_file():
                 raise UserError(f"the step in {size} processes failed: see above")
             found[size] = json.loads(out.read_text())
     together = found[count]

@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers the ViTDet backbone, necks, norm and metric in mmdet's registries."""
+"""Our part in mmdet: importing this registers ViTDet's backbone, necks, heads, norm and metric in its registries."""
 
 from semaim import compat
 
@@ -10,11 +10,15 @@ import mmdet.models  # noqa: E402, F401
 from mmdet.registry import METRICS, MODELS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
+from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN  # noqa: E402
 from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
 
 MODELS.register_module(module=ViTDet)
 MODELS.register_module(module=SimpleFeaturePyramid)
 MODELS.register_module(module=MapScales)
+MODELS.register_module(module=PreciseRPNHead)
+MODELS.register_module(module=PreciseRoIExtractor)
+MODELS.register_module(module=PreciseSyncBN)
 METRICS.register_module(module=FasterCocoMetric)
 MODELS.register_module(name="LN2d", module=LayerNorm2d)

@@ -108,7 +108,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
 def check_keys(cfg: Config) -> None:
     """`UserError` for a top-level key, a type, or an argument of a type that does not exist."""
     dense = cfg.get("default_scope") in ("mmdet", "mmseg")
-    known = KEYS | DENSE_KEYS if dense else KEYS
+    known = KEYS.keys() - {"compile"} | DENSE_KEYS.keys() if dense else KEYS
     for key in cfg:
         if key not in known:
             raise UserError(f"unknown config key {key}: {nearest(key, known)}")

@@ -21,7 +21,7 @@ from semaim.data.verify import check_coco_file, check_pairs
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_origin, write_results
-from semaim.engine.runner import SeededRunner, endless_loader
+from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
 
@@ -155,6 +155,7 @@ def validation(cfg: Config, split: str) -> dict:
         "batch_size": 1,
         "num_workers": cfg.num_workers,
         "persistent_workers": cfg.num_workers > 0,
+        "worker_init_fn": {"type": prepare_worker},
         "sampler": {"type": "DefaultSampler", "shuffle": False},
         "dataset": cfg.val_dataset,
     }

@@ -16,6 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from semaim.errors import UserError
 
+SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -90,6 +91,8 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
         prepare(processes * nodes)
         if processes > 1 or nodes > 1:
             return spawn(sys.argv, processes)
+    if SPAWNED in os.environ:
+        end_with_parent()
     world = join()
     try:
         work()
@@ -99,7 +102,7 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
     except torch.cuda.OutOfMemoryError:
         raise UserError(
             "out of GPU memory: lower --cfg-options images_per_gpu=N (accumulated steps keep the total batch), or set"
-            " model.network.with_cp=True"
+            " model.network.with_cp=True (detectors and segmentors: model.backbone.with_cp=True)"
         ) from None
     except KeyboardInterrupt:
         if world == 1:
@@ -138,6 +141,7 @@ def spawn(arguments: list[str], processes: int) -> int:
     # A Ctrl-C comes here alone and is passed on, for the processes to save; so is SIGTERM, but as Ctrl-C: they take
     # SIGTERM itself for the end that comes to those whom another's failure has left behind.
     config.signals_to_handle, config.shutdown_timeout = "SIGINT,SIGHUP", 120  # s; not looked at by older torch
+    os.environ[SPAWNED] = "1"
     handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         elastic_launch(config, sys.executable)(*arguments)
@@ -146,5 +150,6 @@ def spawn(arguments: list[str], processes: int) -> int:
     except ChildFailedError as error:
         return max(1, *(failure.exitcode for failure in error.failures.values()))  # one ended by a signal: below 0
     finally:
+        del os.environ[SPAWNED]
         signal.signal(signal.SIGTERM, handler)
     return 0

@@ -43,7 +43,7 @@ def write_results(
     origin = dict(cfg.get("origin") or {})
     trained_with = origin.pop("cfg_options", None) or {}
     results = {
-        "config": cfg.filename and os.path.basename(cfg.filename),
+        "config": origin.pop("config", None) or config_name(cfg),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "method": origin.pop("method", None),
         "backbone": backbone_of(cfg),
@@ -82,11 +82,11 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     found = origin_of(resumed, same=True) if resumed and task_of(cfg) else {}
     if not found and weights:
         found = origin_of(weights, same=whole, trained=whole)
-    cfg.origin = {**found, "commit": commit()}
+    cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
 
 
 def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
-    """method, pretrain_epochs, pretrain_images and pretrain_options of a checkpoint of ours; nothing of others.
+    """method and pretrain_config, _epochs, _images and _options of a checkpoint of ours; nothing of others.
 
     Args:
         path: the checkpoint.
@@ -100,11 +100,12 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
             "method": method_of(config["model"]),
+            "pretrain_config": _mapping(config.get("origin")).get("config"),
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
-    names = ("method", "pretrain_epochs", "pretrain_images", "pretrain_options")
+    names = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
     known = _mapping(config.get("origin"))
     origin = {name: known[name] for name in names if known.get(name) is not None}
     if not same and "method" in origin:
@@ -114,6 +115,14 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
         origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
+
+
+def config_name(cfg: Config) -> str | None:
+    """The name of a config's file; with its folder's where it is none of the suite, whose recipes are known."""
+    path = cfg.filename and Path(cfg.filename).resolve()
+    if not path or any(path.is_relative_to(ROOT / folder) for folder in CODE):
+        return path and path.name
+    return "/".join(path.parts[-2:])
 
 
 def method_of(model: Mapping) -> str | None:

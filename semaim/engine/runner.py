@@ -3,6 +3,7 @@
 import os
 import signal
 
+import mmengine.device.utils
 import numpy as np
 import torch
 from mmengine.device import get_device
@@ -14,10 +15,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
 from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
-from semaim.engine.launcher import end_with_parent
+from semaim.engine.launcher import SPAWNED, end_with_parent
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import Diverged, UserError
+
+if get_device() == "mps":  # mmengine's choice on Apple's machines; fp64 and gloo do not go there
+    mmengine.device.utils.DEVICE = "cpu"
 
 
 def training_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
@@ -48,12 +52,13 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
         **batches,
     )
 
 
-def _prepare_worker(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
+    """What a loader's worker does at its start."""
     torch.set_num_threads(1)
     # Ctrl-C, or what a queue sends to the process group, is for the main process, which ends its workers when it has
     # saved. A worker outside of the group would outlive a main process that is killed, and wait for ever.
@@ -86,8 +91,8 @@ class Resumable:
         """Train; Ctrl-C or SIGTERM save the run's state first, and so does bad data in a single process."""
         self.asked, self.stopping = None, False
         several = get_world_size() > 1
-        # torch's launcher passes Ctrl-C on, and ends with SIGTERM those that another's failure has left behind.
-        numbers = [signal.SIGINT] if "TORCHELASTIC_RUN_ID" in os.environ else [signal.SIGINT, signal.SIGTERM]
+        # Our launcher passes Ctrl-C on, and ends with SIGTERM those that another's failure has left behind.
+        numbers = [signal.SIGINT] if SPAWNED in os.environ else [signal.SIGINT, signal.SIGTERM]
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             return self.work()
@@ -99,7 +104,7 @@ class Resumable:
             saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
             if saver and steps:
-                saver.save(self.runner, self._epoch, self._iter - rest, "interrupted.pth")
+                saver.save(self.runner, self.epoch, self._iter - rest, "interrupted.pth")
             if several:
                 torch.distributed.barrier()  # one that is gone would have the launcher end the one that saves
             raise
@@ -108,10 +113,11 @@ class Resumable:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
-        """Stop after an iteration, where weights and counters agree; a second signal stops at once."""
-        if self.asked:
+        """Stop where weights and counters agree: after an iteration, or in a validation; a second signal, at once."""
+        alone = get_world_size() == 1
+        if self.asked or alone and self.runner.message_hub.get_info("loop_stage") == "val":
             raise KeyboardInterrupt
-        self.asked, self.stopping = signal.Signals(number).name, get_world_size() == 1
+        self.asked, self.stopping = signal.Signals(number).name, alone
         if is_main_process():
             when = "this iteration" if self.stopping else "the next iteration in which losses are read"
             os.write(2, f"{self.asked}: stopping after {when}\n".encode())  # the logger may be at work below this
@@ -250,6 +256,9 @@ class SeededRunner(Runner):
             self._init_model_weights()  # from whole weights
             return shard(self.model)
         return super().wrap_model({"type": "DistributedModel"}, model)
+
+    def _maybe_compile(self, target: str) -> None:
+        """Not the whole step, as mmengine does for a config's `compile`: the network has compiled its blocks."""
 
     def _init_model_weights(self) -> None:
         """As mmengine: initialise, and give all processes the weights of the first; a divided model has its own."""

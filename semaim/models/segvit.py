@@ -5,6 +5,7 @@ Source: BEiT's and MAE's segmentation backbones (mmseg's `BEiT` and `MAE`). Our 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from semaim.models.vit import Attention, Block, VisionTransformer
 
 
-def bias_index(grid: tuple[int, int]) -> Tensor:
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept beyond a call that runs in it
+def bias_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Rows of a bias table that the token pairs of a grid read: int64 (1 + L, 1 + L), [query, key].
 
     A table has a row for each of the (2 H - 1) (2 W - 1) offsets of two patches, row by row from the most negative,
     then one each for class token to patch, patch to class token, and class token to itself. As in BEiT.
     """
     height, width = grid
-    place = torch.arange(height * width)
+    place = torch.arange(height * width, device=device)
     row, column = place // width, place % width
     down = row[:, None] - row + height - 1
     right = column[:, None] - column + width - 1
@@ -54,12 +57,12 @@ class BiasedAttention(Attention):
     def bias(self, grid: tuple[int, int]) -> Tensor:
         """The bias of a (rows, columns) grid: (heads, 1 + L, 1 + L)."""
         table = resize_bias(self.rel_bias, self.grid, grid)
-        return table[bias_index(grid).to(table.device)].permute(2, 0, 1)
+        return table[bias_index(grid, table.device)].permute(2, 0, 1)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""
         query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
-        bias = self.bias(grid).to(query.dtype)[None]
+        bias = self.bias(grid).to(query.dtype).contiguous()[None]  # else no fused kernel takes it on a GPU
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2))
 

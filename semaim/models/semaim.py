@@ -115,6 +115,8 @@ class SemAIM(VisionTransformer):
         finally:
             for module in in_training:
                 module.training = True
+            # Before torch 2.10 or so a weight in bf16 that was made here, without gradient, was used by `predict` too.
+            torch.clear_autocast_cache()
         return tokens, similarity_map(tokens, self.similarity)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training
 NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed")
 OPTIONS = ("cfg_options", "pretrain_options")
 STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
+STRINGS += ("pretrain_config",)
 
 #: Changed options that leave the figure what it is.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
@@ -71,10 +72,12 @@ class Run:
 
     @property
     def changes(self) -> str:
-        """Options that differ from the config's, where they may change the figure; those of its schedule as one."""
+        """What differs from the suite's config, where it may change the figure: another file, options, the schedule."""
         told = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
             options = self.raw.get(name) or {}
+            config = self.raw.get("pretrain_config" if whose else "config") or ""
+            told += [f"{whose}config {config}"] if "/" in config else []
             told += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
             apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
             told += [f"{whose}{key}={options[key]}" for key in apart]
@@ -197,7 +200,7 @@ def unrecorded(run: Run) -> str:
     """What a comparison needs to know, and the file does not say."""
     names = ["train_images", "val_images", "cfg_options"]
     if run.raw.get("checkpoint") or run.raw.get("method"):
-        names += ["method", "pretrain_epochs", "pretrain_images"]
+        names += ["method", "pretrain_config", "pretrain_epochs", "pretrain_images"]
     missing = [name.replace("_", " ") for name in names if run.raw.get(name) is None]
     if not run.length or run.recipe and not getattr(run.recipe, run.length[0]):
         missing.append("length of training")

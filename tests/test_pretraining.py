@@ -260,6 +260,18 @@ def test_compile_is_of_the_blocks_and_not_of_the_step(tiny_config, monkeypatch):
     assert compiled and set(compiled) == {"Block"}
 
 
+def test_every_block_is_compiled(tiny_config, monkeypatch):
+    counters = torch._dynamo.utils.counters
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_it(module, backend="eager"))  # soon done
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    torch._dynamo.reset()
+    counters.clear()
+    deep = {"model.network.depth": 12, "model.network.decoder_depth": 12, "model.network.drop_path_rate": 0.1}
+    train(tiny_config(compile=True, **deep))
+    assert counters["frames"]["total"] == counters["frames"]["ok"] >= 12
+
+
 def test_activation_checkpointing_trains_the_same(tiny_config):
     plain_run, recomputed = tiny_config("plain"), tiny_config("cp", **{"model.network.with_cp": True})
     train(plain_run)

@@ -1,4 +1,7 @@
-"""ViTDet's schedule: 100 epochs at batch 64 = 184,375 steps (64 x 184,375 / 118,000 images), AdamW, layer decay 0.7."""
+"""ViTDet's schedule: 100 epochs at batch 64 = 184,375 steps (64 x 184,375 / 118,000 images), AdamW, layer decay 0.7.
+
+Biases have no weight decay here, as in all our stages; in detectron2's recipe those that are no norm's have it.
+"""
 
 total_batch_size = 64
 images_per_gpu = 4

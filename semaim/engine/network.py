@@ -56,9 +56,11 @@ class NetworkModel(BaseModel):
         self.network: nn.Module = MODELS.build(network)
         self.precision = precision
         if compile:
-            for module in self.network.modules():
-                if isinstance(module, Block):
-                    module.compile()
+            blocks = [module for module in self.network.modules() if isinstance(module, Block)]
+            # They share their code, of which torch keeps 8 variants; each drop path rate makes one, training or not.
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
+            for block in blocks:
+                block.compile()
 
     def init_weights(self) -> None:
         """The network initialises itself when it is built."""

@@ -17,7 +17,7 @@ def tool(name, *arguments, **environment):
     if name.endswith(".py"):
         line.insert(0, sys.executable)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(line, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+    return subprocess.run(line, capture_output=True, text=True, timeout=1800, env=env, cwd=ROOT)
 
 
 def one_line(done, message):

@@ -79,20 +79,24 @@ def test_fine_tuning_trains_everything_and_pools_what_it_says():
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0, 0), (0.8, 0), (0, 1.0)])
 def test_training_loss_against_its_definition(mixup, cutmix):
+    torch.manual_seed(0)
     model = Classification(small(head_init_std=1.0), mixup=mixup, cutmix=cutmix, label_smoothing=0.1)
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 6])
     seen = []
     model.network.register_forward_hook(lambda module, args, out: seen.append((args[0].clone(), out.detach())))
     import numpy as np
 
-    np.random.seed(1)
+    np.random.seed(3)
     loss = model(images.clone(), labels, torch.arange(6))["loss"]
     given, logits = seen[0]
     smooth = torch.full((6, 7), 0.1 / 7)
     smooth[torch.arange(6), labels] += 0.9
     if mixup:
         # The mixed image is share * image + (1 - share) * its mirror in the batch: recover the share from a pixel.
-        share = ((given - images.flip(0)).flatten()[0] / (images - images.flip(0)).flatten()[0]).item()
+        apart = images - images.flip(0)
+        pixel = apart.abs().argmax()
+        share = ((given - images.flip(0)).flatten()[pixel] / apart.flatten()[pixel]).item()
+        assert 0.1 < share < 0.9
         torch.testing.assert_close(given, share * images + (1 - share) * images.flip(0))
         smooth = share * smooth + (1 - share) * smooth.flip(0)
     elif cutmix:

@@ -3,11 +3,11 @@
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,7 @@ def flags(cfg):
     """The command line of a config of `tiny_config`: what it changes, as --cfg-options."""
     network = cfg.model.network
     options = {
-        **{f"model.network.{key}": network[key] for key in ("img_size", "embed_dim", "num_heads", "depth")},
+        **{f"model.network.{key}": network[key] for key in ("img_size", "embed_dim", "num_heads", "depth", "order")},
         "total_batch_size": cfg.total_batch_size,
         "base_lr": cfg.base_lr,
         "num_workers": cfg.num_workers,
@@ -117,7 +117,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, gui
 
 
 STUCK = """
-import time
 from semaim.engine.runner import evaluation_loader
 
 class Stuck:
@@ -154,7 +153,9 @@ def test_a_killed_launcher_leaves_no_process(tiny_config):
 def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
         pytest.skip("elsewhere SIGTERM to a process group ends the loader's workers before anything is saved")
-    options = {"train_cfg.max_epochs": 10, "default_hooks.checkpoint.interval": 10}
+    # Rounding differs between one process and two, and a learned order may hang on it.
+    order = "semantic" if processes == 1 else "raster"
+    options = {"train_cfg.max_epochs": 40, "default_hooks.checkpoint.interval": 40, "model.network.order": order}
     whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
     train(whole)
     arguments = ["--gpus", str(processes), *flags(tiny_config("parts", **options, num_workers=1))]
@@ -168,7 +169,7 @@ def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, p
     assert process.wait(60) == 130, rest
     assert rest.strip().splitlines()[-1] == "interrupted" and "Traceback" not in rest
     saved = read_checkpoint(newest_checkpoint(parts.work_dir))
-    assert 2 <= saved["step"] < 50 and saved["epoch"] == saved["step"] // 5
+    assert 2 <= saved["step"] < 200 and saved["epoch"] in (saved["step"] // 5, (saved["step"] - 1) // 5)
     train(parts, choose_checkpoint(parts, "auto"))
     assert losses(parts) == (losses(whole) if processes == 1 else pytest.approx(losses(whole), abs=1e-4))
 
@@ -282,6 +283,7 @@ def test_activation_checkpointing_trains_the_same(tiny_config):
 
 def test_a_teacher_from_a_local_file_guides(tiny_config, tmp_path):
     name = "test_vit"
+    torch.manual_seed(0)
     network = timm.create_model(name, dynamic_img_size=True)
     save_file(network.state_dict(), tmp_path / "teacher.safetensors")
     teacher = {"_delete_": True, "type": "Teacher", "name": name, "weights": str(tmp_path / "teacher.safetensors")}
@@ -512,12 +514,14 @@ def test_progress_bar_on_a_terminal(tiny_config):
         stderr=slave, stdout=slave, cwd=ROOT, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
     )  # fmt: skip
     os.close(slave)
-    seen, deadline = b"", time.time() + 120
-    while time.time() < deadline:
+    seen = b""
+    while select.select([master], [], [], 120)[0]:
         try:
             seen += os.read(master, 65536)
         except OSError:  # the terminal is gone: the process has ended
             break
+    else:
+        process.kill()
     os.close(master)
     assert process.wait(30) == 0, seen.decode(errors="replace")[-2000:]
     text = seen.decode(errors="replace")

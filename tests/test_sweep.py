@@ -47,7 +47,7 @@ def line(*arguments):
 
 def tool(*arguments):
     """The tool, run for real on the CPU."""
-    return subprocess.run(line(*arguments), capture_output=True, text=True, timeout=400, env=ENV, cwd=ROOT)
+    return subprocess.run(line(*arguments), capture_output=True, text=True, timeout=1800, env=ENV, cwd=ROOT)
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
         return 130  # the one who started this process says so
     except RuntimeError as error:
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
-            time.sleep(10)  # another process stopped, has said why, and ends this one when it exits, with its status
+            time.sleep(60)  # another process stopped, has said why, and ends this one when it exits, with its status
             return 1
         raise
     finally:

@@ -226,7 +226,7 @@ def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_confi
 def test_a_process_holds_its_share_of_a_divided_model(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
-        "import torch\n"
+        "import os, torch\n"
         "from semaim.engine.launcher import join, leave\n"
         "from semaim.engine.sharding import is_sharded, shard\n"
         "from semaim.models import PixelTarget, SemAIM\n"
@@ -239,7 +239,8 @@ def test_a_process_holds_its_share_of_a_divided_model(tmp_path):
         "optimizer.step()\n"
         "mine = sum(p.to_local().numel() for p in model.parameters())\n"
         "state = sum(s['exp_avg'].to_local().numel() for s in optimizer.state.values())\n"
-        "print(is_sharded(model), world, mine / whole, state / whole)\n"
+        "line = f'{is_sharded(model)} {world} {mine / whole} {state / whole}\\n'\n"
+        "os.write(1, line.encode())\n"  # whole: the other process writes to the same pipe
         "leave()\n"
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

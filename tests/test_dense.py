@@ -1,5 +1,6 @@
 """What detectors and segmentors share."""
 
+import signal
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,19 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero():
     assert dense.figures(cfg, found) == {"coco/bbox_mAP": 0.5}
     cfg = load_config(ROOT / "mmseg_configs/semaim_upernet_scenes.py", {})
     assert dense.figures(cfg, {"mIoU": 4.0, "time": 0.2}) == {"mIoU": 4.0} and dense.figures(cfg, {}) == {}
+
+
+def test_a_signal_in_a_validation_stops_at_once_and_in_training_after_the_iteration():
+    loop = ResumableIterations.__new__(ResumableIterations)
+    loop._runner = SimpleNamespace(message_hub=SimpleNamespace(get_info=lambda name: stage))
+    stage = "val"
+    with pytest.raises(KeyboardInterrupt):
+        loop._on_signal(signal.SIGTERM, None)
+    stage = "train"
+    loop._on_signal(signal.SIGTERM, None)
+    assert loop.stopping and loop.asked == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+        loop._on_signal(signal.SIGTERM, None)
 
 
 def test_a_run_has_the_figures_of_its_last_validation_though_it_found_nothing():

@@ -131,7 +131,7 @@ next(iter(evaluation_loader(Stuck(), 2, 1)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stuck worker outlives a main process that is killed")
+@pytest.mark.skipif(sys.platform != "linux", reason="no parent-death signal here: runs on Linux")
 def test_a_killed_run_leaves_no_worker_not_even_a_stuck_one():
     with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout.readline() == "loading\n"
@@ -139,7 +139,7 @@ def test_a_killed_run_leaves_no_worker_not_even_a_stuck_one():
         process.communicate(timeout=60)  # the pipe ends with the last who holds it
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes outlive a launcher that is killed")
+@pytest.mark.skipif(sys.platform != "linux", reason="no parent-death signal here: runs on Linux")
 def test_a_killed_launcher_leaves_no_process(tiny_config):
     cfg = tiny_config(**{"train_cfg.max_epochs": 10000, "default_hooks.checkpoint.interval": 10000})
     line = [sys.executable, str(ROOT / "tools/train.py"), SCENES, "--gpus", "2", *flags(cfg)]
@@ -152,7 +152,7 @@ def test_a_killed_launcher_leaves_no_process(tiny_config):
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
 def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
-        pytest.skip("elsewhere SIGTERM to a process group ends the loader's workers before anything is saved")
+        pytest.skip("no parent-death signal here, so workers stay in the process group: runs on Linux")
     # Rounding differs between one process and two, and a learned order may hang on it.
     order = "semantic" if processes == 1 else "raster"
     options = {"train_cfg.max_epochs": 40, "default_hooks.checkpoint.interval": 40, "model.network.order": order}

@@ -1,4 +1,4 @@
-"""mmdet's heads with boxes in fp32 under autocast too, as detectron2 has them.
+"""mmdet's heads with boxes in fp32 under autocast too; detectron2 decodes its proposals so.
 
 bf16 has eight bits: between 512 and 1,024 pixels its numbers are 4 apart. mmdet makes anchors and moves boxes in the
 type of the scores, and samples regions at boxes of the type of the maps.

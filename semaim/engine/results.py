@@ -100,7 +100,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
             "method": method_of(config["model"]),
-            "pretrain_config": _mapping(config.get("origin")).get("config"),
+            "pretrain_config": name if isinstance(name := _mapping(config.get("origin")).get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),

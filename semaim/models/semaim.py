@@ -115,7 +115,7 @@ class SemAIM(VisionTransformer):
         finally:
             for module in in_training:
                 module.training = True
-            # Before torch 2.10 or so a weight in bf16 that was made here, without gradient, was used by `predict` too.
+            # Else an older torch may give `predict` the bf16 copies of weights that were made here, without gradient.
             torch.clear_autocast_cache()
         return tokens, similarity_map(tokens, self.similarity)
 

@@ -11,7 +11,7 @@ model = dict(
         stage_loss_weights=[1.0, 0.5, 0.25],
         bbox_head=[
             dict(
-                type="Shared4Conv1FCBBoxHead",
+                type="ViTDetBoxHead",
                 in_channels=256,
                 conv_out_channels=256,
                 fc_out_channels=1024,

@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers ViTDet's backbone, necks, heads, norm and metric in its registries."""
+"""Our part in mmdet: importing this registers ViTDet's backbone, necks, heads, norm, metric and transforms in its registries."""
 
 from semaim import compat
 
@@ -7,11 +7,13 @@ compat.install()  # before mmdet, which imports mmcv's operators
 import mmdet.datasets  # noqa: E402, F401  registers what configs name
 import mmdet.evaluation  # noqa: E402, F401
 import mmdet.models  # noqa: E402, F401
-from mmdet.registry import METRICS, MODELS  # noqa: E402
+from mmdet.registry import METRICS, MODELS, TRANSFORMS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
 from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN  # noqa: E402
+from semaim.detection.initial import ViTDetBoxHead, ViTDetMaskHead  # noqa: E402
 from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
+from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
 
 MODELS.register_module(module=ViTDet)
@@ -20,5 +22,10 @@ MODELS.register_module(module=MapScales)
 MODELS.register_module(module=PreciseRPNHead)
 MODELS.register_module(module=PreciseRoIExtractor)
 MODELS.register_module(module=PreciseSyncBN)
+MODELS.register_module(module=ViTDetBoxHead)
+MODELS.register_module(module=ViTDetMaskHead)
 METRICS.register_module(module=FasterCocoMetric)
+TRANSFORMS.register_module(module=PillowResize)
+TRANSFORMS.register_module(module=ResizeScale)
+TRANSFORMS.register_module(module=FixedSizeCrop)
 MODELS.register_module(name="LN2d", module=LayerNorm2d)

@@ -271,8 +271,9 @@ def kinds(names: Iterable[str]) -> str:
 def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = ()) -> LoadReport:
     """Load a checkpoint of any dialect into a model with our names.
 
-    Position tables are resized (bicubic, as timm does) to the model's `grid`, tables of relative positions linearly; a
-    head for another number of classes stays in the file.
+    Position tables are resized (bicubic, as timm does) to the model's `grid`, tables of relative positions linearly,
+    and, where the model has `resamples_patches`, the patch projection to its patches; a head for another number of
+    classes stays in the file.
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
@@ -296,6 +297,8 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
             fitted = F.interpolate(tensor.T[None].float(), len(own[name]), mode="linear")[0].T.to(tensor.dtype)
+        elif name == "patch_embed.proj.weight":
+            fitted = resample_patches(tensor, own[name].shape[2:])
         elif name.split(".")[0] == "head":
             report.unexpected.append(name)
             del state[name]
@@ -318,7 +321,8 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
     if not {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= own.keys():
         raise UserError(f"{type(model).__name__} is no ViT of ours: nothing of {found.path} fits it")
     theirs, ours = found.sizes, {**sizes_of(own), "img_size": None}
-    same = all(theirs[key] == ours[key] for key in ("embed_dim", "depth", "patch_size", "mlp_ratio"))
+    keys = ["embed_dim", "depth", "mlp_ratio"] + ["patch_size"] * (not getattr(model, "resamples_patches", False))
+    same = all(theirs[key] == ours[key] for key in keys)
     if not same:
         raise UserError(
             f"{found.path} is a {describe({**theirs, 'img_size': None})}; the model a {describe(ours)}: choose a config"
@@ -327,6 +331,14 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
     heads = getattr(model, "num_heads", theirs["num_heads"])
     if found.config and heads != theirs["num_heads"]:
         raise UserError(f"{found.path} was trained with {theirs['num_heads']} heads, the model has {heads}")
+
+
+def resample_patches(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """A patch projection (D, C, h, w) for patches of another size, bicubic without antialiasing: ViT-H from 14 to 16.
+
+    Source: facebookresearch/long_seq_mae, issue 2, whose authors follow ViTDet so.
+    """
+    return F.interpolate(weight.float(), patch_size, mode="bicubic", align_corners=False).to(weight.dtype)
 
 
 def _grid(sizes: Mapping) -> tuple[int, int]:

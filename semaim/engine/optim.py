@@ -106,6 +106,17 @@ def norm_parameters(model: nn.Module) -> set[str]:
     }
 
 
+def group_model(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, **rules
+) -> list[dict]:
+    """`group_parameters` of a whole model, which is asked for its layers and norms; `rules`: undecayed, decay."""
+    depth_of = layer_depths(model) if layer_decay != 1 else None
+    norms = norm_parameters(model)
+    return group_parameters(
+        model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules
+    )
+
+
 def fuse(optimizer: dict) -> dict:
     """The config of an optimizer, with AdamW in one kernel: the same update, in a third of the time or less."""
     return {"fused": True, **optimizer} if optimizer["type"] == "AdamW" else optimizer
@@ -140,21 +151,14 @@ class LateOptimWrapper(OptimWrapper):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
-    """Builds the optimizer from `group_parameters`; `paramwise_cfg` holds its layer_decay, undecayed and decay."""
+    """Builds the optimizer from `group_model`; `paramwise_cfg` holds its layer_decay, undecayed and decay."""
 
     def __call__(self, model: nn.Module):
         """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
         model = getattr(model, "module", model)
         wrapper, optimizer = dict(self.optim_wrapper_cfg), dict(self.optimizer_cfg)
         paramwise = self.paramwise_cfg or {}
-        groups = group_parameters(
-            model.named_parameters(),
-            optimizer["lr"],
-            optimizer.get("weight_decay", 0.0),
-            depth_of=layer_depths(model) if paramwise.get("layer_decay", 1) != 1 else None,
-            norms=norm_parameters(model),
-            **paramwise,
-        )
+        groups = group_model(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), **paramwise)
         if is_main_process():
             for group in groups:
                 count = sum(parameter.numel() for parameter in group["params"])

@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers ViTDet's backbone, necks, heads, norm, metric and transforms in its registries."""
+"""Our part in mmdet: importing this registers ViTDet's modules, the metric and the transforms."""
 
 from semaim import compat
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -18,7 +18,7 @@ from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
 from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file
+from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_origin, write_results
@@ -65,7 +65,7 @@ class SeededImages(Dataset):
 
 
 def enter(cfg: Config) -> None:
-    """Register what configs of the scope name; `UserError` where its packages are missing."""
+    """Register what configs of the scope name, and keep the chosen classes; `UserError` where packages are missing."""
     try:
         importlib.import_module(SCOPES[cfg.default_scope])
     except ImportError as error:
@@ -73,6 +73,8 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
+    if cfg.get("keep_classes"):
+        keep_classes(cfg)
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -123,9 +125,8 @@ def build(config: dict, registry, what: str):
 def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
     """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
     for split in splits:
-        if cfg[split].type == "CocoDataset":
-            root = Path(cfg[split].data_root)
-            check_coco_file(root / cfg[split].ann_file, root / cfg[split].data_prefix["img"])
+        check_classes(cfg, split)
+    build(validation(cfg, "val")["val_evaluator"], METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
     for images in sets:
         if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
@@ -161,7 +162,7 @@ def validation(cfg: Config, split: str) -> dict:
         "dataset": cfg.val_dataset,
     }
     evaluator = dict(cfg.val_evaluator)
-    if evaluator["type"] == "CocoMetric":
+    if takes(registered(METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
         evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
     loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
     return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
@@ -243,9 +244,12 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         log(str(load_encoder(model.backbone, cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
+    counts = left_out(cfg, "train_dataset", "val_dataset")
+    for line in in_words(counts):
+        log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps, **counts)
     return runner
 
 
@@ -264,7 +268,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     """Measure a trained detector or segmentor on the validation images."""
     world = join()
     enter(cfg)
-    train, val = build_data(cfg)
+    (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
     if cfg.get("tta"):
         averaged(cfg)
@@ -273,20 +277,26 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
     load_whole(model, weights, runner.logger.info)
+    counts = left_out(cfg, "val_dataset")
+    for line in in_words(counts):
+        runner.logger.info(line)
     metrics = figures(cfg, runner.test())
     stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
+    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, stage=stage, **counts)
     return metrics
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without times, and without CocoMetric's of each class, whose table is in the log.
+    """The metrics without times, and without COCO's of each class, whose table is in the log.
 
-    CocoMetric gives nothing where nothing at all was detected; that is an AP of 0.
+    COCO's metrics give nothing where nothing at all was detected; that is an AP of 0.
     """
     kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
-    if not kept and cfg.default_scope == "mmdet":
-        return {f"coco/{metric}_mAP": 0.0 for metric in cfg.val_evaluator.metric}
+    kind = registered(METRICS, cfg.val_evaluator.type, "val_evaluator")
+    if not kept and takes(kind, "ann_file"):
+        asked = cfg.val_evaluator.get("metric", "bbox")
+        prefix = cfg.val_evaluator.get("prefix") or kind.default_prefix
+        return {f"{prefix}/{name}_mAP": 0.0 for name in ([asked] if isinstance(asked, str) else asked)}
     return kept
 
 

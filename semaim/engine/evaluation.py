@@ -18,7 +18,7 @@ from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
-from semaim.engine.training import build_datasets, load_pretrained
+from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
 
 RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
@@ -167,10 +167,10 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
     if head is None:
         raise UserError(f"{weights} has no classifier: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
-    cfg.model.network.num_classes = None
     record_origin(cfg, weights, whole=True)
-    train, val = build_datasets(cfg)
+    val = build_validation(cfg)
     classes = val.classes
+    cfg.model.network.num_classes = len(classes)
     if len(head) != len(classes):
         raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(classes)}")
     if found.classes and list(found.classes) != classes:
@@ -199,7 +199,7 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
             " config of its training"
         )
     metrics = runner.test()
-    write_results(cfg, metrics, len(train), len(val), weights, stage="Classification")
+    write_results(cfg, metrics, None, len(val), weights, stage="Classification")
     return metrics
 
 

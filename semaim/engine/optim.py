@@ -106,15 +106,11 @@ def norm_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def group_model(
-    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, **rules
-) -> list[dict]:
+def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, **rules) -> list[dict]:
     """`group_parameters` of a whole model, which is asked for its layers and norms; `rules`: undecayed, decay."""
     depth_of = layer_depths(model) if layer_decay != 1 else None
     norms = norm_parameters(model)
-    return group_parameters(
-        model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules
-    )
+    return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
 
 
 def fuse(optimizer: dict) -> dict:

@@ -31,9 +31,8 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
     if cfg.model.type == "Pretraining":
         sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
         return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
-    common = {**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed}
-    train = DATASETS.build({**common, "split": "train"})
-    val = DATASETS.build({**common, "split": "val", "augment": None})
+    train = DATASETS.build({**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"})
+    val = build_validation(cfg)
     check_classes(train.classes, val.classes, cfg.dataset.root)
     if network.num_classes is None:
         network.num_classes = len(train.classes)
@@ -43,6 +42,12 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
             " model.network.num_classes=None to take as many as there are"
         )
     return train, val
+
+
+def build_validation(cfg: Config) -> Dataset:
+    """The validation images of labelled data, as they are measured on."""
+    img_size = cfg.model.network.img_size
+    return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
 
 
 def plan_run(cfg: Config, processes: int) -> BatchPlan:

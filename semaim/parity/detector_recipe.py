@@ -35,16 +35,16 @@ def check_resize(case: Case, report: CaseReport) -> None:
                     report.add_relative(f"{name}_sum", float(ours.double().sum()), case.scalars[f"{name}_sum"])
                 else:  # too large to be recorded whole
                     recorded, pixels = case.scalars[f"{image}.{what}"], ours.double()
-                    report.add(f"{image}.{what}.size", torch.tensor(ours.shape[:2]), torch.tensor(recorded["size"]), 0.5)
+                    report.add(f"{name}.size", torch.tensor(ours.shape[:2]), torch.tensor(recorded["size"]), EXACT)
                     report.add_relative(f"{name}.sum", float(pixels.sum()), recorded["sum"])
                     report.add_relative(f"{name}.squares", float(pixels.square().sum()), recorded["sum_of_squares"])
     for height, width, scale, *size in case.scalars["resize_scale_sizes_target_1024"]["rows"]:
         ours = _resizing(f"scale_{scale}", 1024).size(height, width, scale)
-        report.add(f"size.{height}x{width}.scale_{scale}", torch.tensor(ours[::-1]), torch.tensor(size), 0.5)
+        report.add(f"size.{height}x{width}.scale_{scale}", torch.tensor(ours[::-1]), torch.tensor(size), EXACT)
     for height, width, *size in case.scalars["shortest_edge_sizes_1024"]["rows"]:
         blank = {"img": np.zeros((height, width, 3), np.uint8)}
         ours = _resizing("shortest_edge", 1024)(blank)["img_shape"]
-        report.add(f"size.{height}x{width}.shortest_edge", torch.tensor(ours), torch.tensor(size), 0.5)
+        report.add(f"size.{height}x{width}.shortest_edge", torch.tensor(ours), torch.tensor(size), EXACT)
 
 
 def _resizing(what: str, target: int):

@@ -1,0 +1,19 @@
+"""Whole detectors against detectron2's ViTDet: what a case holds decides what is checked."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from semaim.parity.cases import Case, CaseReport
+
+#: scalar that the cases of a kind hold -> their checks
+CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {}
+
+
+def check(case: Case, report: CaseReport) -> None:
+    """Run one case; without mmdet it is not run, and says so."""
+    if find_spec("mmdet") is None:
+        report.uncovered = "mmdet is not installed: tools/setup.sh --extras all"
+        return
+    for scalar, checks in CHECKS.items():
+        if scalar in case.scalars:
+            checks(case, report)

@@ -58,8 +58,8 @@ class BoxCoder(DeltaXYWHBBoxCoder):
         wh_ratio_clip: float = 16 / 1000,
     ) -> Tensor:
         """Boxes (N, 4) and deltas (N, classes * 4) -> boxes (N, classes * 4), clipped to `max_shape`, rows first."""
-        boxes, stds = bboxes.float()[:, None], pred_bboxes.new_tensor(self.stds, dtype=torch.float32)
-        moves = pred_bboxes.float().unflatten(1, (-1, 4)) * stds
+        boxes, weights = bboxes.float()[:, None], bboxes.new_tensor([1 / std for std in self.stds], dtype=torch.float32)
+        moves = pred_bboxes.float().unflatten(1, (-1, 4)) / weights
         sizes = boxes[..., 2:] - boxes[..., :2]
         centres = boxes[..., :2] + 0.5 * sizes + moves[..., :2] * sizes
         sizes = sizes * moves[..., 2:].clamp(max=-math.log(wh_ratio_clip)).exp()

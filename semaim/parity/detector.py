@@ -4,9 +4,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from semaim.parity.cases import Case, CaseReport
+from semaim.parity.detector_runs import check_test, check_train
 
 #: scalar that the cases of a kind hold -> their checks
-CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {}
+CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {"detections": check_test, "losses": check_train}
 
 
 def check(case: Case, report: CaseReport) -> None:

@@ -117,7 +117,7 @@ def test_the_older_recipe_trains_on_four_maps():
     small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
     cfg.model.backbone.update(small)
     cfg.model.neck[0].channels, cfg.model.neck[1].in_channels = 64, [64] * 4
-    cfg.model.data_preprocessor.batch_augments[0].size = (128, 128)
+    cfg.model.data_preprocessor.side = 128
     dense.enter(cfg)
     torch.manual_seed(0)
     detector = MODELS.build(Config(cfg.model.to_dict()))

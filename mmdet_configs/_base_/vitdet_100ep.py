@@ -15,7 +15,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay=0.7, undecayed=("pos_embed",), decay="all but norms"),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=251),  # 250 steps up: both ends count
     # x 0.1 at 88.9 % and at 96.3 % of the run
     dict(type="MultiStepLR", by_epoch=False, begin=0, end=184375, milestones=[163889, 177546], gamma=0.1),
 ]

@@ -137,7 +137,7 @@ def schedule(cfg: Config, model: nn.Module, recorded: dict) -> dict[str, tuple[l
         "steps": ([cfg.train_cfg.max_iters], [recorded["max_iter"]]),
         "milestones": (steps["milestones"], recorded["milestones"]),
         "values": (values, recorded["values"]),
-        "warm-up": ([warm_up["end"]], [recorded["warmup_length"] * recorded["max_iter"]]),
+        "warm-up": ([warm_up["end"] - 1], [recorded["warmup_length"] * recorded["max_iter"]]),
         "warm-up's start": ([warm_up["start_factor"]], [recorded["warmup_factor"]]),
         "drop path": ([cfg.model.backbone.drop_path_rate], [recorded["drop_path_rate"]]),
         "windows": (windows, recorded["window_block_indexes"]),

@@ -13,9 +13,9 @@ from semaim.data.verify import check_coco_file
 from semaim.errors import UserError
 
 
-def registered(registry: Registry, kind: str | type, what: str) -> type:
+def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> type:
     """The class of a type in a config; `UserError` where there is none."""
-    with registry.switch_scope_and_registry(None) as scoped:
+    with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
         found = kind if isinstance(kind, type) else scoped.get(kind)
     if found is None:
         raise UserError(f"{what}: unknown type {kind!r}")
@@ -35,7 +35,7 @@ def reads_coco(kind: type) -> bool:
 
 def classes_of(cfg: Config, split: str) -> list[str]:
     """The classes of a split: the config's, else the data set's own."""
-    kind = registered(DATASETS, cfg[split].type, split)
+    kind = registered(cfg, DATASETS, cfg[split].type, split)
     return list(kind._load_metainfo(cfg[split].get("metainfo")).get("classes", ()))
 
 
@@ -51,7 +51,7 @@ def keep_classes(cfg: Config) -> None:
     """Change the config so that only its `keep_classes` are detected: classes of both data sets, sizes of the heads."""
     asked = [cfg.keep_classes] if isinstance(cfg.keep_classes, str) else list(cfg.keep_classes)
     for split in ("train_dataset", "val_dataset"):
-        if not reads_coco(registered(DATASETS, cfg[split].type, split)):
+        if not reads_coco(registered(cfg, DATASETS, cfg[split].type, split)):
             raise UserError(f"keep_classes: it is for COCO's files, {split} is a {cfg[split].type}")
         # A command line loses the blanks in names.
         known = {name.replace(" ", ""): name for name in classes_of(cfg, split)}
@@ -77,7 +77,7 @@ def check_classes(cfg: Config, split: str) -> None:
 def read_categories(cfg: Config, split: str) -> Categories | None:
     """The categories of a split's annotation file, which is checked; None for other data sets than COCO's."""
     data = cfg[split]
-    if not reads_coco(registered(DATASETS, data.type, split)):
+    if not reads_coco(registered(cfg, DATASETS, data.type, split)):
         return None
     root = Path(data.get("data_root") or "")
     return check_coco_file(root / data.ann_file, root / data.data_prefix["img"])

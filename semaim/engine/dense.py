@@ -162,7 +162,7 @@ def validation(cfg: Config, split: str) -> dict:
         "dataset": cfg.val_dataset,
     }
     evaluator = dict(cfg.val_evaluator)
-    if takes(registered(METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
+    if takes(registered(cfg, METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
         evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
     loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
     return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
@@ -292,8 +292,10 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
     COCO's metrics give nothing where nothing at all was detected; that is an AP of 0.
     """
     kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
-    kind = registered(METRICS, cfg.val_evaluator.type, "val_evaluator")
-    if not kept and takes(kind, "ann_file"):
+    if kept:
+        return kept
+    kind = registered(cfg, METRICS, cfg.val_evaluator.type, "val_evaluator")
+    if takes(kind, "ann_file"):
         asked = cfg.val_evaluator.get("metric", "bbox")
         prefix = cfg.val_evaluator.get("prefix") or kind.default_prefix
         return {f"{prefix}/{name}_mAP": 0.0 for name in ([asked] if isinstance(asked, str) else asked)}

@@ -97,7 +97,7 @@ def block_weights(dim):
 )
 def test_trained_weights_are_those_its_docstring_states(size, dim, depth, query_blocks):
     expected = {
-        "encoder": 768 * dim + dim + dim + depth * block_weights(dim) + 2 * dim,  # projection, class token, blocks, norm
+        "encoder": (768 * dim + dim) + dim + depth * block_weights(dim) + 2 * dim,  # patches, class token, norm
         "query blocks": query_blocks * block_weights(dim),
         "head": dim * 4 * dim + 4 * dim + 4 * dim * 768 + 768,
     }

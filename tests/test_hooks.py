@@ -36,7 +36,7 @@ class Slow(Hook):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_running_average_follows_every_step_of_the_optimizer_with_its_epochs_decay(tiny_config, accumulation):
-    """The rate is so high that weights leave their average by 0.1 and more: neighbouring epochs' decays differ by 9e-6."""
+    """At a rate so high that weights leave their average by 0.2: the decays of two epochs differ by 9e-6 of that."""
     cfg = tiny_config(
         images_per_gpu=8 // accumulation,
         base_lr=1.0,  # peak 0.03 = 1.0 x 8 / 256

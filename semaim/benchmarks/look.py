@@ -1,6 +1,6 @@
 """How often the centre of the order changes where the image is looked at in bf16 in place of fp32.
 
-    python -m semaim.benchmarks.look CHECKPOINT... --images DIR [--count 400]
+    python -m semaim.benchmarks.look CHECKPOINT... --images DIR [--count 400] [--random]
 
 The official code makes the order of pixel targets in fp32, outside of autocast; on a GPU ours looks in bf16, unless
 `look_precision="fp32"`. The centre is the patch of the largest similarity, so a small error can move it.
@@ -19,7 +19,7 @@ from semaim.engine.checkpointing import read_checkpoint
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
 from semaim.errors import UserError, run
 from semaim.models import SemAIM
-from semaim.models.ordering import rows_and_columns, similarity_map
+from semaim.models.ordering import rows_and_columns
 
 #: name of a row -> whether the pass is in bf16, and whether the similarity's last step is too.
 WAYS = {"pass in bf16, similarity in fp32": (True, False), "pass and similarity in bf16": (True, True)}
@@ -74,28 +74,28 @@ def random_again(model: Pretraining) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m semaim.benchmarks.look", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="of pretraining runs, or `random` after one of them")
-    parser.add_argument("--images", required=True, help="folder of images")
-    parser.add_argument("--count", type=int, default=400, help="images, spread over the folder (default: 400)")
-    parser.add_argument("--img-size", type=int, help="side of their centre crops in pixels (default: the run's)")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--count", type=int, default=400, metavar="N", help="images of it (default: %(default)s)")
+    parser.add_argument("--img-size", type=int, metavar="N", help="side of their centre crops (default: the run's)")
+    parser.add_argument("--random", action="store_true", help="random weights of the first one's sizes, before it")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     args = parser.parse_args()
     paths = find_images(args.images)
     places = np.linspace(0, len(paths) - 1, min(args.count, len(paths))).round().astype(int)
-    model, images = None, None
     print(f"{'checkpoint':40} {'way':34} {'centre moved':>12} {'by, patches':>12}   of {len(places)} images")
-    for path in args.checkpoints:
-        if path.name != "random":
-            model = model_from_checkpoint(read_checkpoint(path)).to(args.device)
-        elif model is None:
-            raise UserError("random: name a checkpoint before it, whose sizes the random weights take")
-        else:
-            random_again(model)
+    images = None
+    for path in [args.checkpoints[0], *args.checkpoints] if args.random else args.checkpoints:
+        model = model_from_checkpoint(read_checkpoint(path)).to(args.device)
+        name = str(path)[-40:]
         if images is None:
-            grid, patch = model.network.grid, model.network.patch_size
-            images = centre_crops([paths[place] for place in places], args.img_size or grid[0] * patch[0])
+            size = args.img_size or model.network.grid[0] * model.network.patch_size[0]
+            images = centre_crops([paths[place] for place in places], size)
+            if args.random:
+                random_again(model)
+                name = "random weights"
         for way, (share, distance) in compare(model, images).items():
-            print(f"{str(path)[-40:]:40} {way:34} {100 * share:11.2f}% {distance:12.2f}")
+            print(f"{name:40} {way:34} {100 * share:11.2f}% {distance:12.2f}", flush=True)
     return 0
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
-from timm.models import get_pretrained_cfg, is_model
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor

@@ -420,6 +420,9 @@ def test_a_used_work_folder_asks_for_resume(tiny_config):
     wider = tiny_config(**{"model.network.embed_dim": 48})
     with pytest.raises(UserError, match="does not fit this config.*resume with the config it was made by"):
         train(wider, choose_checkpoint(wider, "auto"))
+    shallow = tiny_config(**{"model.network.decoder_depth": 1})  # as ViT-L's runs, which once had 24 query blocks
+    with pytest.raises(UserError, match=r"does not fit this config.*query_blocks\.1\."):
+        train(shallow, choose_checkpoint(shallow, "auto"))
 
 
 def test_more_gpus_than_there_are(monkeypatch):

@@ -336,7 +336,7 @@ def build_teacher_without_weights(name):
         ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes asked for; this machine has no GPU and"),
         ([SCENES, "--data-root", "EMPTY"], "no images in"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.order=semantc"], "did you mean semantic"),
-        ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.look_precision=fp16"], "choose same or fp32"),
+        ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.look_precision=16"], "choose same or fp32"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "total_batch_size=4096"], "fewer than one batch of 4096"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.img_size=60"], "60 x 60 pixels is no whole"),
     ],

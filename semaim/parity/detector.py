@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from semaim.parity.cases import Case, CaseReport
 from semaim.parity.detector_runs import check_test, check_train
 
-#: scalar that the cases of a kind hold -> their checks
+#: what the cases of a kind hold, among their scalars or beside them -> their checks
 CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {"detections": check_test, "losses": check_train}
 
 
@@ -15,6 +15,6 @@ def check(case: Case, report: CaseReport) -> None:
     if find_spec("mmdet") is None:
         report.uncovered = "mmdet is not installed: tools/setup.sh --extras all"
         return
-    for scalar, checks in CHECKS.items():
-        if scalar in case.scalars:
+    for held, checks in CHECKS.items():
+        if held in case.scalars or held in case.meta:
             checks(case, report)

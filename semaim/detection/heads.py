@@ -40,8 +40,9 @@ class PreciseRPNHead(RPNHead):
         """One image's maps per level -> proposals in its pixels, by falling `scores`, which are logits."""
         cfg, boxes, logits, levels = cfg or self.test_cfg, [], [], []
         for level, (score, deltas, anchors) in enumerate(zip(cls_score_list, bbox_pred_list, mlvl_priors, strict=True)):
-            score = score.permute(1, 2, 0).flatten()
-            score, best = score.topk(min(cfg.nms_pre, len(score)))
+            # Stable, so that ties, of which bf16 has many, end alike on every device.
+            score, best = score.permute(1, 2, 0).flatten().sort(descending=True, stable=True)
+            score, best = score[: cfg.nms_pre], best[: cfg.nms_pre]
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best]
             boxes.append(self.bbox_coder.decode(anchors[best], deltas, max_shape=img_meta["img_shape"]))
             logits.append(score)

@@ -21,14 +21,15 @@ class SquarePadding(DetDataPreprocessor):
 
     def __init__(self, side: int, **arguments):
         super().__init__(pad_size_divisor=side, **arguments)
+        self.side = side
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Images (3, height, width) and their data samples -> a batch (B, 3, side, side), and the same samples."""
-        side = self.pad_size_divisor
         for height, width in (image.shape[-2:] for image in data["inputs"]):
-            if max(height, width) > side:
+            if max(height, width) > self.side:
+                square = f"{self.side} x {self.side}"
                 raise UserError(
-                    f"an image of {width} x {height} pixels is larger than the detector's {side} x {side}: resize it in"
-                    " the pipeline, or raise model.data_preprocessor.side and model.backbone.img_size"
+                    f"an image of {width} x {height} pixels is larger than the detector's {square}: resize it in the"
+                    " pipeline, or raise model.data_preprocessor.side and model.backbone.img_size"
                 )
         return super().forward(data, training)

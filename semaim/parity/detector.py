@@ -7,7 +7,7 @@ from semaim.parity.cases import Case, CaseReport
 from semaim.parity.detector_recipe import check_keys, check_resize
 from semaim.parity.detector_runs import check_test, check_train
 
-#: scalar, or part, that the cases of a kind hold -> their checks
+#: what the cases of a kind hold, among their scalars or beside them -> their checks
 CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
     "detections": check_test,
     "losses": check_train,

@@ -71,15 +71,8 @@ def of_file(path: str | os.PathLike) -> Statistics | None:
 def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
     """As `of_file`, of a file whose content is read already: of our runs' configs, `pretrained_cfg`, config.json."""
     path, content = Path(path), _mapping(content)
-    config = _mapping(content.get("config"))
-    pixels = _mapping(_mapping(config.get("model")).get("data_preprocessor"))
-    origin = f"from the config in {path.name}"
-    if content.get("format") != FORMAT:
-        pass
-    elif (images := _mapping(config.get("dataset"))).get("mean") is not None:
-        return Statistics.checked(images["mean"], images.get("std"), 1, f"{path}: dataset", origin)
-    elif pixels.get("mean") is not None:
-        return Statistics.checked(pixels["mean"], pixels.get("std"), 255, f"{path}: model.data_preprocessor", origin)
+    if content.get("format") == FORMAT and (found := of_run(_mapping(content.get("config")), path)):
+        return found
     beside = hub_config.beside(path) or {}
     for told, origin in (
         (_mapping(content.get("pretrained_cfg")), f"from pretrained_cfg in {path.name}"),
@@ -87,6 +80,18 @@ def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
     ):
         if told.get("mean") is not None or told.get("std") is not None:
             return Statistics.checked(told.get("mean"), told.get("std"), 1, f"{path}: pretrained_cfg", origin)
+    return None
+
+
+def of_run(config: Mapping, path: str | os.PathLike = "the checkpoint") -> Statistics | None:
+    """The statistics in the config that a run of ours has saved; None in older ones, whose were ImageNet's."""
+    for holder, scale, name in (
+        (config.get("dataset"), 1, "dataset"),
+        (_mapping(config.get("model")).get("data_preprocessor"), 255, "model.data_preprocessor"),
+    ):
+        if (held := _mapping(holder)).get("mean") is not None:
+            origin = f"from the config in {Path(path).name}"
+            return Statistics.checked(held["mean"], held.get("std"), scale, f"{path}: {name}", origin)
     return None
 
 

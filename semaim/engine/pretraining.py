@@ -1,10 +1,12 @@
 """Pretraining networks, SemAIM and MAE, under mmengine's runner: built from a config, with their teachers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import Tensor
 
@@ -12,17 +14,25 @@ from semaim.data.folder import PretrainImages
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
+from semaim.normalisation import Statistics, of_run
 
 DATASETS.register_module(module=PretrainImages)
 
 
-def build_teacher(name: str, weights: str | None = None, project: bool = False) -> Teacher:
+def build_teacher(
+    name: str,
+    weights: str | None = None,
+    project: bool = False,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Teacher:
     """A frozen timm model as guide.
 
     Args:
         name: in timm, such as vit_base_patch16_224.dino or vit_base_patch16_clip_224.openai.
         weights: a local file (.safetensors, or .pth of tensors only); None fetches them from the hub.
         project: also pass tokens through the model's head (CLIP).
+        mean, std: that the images come normalised with.
     """
     if weights and not Path(weights).is_file():
         raise UserError(f"no such file of teacher weights: {weights}")
@@ -38,7 +48,7 @@ def build_teacher(name: str, weights: str | None = None, project: bool = False) 
             " Hugging Face hub elsewhere and give it: --cfg-options model.network.guide.weights=FILE"
         ) from None
     try:
-        return Teacher(network, project)
+        return Teacher(network, project, tuple(mean), tuple(std))
     except ValueError as error:
         raise UserError(f"teacher {name}: {error}") from None
 
@@ -94,10 +104,21 @@ class Pretraining(NetworkModel):
 
     Args:
         network, precision, compile: as for `NetworkModel`.
+        mean, std: that images are normalised with, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
-    def __init__(self, network: dict, precision: str = "bf16", compile: bool = False):
-        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages"})
+    def __init__(
+        self,
+        network: dict,
+        precision: str = "bf16",
+        compile: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
+        if isinstance(network.get("guide"), dict):  # it sees the same images
+            network = {**network, "guide": {**network["guide"], **statistics}}
+        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages", **statistics})
 
     def describe(self) -> str:
         """What is predicted, and how, in a line."""
@@ -121,7 +142,7 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     The config in the file is data from elsewhere: it names sizes and options, never what else to build.
 
     Args:
-        checkpoint: with the run's `config` and `model`.
+        checkpoint: with the run's `config`, which has the statistics of its images, and `model`.
         options: keys of the config to change, as `--cfg-options` gives them.
     """
     if not checkpoint.get("config"):
@@ -132,8 +153,9 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     kinds = (model.pop("type", None), model.get("network", {}).get("type"))
     if kinds not in (("Pretraining", "SemAIM"), ("Pretraining", "MAE")):
         raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining or MAE's")
+    statistics = of_run(checkpoint["config"]) or Statistics()
     try:
-        built = Pretraining(**{**model, "compile": False})
+        built = Pretraining(**{**model, "compile": False, "mean": statistics.mean, "std": statistics.std})
         built.network.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 def convert_detector(file: str, out: str, to: str) -> list[str]:
     """As `checkpoint.convert`, of a whole detector; `UserError` where mmdet is not installed."""
     try:
-        from semaim.detection.detectron2_names import convert
+        from semaim.detection.released import convert
     except ImportError as error:
         raise UserError(f"{to} cannot be imported ({error}): install it with tools/setup.sh --extras all") from None
     return convert(file, out)

@@ -5,19 +5,12 @@ Source: projects/ViTDet of detectron2 at 02b5c4e.
 """
 
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from semaim.engine.checkpointing import CannotSave, write_checkpoint
 from semaim.errors import UserError
-from semaim.safe_reading import read_file
 
 #: Level of the pyramid -> places in `simfp_N` of what resamples, of the 1x1 and of the 3x3 convolution.
 PYRAMID = {2: ((0, 1, 3), 4, 5), 3: ((0,), 1, 2), 4: ((), 0, 1), 5: ((), 1, 2)}
@@ -74,58 +67,3 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if table is not None and math.isqrt(table.shape[1]) ** 2 != table.shape[1]:  # 1 + 14 x 14
         renamed["backbone.pos_embed"] = table[:, 1:]
     return renamed
-
-
-def is_whole(names: Iterable[str]) -> bool:
-    """Whether these are names of a whole detector of detectron2's, with its proposals."""
-    return any(name.startswith("proposal_generator.") for name in names)
-
-
-def weights_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a detectron2 file, a .pkl of arrays or a .pth of its training, under its names.
-
-    Raises:
-        UserError: it holds no whole detector, or something else than tensors among its weights.
-    """
-    held = content.get("model") if isinstance(content, Mapping) else None
-    held = held if isinstance(held, Mapping) else {}
-    if not is_whole(map(str, held)):
-        raise UserError(f"{path} holds no whole detector of detectron2: no proposal_generator, of an RPN")
-    weights = {name: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for name, v in held.items()}
-    if wrong := [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path}: {wrong[0]} is no tensor")
-    return weights
-
-
-def check_pixels(weights: Mapping[str, Tensor], preprocessor: nn.Module, path: str | os.PathLike) -> None:
-    """`UserError` where the file has other pixel statistics, of 0 to 255 in RGB, than the detector's preprocessor."""
-    for theirs, ours in (("pixel_mean", "mean"), ("pixel_std", "std")):
-        if theirs in weights:
-            file, config = (tensor.flatten().float().cpu() for tensor in (weights[theirs], getattr(preprocessor, ours)))
-            if file.shape != config.shape or not torch.allclose(file, config, rtol=1e-5, atol=0):
-                raise UserError(
-                    f"{path} has {theirs} {file.tolist()}, the config's model.data_preprocessor.{ours} is"
-                    f" {config.tolist()}: set it with --cfg-options, if the file's images were RGB"
-                )
-
-
-def convert(path: str | os.PathLike, out: str | os.PathLike) -> list[str]:
-    """Write a whole detector under our names as mmdet keeps one: {"state_dict": ..., "meta": ...}.
-
-    Args:
-        path: detectron2's file. out: .pth.
-
-    Returns:
-        Names of the buffers that are left out: a preprocessor has the pixels' statistics, and makes its own anchors.
-    """
-    out = Path(out)
-    if out.suffix == ".safetensors":
-        raise UserError(f"{out}: .safetensors holds tensors only, mmdet more: name a .pth")
-    if out.exists() and out.samefile(path):
-        raise UserError(f"{out} is the checkpoint itself: name another file")
-    weights = weights_of(read_file(path), path)
-    try:
-        write_checkpoint({"meta": {}, "state_dict": {n: t.contiguous() for n, t in to_ours(weights).items()}}, out)
-    except CannotSave as error:
-        raise UserError(str(error).partition(";")[0]) from None  # there is no run to go on with
-    return [name for name in weights if INERT.fullmatch(name)]

@@ -305,11 +305,9 @@ def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
     released = any(str(name).startswith("proposal_generator.") for name in weights)
     if released:
-        from semaim.detection import detectron2_names
+        from semaim.detection.released import for_model
 
-        theirs = detectron2_names.weights_of(content, path)
-        detectron2_names.check_pixels(theirs, model.data_preprocessor, path)
-        weights = detectron2_names.to_ours(theirs)
+        weights = for_model(content, model, path)
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]

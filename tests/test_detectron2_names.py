@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, flags, one_line, tool
+from commands import ROOT, one_line, tool
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,20 +24,39 @@ from semaim.safe_reading import read_file  # noqa: E402
 
 MAIN = "mmdet_configs/semaim_mask_rcnn.py"
 #: The recorded detector: 48 channels, 4 blocks, 5 classes, photos of 256 pixels.
-TINY = {
-    **{"model.backbone.img_size": 256, "model.backbone.embed_dim": 48, "model.backbone.depth": 4},
-    **{"model.backbone.num_heads": 3, "model.backbone.window_size": 5, "model.backbone.global_blocks": [1, 3]},
-    **{"model.neck.in_channels": 48, "model.neck.out_channels": 32},
-    **{"model.rpn_head.in_channels": 32, "model.rpn_head.feat_channels": 32},
-    **{f"model.roi_head.{head}_roi_extractor.out_channels": 32 for head in ("bbox", "mask")},
-    **{f"model.roi_head.{head}_head.in_channels": 32 for head in ("bbox", "mask")},
-    **{f"model.roi_head.{head}_head.conv_out_channels": 32 for head in ("bbox", "mask")},
-    **{f"model.roi_head.{head}_head.num_classes": 5 for head in ("bbox", "mask")},
-    "model.roi_head.bbox_head.fc_out_channels": 64,
-    **{"model.test_cfg.rpn.nms_pre": 200, "model.test_cfg.rpn.max_per_img": 100, "model.test_cfg.rcnn.max_per_img": 30},
-    "test_pipeline.1.scale": (256, 256),
-    "val_dataset.metainfo.classes": ["a", "b", "c", "d", "e"],
-}
+TINY = """
+_base_ = "{main}"
+heads = {{"in_channels": 32, "conv_out_channels": 32, "num_classes": 5}}
+model = dict(
+    data_preprocessor=dict({padding}),
+    backbone=dict(img_size=256, embed_dim=48, depth=4, num_heads=3, window_size=5, global_blocks=(1, 3)),
+    neck=dict(in_channels=48, out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32),
+        bbox_head=dict(fc_out_channels=64, **heads),
+        mask_roi_extractor=dict(out_channels=32),
+        mask_head=heads,
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=30)),
+)
+del heads
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(256, 256), keep_ratio=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+val_dataset = dict(metainfo=dict(classes=("a", "b", "c", "d", "e")))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A config file of the recorded detector."""
+    padding = "side=256" if "side" in load_config(ROOT / MAIN).model.data_preprocessor else ""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY.format(main=ROOT / MAIN, padding=padding))
+    return path
 
 
 def build(config=MAIN, options=None, device="cpu"):
@@ -96,9 +115,9 @@ def test_published_detectors_have_our_names_and_shapes(shared):
 
 
 @torch.no_grad()
-def test_a_released_file_computes_what_it_did_there(released, recorded, tolerances):
+def test_a_released_file_computes_what_it_did_there(tiny, released, recorded, tolerances):
     """Read as a pickle and renamed: maps, pyramid, RPN, boxes and masks of the recorded photo 1."""
-    model, lines = build(options=TINY).eval(), []
+    model, lines = build(tiny).eval(), []
     dense.load_whole(model, str(released), lines.append)
     assert lines == [f"loaded {len(model.state_dict())} tensors from {released}"]
 
@@ -120,11 +139,11 @@ def test_a_released_file_computes_what_it_did_there(released, recorded, toleranc
     close(masks[torch.arange(30), recorded["1.classes"]], "1.mask_probs")
 
 
-def test_the_commands_take_a_released_file(released, recorded, tolerances, tmp_path):
+def test_the_commands_take_a_released_file(tiny, released, recorded, tolerances, tmp_path):
     """tools/predict.py finds in the recorded photo 2 what detectron2 found; a converted file is the same to the bit."""
     Image.fromarray(recorded["2.image"].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
-    line = [MAIN, released, tmp_path / "photo.png", "--out", tmp_path / "out", "--score-thr", "0.05"]
-    done = tool("predict.py", *line, *flags(TINY))
+    line = [tiny, released, tmp_path / "photo.png", "--out", tmp_path / "out", "--score-thr", "0.05"]
+    done = tool("predict.py", *line)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/predictions.json").read_text())
     x, y, width, height = torch.tensor([one["bbox"] for one in found]).T
@@ -136,7 +155,7 @@ def test_the_commands_take_a_released_file(released, recorded, tolerances, tmp_p
     done = tool("checkpoint.py", "convert", released, tmp_path / "ours.pth", "--to", "mmdet")
     assert done.returncode == 0, done.stderr
     assert "left out: proposal_generator (5), pixel_mean, pixel_std" in done.stdout
-    whole, converted = build(options=TINY), build(options=TINY)
+    whole, converted = build(tiny), build(tiny)
     dense.load_whole(whole, str(released), print)
     dense.load_whole(converted, str(tmp_path / "ours.pth"), print)
     state = whole.state_dict()
@@ -147,9 +166,9 @@ def test_the_commands_take_a_released_file(released, recorded, tolerances, tmp_p
     )
 
 
-def test_files_that_do_not_fit_are_refused(released, tmp_path):
+def test_files_that_do_not_fit_are_refused(tiny, released, tmp_path):
     content = read_file(released)
-    model = build(options=TINY)
+    model = build(tiny)
 
     def refuses(message, change, model=model):
         weights = dict(content["model"])

@@ -28,7 +28,7 @@ TINY = """
 _base_ = "{main}"
 heads = {{"in_channels": 32, "conv_out_channels": 32, "num_classes": 5}}
 model = dict(
-    data_preprocessor=dict({padding}),
+    data_preprocessor=dict(side=256),
     backbone=dict(img_size=256, embed_dim=48, depth=4, num_heads=3, window_size=5, global_blocks=(1, 3)),
     neck=dict(in_channels=48, out_channels=32),
     rpn_head=dict(in_channels=32, feat_channels=32),
@@ -53,9 +53,8 @@ val_dataset = dict(metainfo=dict(classes=("a", "b", "c", "d", "e")))
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A config file of the recorded detector."""
-    padding = "side=256" if "side" in load_config(ROOT / MAIN).model.data_preprocessor else ""
     path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(TINY.format(main=ROOT / MAIN, padding=padding))
+    path.write_text(TINY.format(main=ROOT / MAIN))
     return path
 
 

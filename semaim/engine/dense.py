@@ -25,6 +25,7 @@ from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
@@ -87,6 +88,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    choose(cfg, cfg.get("pretrained"))
     if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
         raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
     train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
@@ -218,6 +220,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
         warnings.filterwarnings("ignore", message=message)
     torch.manual_seed(cfg.seed)
+    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
     train, val = build_data(cfg)
     loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
     cfg.optim_wrapper.optimizer.lr = plan.lr
@@ -240,6 +243,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     log(str(plan))
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
+    log(f"images normalised with {statistics}")
     if resume_from is None and cfg.get("pretrained"):
         log(str(load_encoder(model.backbone, cfg)))
     elif resume_from is None:
@@ -258,6 +262,7 @@ def check_test(cfg: Config, weights: str | None) -> None:
     if not weights:
         raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
     enter(cfg)
+    settle(cfg, weights)
     load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
@@ -268,6 +273,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     """Measure a trained detector or segmentor on the validation images."""
     world = join()
     enter(cfg)
+    statistics = settle(cfg, weights)
     (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
     if cfg.get("tta"):
@@ -280,6 +286,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     counts = left_out(cfg, "val_dataset")
     for line in in_words(counts):
         runner.logger.info(line)
+    runner.logger.info(f"images normalised with {statistics}")
     metrics = figures(cfg, runner.test())
     stage = "test, several scales and flipped" if cfg.get("tta") else "test"
     write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, stage=stage, **counts)
@@ -303,17 +310,26 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
-    """A trained detector's or segmentor's weights, ours or mm's, all of them; `UserError` where they do not fit."""
+    """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
+
+    Files of ours, of mm's, and of detectron2's whole ViTDet detectors, of whose weights none may be left.
+    """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
+    released = any(str(name).startswith("proposal_generator.") for name in weights)
+    if released:
+        from semaim.detection.released import for_model
+
+        weights = for_model(content, model, path)
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong:
-        name = (missing + wrong)[0]
+    if missing or wrong or (released and extra):
+        name = (missing + wrong + extra)[0]
+        left = f", {len(extra)} are not the model's" if released else ""
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
-            f" such as {name}: test with the config of its training"
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape"
+            f"{left}, such as {name}: test with the config of its training"
         )
     model.load_state_dict({name: weights[name] for name in own})
     left = f"; left in the file: {checkpoint.grouped(extra)}" if extra else ""

@@ -14,6 +14,7 @@ from mmengine.dist import get_world_size, is_main_process
 from semaim import __version__
 from semaim.engine.checkpointing import FORMAT
 from semaim.models.vit import SIZES
+from semaim.normalisation import of_config
 from semaim.safe_reading import read_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
@@ -55,6 +56,7 @@ def write_results(
         "data": str(more.pop("data", None) or cfg.dataset.root),
         "train_images": trained_on if train_images is None else train_images,
         "val_images": val_images,
+        **statistics_of(cfg),
         "seed": cfg.seed,
         "cfg_options": {**trained_with, **(cfg.get("cfg_options") or {})},
         **more,
@@ -68,6 +70,12 @@ def write_results(
     partial = folder / ".results.partial"
     partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
     os.replace(partial, folder / "results.json")
+
+
+def statistics_of(cfg: Config) -> dict:
+    """mean, std of pixels from 0 to 1 that `normalisation.settle` has left in the config, and where they are from."""
+    found = of_config(cfg)
+    return {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
 
 
 def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,7 +17,6 @@ from torch.utils.data import Dataset
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
-from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
 from semaim.data.verify import check_coco_file
 from semaim.engine.launcher import join
@@ -127,12 +127,17 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
             root = Path(cfg[split].data_root)
             check_coco_file(root / cfg[split].ann_file, root / cfg[split].data_prefix["img"])
     sets = build_data(cfg, splits)
-    for images in sets:
-        if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
-            infos = [images.get_data_info(index) for index in range(len(images))]
-            pairs = [(info["img_path"], info["seg_map_path"]) for info in infos]
-            check_pairs(pairs, len(images.metainfo["classes"]), images.reduce_zero_label)
+    describe_data(cfg, dict(zip(splits, sets, strict=True)))
     return sets
+
+
+def describe_data(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+    """What the labels of these splits hold, as lines of a log; `UserError` where they are no good for this config."""
+    if not all("reduce_zero_label" in images.get_data_info(0) for images in sets.values()):
+        return []  # boxes and masks, not label maps
+    from semaim.segmentation.labels import check_labels
+
+    return check_labels(cfg, sets)
 
 
 def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
@@ -243,9 +248,13 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         log(str(load_encoder(model.backbone, cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
+    if is_main_process():
+        for line in describe_data(cfg, {"train_dataset": train, "val_dataset": val}):
+            log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    more = {"iterations": steps, **counted(runner.val_loop)}
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, **more)
     return runner
 
 
@@ -266,6 +275,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     enter(cfg)
     train, val = build_data(cfg)
     record_origin(cfg, weights, whole=True)
+    described = describe_data(cfg, {"val_dataset": val}) if is_main_process() else []
     if cfg.get("tta"):
         averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))
@@ -273,10 +283,20 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
     load_whole(model, weights, runner.logger.info)
+    for line in described:
+        runner.logger.info(line)
     metrics = figures(cfg, runner.test())
-    stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
+    more = {"stage": "test", **counted(runner.test_loop)}
+    if cfg.get("tta"):
+        more |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
+    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, **more)
     return metrics
+
+
+def counted(loop) -> dict[str, int]:
+    """Over how many classes a metric's last figures are the mean, for results.json; nothing where it does not say."""
+    found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
+    return dict(zip(("classes_evaluated", "classes"), found, strict=False))
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -167,8 +167,8 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         yield (
             "more ignored than the config expects",
             f"{labels.ignored:.1%} of the pixels of {labels.split} are ignored ({', '.join(shares)}), the config's"
-            f" most_ignored is {most_ignored:.1%}: these labels are numbered otherwise (CamVid's own, 0 to 10 with 11 for"
-            " void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
+            f" most_ignored is {most_ignored:.1%}: are these labels numbered otherwise? (CamVid's own, 0 to 10 with 11"
+            " for void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
         )
 
 

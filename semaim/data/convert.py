@@ -71,7 +71,7 @@ def convert_camvid(root: StrPath, out: StrPath) -> str:
         raise UserError(f"no PNG label maps in {root}/trainannot")
     lead = (*CAMVID, "void")[most := found.most_common(1)[0][0]]
     if lead not in COMMON:
-        raise UserError(f"the commonest value in {root} is {most}, in CamVid's own {lead}: do these count from 1 already?")
+        raise UserError(f"the commonest value in {root} is {most}, in CamVid's own {lead}: do these count from 1?")
     empty(out)
     text = []
     renamed = {value: (value + 1) % (len(CAMVID) + 1) for value in range(len(CAMVID) + 1)}

@@ -62,7 +62,12 @@ def count_values(pairs: tuple[tuple[str, str], ...]) -> dict[str, dict[int, int]
 
 
 def verify_ade20k(
-    root: StrPath, classes: int = 150, reduce_zero_label: bool = True, workers: int = 4, progress: bool = False
+    root: StrPath,
+    classes: int = 150,
+    reduce_zero_label: bool = True,
+    workers: int = 4,
+    progress: bool = False,
+    most_ignored: float | None = None,
 ) -> Report:
     """Look at every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
 
@@ -72,6 +77,7 @@ def verify_ade20k(
         reduce_zero_label: whether 0 means unlabelled and classes count from 1, as in ADE20K, or classes count from 0.
         workers: threads.
         progress: show a bar, where the standard error is a terminal.
+        most_ignored: largest share of a split's pixels that may be unlabelled, None for any.
 
     `UserError` where there is nothing to look at.
     """
@@ -105,18 +111,18 @@ def verify_ade20k(
         report.summary.append(f"{split}: {len(stems)} pairs of image and label map")
         if counts:
             found = Labels(split, counts, ("",) * classes, split == SPLITS["train"], reduce_zero_label)
-            _judge(report, found, trained)
+            _judge(report, found, trained, most_ignored)
             trained = found
     if not pairs_found:
         raise UserError(f"no pairs in {root}: it needs images/training/NAME.jpg and annotations/training/NAME.png")
     return report
 
 
-def _judge(report: Report, labels: Labels, trained: Labels | None) -> None:
+def _judge(report: Report, labels: Labels, trained: Labels | None, most_ignored: float | None) -> None:
     """Put into the report what the values of a split are, and what is wrong with them; every map that is."""
     report.summary += str(labels).split("\n")
     beyond = "value beyond the classes"
-    for kind, text in errors(labels):
+    for kind, text in errors(labels, most_ignored):
         if kind != beyond:
             report.problem(kind, text)
             continue

@@ -3,6 +3,7 @@
 docs/labels.md has the table: each kind of error and warning, when it is found, and what to do.
 """
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -154,12 +155,14 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         why = mend or f": {'nothing is learned' if labels.train else 'to predict it everywhere gives an mIoU of 100'}"
         yield "one class only", text + why
         return
-    if labels.train and counted_from_zero(labels) and labels.occurring == set(range(classes - 1)):
+    whole = labels.occurring == set(range(classes - 1))
+    if labels.train and most_ignored is None and whole and counted_from_zero(labels):
         yield (
             "counted from 0, it seems",
             f"{labels.split} holds every value from 0 to {classes - 1} and never {classes}, the last of {classes}"
-            " classes with reduce_zero_label=True, which ignores 0: set it to False if the classes count from 0, else"
-            f" leave out the class {labels.name(classes - 1)}, which nothing can learn",
+            " classes with reduce_zero_label=True, which ignores 0: set it to False if the classes count from 0; if 0"
+            f" is unlabelled and {labels.name(classes - 1)} just absent, say so by"
+            f" most_ignored={math.ceil(100 * labels.ignored) / 100:g}",
         )
     if most_ignored is not None and labels.ignored > most_ignored:
         shares = [f"value {value}: {labels.pixels[value] / labels.pixels.total():.1%}" for value in labels.values

@@ -39,26 +39,38 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-@lru_cache(maxsize=2)  # a run of one process asks before it starts, and for its log
-def count_values(pairs: tuple[tuple[str, str], ...]) -> dict[str, dict[int, int]]:
+def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:
     """The pixels of each value in every label map, by its file; `UserError` where one cannot be trained on.
 
     Args:
         pairs: (image, label map) files.
     """
+    return _count_values(tuple((*pair, *map(_state, pair)) for pair in pairs))
 
-    def count(pair: tuple[str, str]) -> tuple[str | None, dict[int, int]]:
-        image, label = map(Path, pair)
+
+def _state(path: str) -> tuple[int, int]:
+    """When a file was written, and its size; none where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)  # of both splits: a run of one process asks before it starts, and again for its log
+def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
+    def count(pair: tuple) -> tuple[str | None, dict[int, int]]:
+        image, label = map(Path, pair[:2])
         if not label.is_file():
             return f"{image} has no label map {label}", {}
         note, found = _check_pair((image, label), whole=False)
         return f"{label.parent}: {note[0]}: {note[1]}" if note else None, found
 
-    results = parallel(count, list(pairs), min(32, os.cpu_count() or 1), True, "label maps")
+    results = parallel(count, list(files), min(32, os.cpu_count() or 1), True, "label maps")
     if faults := [fault for fault, _ in results if fault]:
-        more = f"{len(faults)} of {len(pairs)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
+        more = f"{len(faults)} of {len(files)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
         raise UserError(f"{faults[0]} ({more})")
-    return {label: found for (_, label), (_, found) in zip(pairs, results, strict=True)}
+    return {label: found for (_, label, *_), (_, found) in zip(files, results, strict=True)}
 
 
 def verify_ade20k(

@@ -43,7 +43,7 @@ def labels_of(cfg: Config, split: str, images: Dataset) -> Labels:
     infos = [images.get_data_info(index) for index in range(len(images))]
     if "seg_map_path" not in infos[0]:
         raise UserError(f"{split} has no label maps: name their folder in data_prefix.seg_map_path")
-    counts = count_values(tuple((info["img_path"], info["seg_map_path"]) for info in infos))
+    counts = count_values([(info["img_path"], info["seg_map_path"]) for info in infos])
     reduced, label_map = infos[0]["reduce_zero_label"], infos[0].get("label_map")
     classes = tuple(images.metainfo["classes"])
     ignored = next((head.get("ignore_index", IGNORED) for _, head in heads(cfg.model)), IGNORED)

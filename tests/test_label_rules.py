@@ -20,7 +20,6 @@ from semaim.data.label_rules import trained_as  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
-from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 
 # Of mmseg, of what the cases give on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Default ``avg_non_ignore``", "ignore:`reduce_zero_label` will")
@@ -306,7 +305,7 @@ def test_masks_of_0_and_255_are_mended_by_the_tool(tmp_path):
 
 
 def test_the_metric_is_mmsegs_and_says_over_how_many_classes():
-    from mmseg.evaluation import IoUMetric
+    from semaim.segmentation.metrics import CountedIoUMetric, IoUMetric
 
     labels = torch.tensor([[0, 0, 1, 255]])
     for predicted, counted, expected in (

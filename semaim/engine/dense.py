@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,7 +17,6 @@ from torch.utils.data import Dataset
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
-from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
@@ -130,12 +130,17 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
         check_classes(cfg, split)
     build(validation(cfg, "val")["val_evaluator"], METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
-    for images in sets:
-        if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
-            infos = [images.get_data_info(index) for index in range(len(images))]
-            pairs = [(info["img_path"], info["seg_map_path"]) for info in infos]
-            check_pairs(pairs, len(images.metainfo["classes"]), images.reduce_zero_label)
+    describe_data(cfg, dict(zip(splits, sets, strict=True)))
     return sets
+
+
+def describe_data(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+    """What the labels of these splits hold, as lines of a log; `UserError` where they are no good for this config."""
+    if not all("reduce_zero_label" in images.get_data_info(0) for images in sets.values()):
+        return []  # boxes and masks, not label maps
+    from semaim.segmentation.labels import check_labels
+
+    return check_labels(cfg, sets)
 
 
 def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
@@ -251,9 +256,13 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     counts = left_out(cfg, "train_dataset", "val_dataset")
     for line in in_words(counts):
         log(line)
+    if is_main_process():
+        for line in describe_data(cfg, {"train_dataset": train, "val_dataset": val}):
+            log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps, **counts)
+    more = {"iterations": steps, **counts, **counted(runner.val_loop)}
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, **more)
     return runner
 
 
@@ -276,6 +285,7 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     statistics = settle(cfg, weights)
     (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
+    described = describe_data(cfg, {"val_dataset": val}) if is_main_process() else []
     if cfg.get("tta"):
         averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))
@@ -284,13 +294,20 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
         model = model.module
     load_whole(model, weights, runner.logger.info)
     counts = left_out(cfg, "val_dataset")
-    for line in in_words(counts):
+    for line in (*described, *in_words(counts), f"images normalised with {statistics}"):
         runner.logger.info(line)
-    runner.logger.info(f"images normalised with {statistics}")
     metrics = figures(cfg, runner.test())
-    stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, stage=stage, **counts)
+    more = {"stage": "test", **counts, **counted(runner.test_loop)}
+    if cfg.get("tta"):
+        more |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
+    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, **more)
     return metrics
+
+
+def counted(loop) -> dict[str, int]:
+    """Over how many classes a metric's last figures are the mean, for results.json; nothing where it does not say."""
+    found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
+    return dict(zip(("classes_evaluated", "classes"), found, strict=False))
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -30,18 +30,26 @@ class NearestNeighbours:
     """Weighted k-NN on the encoder's features.
 
     Args:
-        ks: numbers of neighbours.
+        ks: numbers of neighbours; those beyond the number of training images are left out.
         temperature: of the weights exp(cosine / temperature).
+
+    Source of the numbers: DINO, `eval_knn.py`.
     """
 
-    def __init__(self, ks: tuple[int, ...] = (5, 10, 20, 30, 50), temperature: float = 0.07):
+    def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
         self.ks, self.temperature = tuple(ks), temperature
 
     def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics."""
-        found = knn_accuracy(*train, *val, classes, ks=self.ks, temperature=self.temperature, device=device)
+        """(features, labels) of both splits -> metrics; `UserError` where no k is left."""
+        images = len(train[0])
+        # With none left the smallest is asked for, and refused.
+        ks = [k for k in self.ks if k <= images] or [min(self.ks)]
+        if len(ks) < len(self.ks):
+            left = ", ".join(str(k) for k in self.ks if k not in ks)
+            log(f"k-NN: k = {left} left out, there are {images} training images")
+        found = knn_accuracy(*train, *val, classes, ks=ks, temperature=self.temperature, device=device)
         for k, (top1, top5) in found.items():
-            log(f"k-NN, k = {k:2d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
+            log(f"k-NN, k = {k:3d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
         metrics = {
             f"knn{k}_top{n}": value for k, values in found.items() for n, value in zip((1, 5), values, strict=True)
         }
@@ -133,7 +141,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     for name, images in (("train", train), ("val", val)):
         key = {
             "weights": digest,
-            "pool": model.network.pool,
+            "pool": model.network.pooling,
             "precision": model.precision if device.type == "cuda" else "fp32",
             "paths": hashlib.sha256(b"\n".join(images.paths.tolist())).hexdigest(),
             "transform": repr(images.transform),
@@ -152,7 +160,8 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
         )
     metrics = LOOPS.build(cfg.evaluation).run(*sets, len(train.classes), device, log)
     path = None if weights == RANDOM else weights
-    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type)
+    features = model.network.pooling
+    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type, features=features)
     return metrics
 
 

@@ -22,6 +22,8 @@ def parse_args() -> argparse.Namespace:
     export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
     export.add_argument("file")
     export.add_argument("folder", metavar="DIR")
+    for command in (convert, export):
+        command.add_argument("--allow-partial", action="store_true", help="write what is a plain ViT's of another one")
     return parser.parse_args()
 
 
@@ -30,10 +32,10 @@ def main() -> int:
     if args.command == "inspect":
         print(checkpoint.inspect(args.file))
     elif args.command == "convert":
-        left = checkpoint.convert(args.file, args.out, args.to)
+        left = checkpoint.convert(args.file, args.out, args.to, args.allow_partial)
         print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoint.grouped(left)}" if left else ""))
     else:
-        architecture = checkpoint.export(args.file, args.folder)
+        architecture = checkpoint.export(args.file, args.folder, args.allow_partial)
         print(f"wrote {args.folder}, a {architecture} of timm, opened by")
         print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
         found = checkpoint.read(args.file)

@@ -16,7 +16,7 @@ from semaim import checkpoint
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
 from semaim.engine.training import build_datasets, load_pretrained
 from semaim.errors import UserError
@@ -117,7 +117,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     if weights == RANDOM:
         log("random weights: the encoder as it is initialised")
     else:
-        log(str(load_pretrained(model.network, weights)))
+        log(str(record_load(load_pretrained(model.network, weights, cfg.get("allow_partial", False)), cfg)))
     model.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:
@@ -191,13 +191,16 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
         cfg=cfg,
     )
     model = getattr(runner.model, "module", runner.model)
-    report = checkpoint.load(model.network, weights)
+    report = checkpoint.load(model.network, found, partial=True)
     runner.logger.info(str(report))
     if report.missing:
         raise UserError(
             f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
             " config of its training"
         )
+    if not cfg.get("allow_partial", False):
+        report.refuse()
+    record_load(report, cfg)
     metrics = runner.test()
     write_results(cfg, metrics, len(train), len(val), weights, stage="Classification")
     return metrics

@@ -109,8 +109,11 @@ class Checkpoint:
 
     @property
     def network(self) -> dict:
-        """What the config of a run of ours tells of the network."""
-        return ((self.config or {}).get("model") or {}).get("network") or {}
+        """What the config of a run of ours tells of the network, or of a detector's or segmentor's backbone."""
+        model = (self.config or {}).get("model") or {}
+        if backbone := model.get("backbone"):  # its img_size is that of the crops, not of the position table
+            return {**backbone, "img_size": backbone.get("pretrain_img_size")}
+        return model.get("network") or {}
 
     @property
     def sizes(self) -> dict:

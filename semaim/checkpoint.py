@@ -99,8 +99,8 @@ class Checkpoint:
 
     @property
     def ours(self) -> bool:
-        """Whether a run of this suite, or of SemAIM's official code, wrote the file: its encoder is plain."""
-        return bool(self.config) or self.dialect == "official SemAIM"
+        """Whether a run of this suite wrote the file: what stands beside its encoder is its decoder or head."""
+        return bool(self.config)
 
     @cached_property
     def theirs(self) -> nn.Module | str | None:

@@ -21,10 +21,11 @@ from semaim.models.vit import LAYER_NORM_EPS
 
 #: What an encoder of ours consists of.
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-#: First parts of names that no encoder computes with: heads, decoders, projections, the token of masked patches.
+#: First parts of names that no encoder computes with: heads, decoders, projections, the token of masked patches, the
+#: blur of SemAIM's targets.
 APART = re.compile(
     r"head|head_dist|lm_head|fc_norm|pre_logits|mask_token|masked_embed|decoder(_\w+)?|query_blocks|prediction_head"
-    r"|predictor|projector|projection_head"
+    r"|predictor|projector|projection_head|gaussian_blur"
 )
 #: Parts of the dense backbones' blocks, under names that other families use for more (BEiT, EVA).
 DENSE = ("rel_bias", "gamma_1", "gamma_2")

@@ -238,7 +238,10 @@ def test_layer_scale_of_another_family_is_not_taken_for_ours(tmp_path):
     torch.save(model.state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"it computes with blocks.\*.gamma_1 \(2\), blocks.\*.gamma_2 \(2\)"):
         checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES)
-    config = {"model": {"backbone": {"type": "SegmentationViT", "pretrain_img_size": 32, **SIZES}}, "default_scope": "mmseg"}
+    config = {
+        "model": {"backbone": {"type": "SegmentationViT", "pretrain_img_size": 32, **SIZES}},
+        "default_scope": "mmseg",
+    }
     torch.save({"format": "semaim", "model": model.state_dict(), "config": config}, tmp_path / "x.pth")
     assert checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES).whole
 

@@ -13,6 +13,7 @@ from mmengine.registry import LOOPS, MODELS
 from torch import Tensor, nn
 
 from semaim import checkpoint
+from semaim.consumers import NEW_IN_CLASSIFIERS
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
@@ -103,8 +104,13 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
         )
     if cfg.model.type != "Classification":
         raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
-    if weights != RANDOM:
-        checkpoint.read(weights)
+    if weights == RANDOM:
+        return
+    found = checkpoint.read(weights)
+    if "evaluation" in cfg:
+        with torch.device("meta"):  # names and sizes are compared without memory
+            network = MODELS.build(cfg.model).network
+        checkpoint.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:

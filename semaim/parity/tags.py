@@ -87,9 +87,10 @@ def _own_norm(theirs: nn.Module, images: Tensor) -> Tensor:
 
 def _without_class_token(theirs: nn.Module, images: Tensor) -> Tensor:
     if theirs.cls_token is not None:
-        patches = theirs.pos_embed[:, -(SIDE**2) :].detach()
-        theirs.cls_token, theirs.pos_embed = None, nn.Parameter(patches)
+        theirs.cls_token = None
         theirs.num_prefix_tokens -= 1
+        if theirs.pos_embed is not None:
+            theirs.pos_embed = nn.Parameter(theirs.pos_embed[:, -(SIDE**2) :].detach())
     return _unnormed(theirs, images)
 
 

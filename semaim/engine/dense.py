@@ -17,8 +17,9 @@ import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
 from semaim.consumers import load_backbone
 from semaim.data.folder import EndlessBatches
+from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file, check_pairs
+from semaim.data.verify import check_coco_file
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_load, record_origin, write_results

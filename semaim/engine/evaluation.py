@@ -13,10 +13,11 @@ from mmengine.registry import LOOPS, MODELS
 from torch import Tensor, nn
 
 from semaim import checkpoint
+from semaim.consumers import NEW_IN_CLASSIFIERS
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
 from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
@@ -112,9 +113,14 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
         )
     if cfg.model.type != "Classification":
         raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
-    if weights != RANDOM:
-        checkpoint.read(weights)
     choose(cfg, None if weights == RANDOM else weights)
+    if weights == RANDOM:
+        return
+    found = checkpoint.read(weights)
+    if "evaluation" in cfg:
+        with torch.device("meta"):  # names and sizes are compared without memory
+            network = MODELS.build(cfg.model).network
+        checkpoint.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
@@ -128,7 +134,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     if weights == RANDOM:
         log("random weights: the encoder as it is initialised")
     else:
-        log(str(load_pretrained(model.network, weights)))
+        log(str(record_load(load_pretrained(model.network, weights, cfg.get("allow_partial", False)), cfg)))
     log(f"images normalised with {statistics}")
     model.to(device).eval()
 
@@ -205,7 +211,7 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
         cfg=cfg,
     )
     model = getattr(runner.model, "module", runner.model)
-    report = checkpoint.load(model.network, weights)
+    report = checkpoint.load(model.network, found, partial=True)
     runner.logger.info(str(report))
     runner.logger.info(f"images normalised with {statistics}")
     if report.missing:
@@ -213,6 +219,9 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
             f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
             " config of its training"
         )
+    if not cfg.get("allow_partial", False):
+        report.refuse()
+    record_load(report, cfg)
     metrics = runner.test()
     write_results(cfg, metrics, None, len(val), weights, stage="Classification")
     return metrics

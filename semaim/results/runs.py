@@ -29,8 +29,9 @@ NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epoch
 NUMBERS += ("classes", "classes_evaluated")
 OPTIONS = ("cfg_options", "pretrain_options")
 STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
-STRINGS += ("pretrain_config", "features")
+STRINGS += ("pretrain_config", "features", "partly_loaded")
 CLS = "class token"  #: the features that a metric's name does not name
+STRINGS += ("pretrain_config", "partly_loaded")
 
 #: Changed options that leave the figure what it is.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
@@ -199,7 +200,8 @@ def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
 def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     """What keeps a run from being compared with published figures of its task; nothing where nothing does."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
-    remarks = [less, changed, partial(run)]
+    partly = f"partly loaded: {run.raw['partly_loaded']}" if run.raw.get("partly_loaded") else ""
+    remarks = [less, changed, partial(run), partly]
     if not less and run.task not in UNTRAINED:
         remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
     return tuple(remark for remark in remarks if remark)

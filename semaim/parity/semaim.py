@@ -28,7 +28,7 @@ OFFICIAL_ORDERS = {
 
 def check(case: Case, report: CaseReport) -> None:
     """Run one case; what it holds decides what is checked."""
-    if case.meta["config"].get("share_weight") and case.meta["status"] != "ok":
+    if case.meta.get("config", {}).get("share_weight") and case.meta["status"] != "ok":
         check_shared_weights(case, report)
     elif "order_key" in case.tensors:
         check_model(case, report)

@@ -46,7 +46,7 @@ def build_teacher(
             " Hugging Face hub elsewhere and give it: --cfg-options model.network.guide.weights=FILE"
         ) from None
     try:
-        return Teacher(network, project, normalisation)
+        return Teacher(network, project, normalisation=normalisation)
     except ValueError as error:
         raise UserError(f"teacher {name}: {error}") from None
 

@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DETECTORS = pytest.mark.skipif(not find_spec("mmdet"), reason="no mmdet: runs after tools/setup.sh --extras all")
 
 
-
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tools").glob("*.*"))])
 def test_every_tool_has_help(name):
     script = ROOT / "tools" / name

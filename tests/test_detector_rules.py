@@ -199,7 +199,7 @@ def test_validation_and_test_see_squares(oblong, tmp_path, monkeypatch):
 
 def test_a_validation_of_larger_images_ends_before_training(oblong, tmp_path):
     coco, weights = oblong
-    larger = {"val_dataset.pipeline.1.scale": (128, 128), "total_batch_size": 2}
+    larger = {"val_dataset.pipeline.1.scale": 128, "val_dataset.pipeline.1.max_size": 128, "total_batch_size": 2}
     cfg = load_config(SCENES, {**SMALL, **larger})
     dense.set_data_root(cfg, str(coco))
     with pytest.raises(UserError, match="128 x 80 pixels is larger than the detector's 96 x 96"):

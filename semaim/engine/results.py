@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
+from semaim.checkpoint import LoadReport
 from semaim.engine.checkpointing import FORMAT
 from semaim.models.vit import SIZES
 from semaim.normalisation import of_config
@@ -27,14 +28,15 @@ EVALUATIONS = {"NearestNeighbours": "k-NN", "FastProbe": "fast linear probe"}
 
 
 def write_results(
-    cfg: Config, metrics: dict, train_images: int, val_images: int, checkpoint: str | None, **more
+    cfg: Config, metrics: dict, train_images: int | None, val_images: int, checkpoint: str | None, **more
 ) -> None:
     """Write `results.json`, on the main process.
 
     Args:
         cfg: of the run; names the work folder; `record_origin` has told it where weights and code came from.
         metrics: name -> number.
-        train_images, val_images: how many were trained (or searched) and evaluated on.
+        train_images, val_images: how many were trained (or searched) and evaluated on; None for as many as the
+            measured checkpoint says that it was trained on.
         checkpoint: whose encoder was measured; None for random weights.
         **more: further plain values; `data`, where it is not `cfg.dataset.root`.
     """
@@ -42,6 +44,7 @@ def write_results(
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     origin = dict(cfg.get("origin") or {})
+    trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     results = {
         "config": origin.pop("config", None) or config_name(cfg),
@@ -52,7 +55,7 @@ def write_results(
         "checkpoint": checkpoint,
         **origin,
         "data": str(more.pop("data", None) or cfg.dataset.root),
-        "train_images": train_images,
+        "train_images": trained_on if train_images is None else train_images,
         "val_images": val_images,
         **statistics_of(cfg),
         "seed": cfg.seed,
@@ -93,34 +96,58 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
 
 
+def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
+    """Note in the origin of these configs, on the main process, what was loaded; the report itself again.
+
+    `load_report` is the last load's; `partly_loaded` says in words which loads, also those before that the weights come
+    from, left something out.
+    """
+    for cfg in cfgs if is_main_process() else ():
+        origin = dict(cfg.get("origin") or {})
+        parts = [origin.get("partly_loaded"), report.partly]
+        told = "; ".join(dict.fromkeys(part for part in parts if part))
+        cfg.origin = {
+            **origin,
+            **({"allow_partial": True} if cfg.get("allow_partial") else {}),
+            **({"partly_loaded": told} if told else {}),
+            "load_report": report.summary(),
+        }
+    return report
+
+
 def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     """method and pretrain_config, _epochs, _images and _options of a checkpoint of ours; nothing of others.
 
     Args:
         path: the checkpoint.
         same: it belongs to the run itself; else a fine-tuned one is of another method than what it was made of.
-        trained: also its own length, epochs or iterations, and its own cfg_options.
+        trained: also its own length, epochs or iterations, its number of images, and its own cfg_options.
     """
     content = _mapping(read_file(path))
     config = _mapping(content.get("config"))
     if content.get("format") != FORMAT or not config:
         return {}
+    known = _mapping(config.get("origin"))
+    partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
+            **partly,
             "method": method_of(config["model"]),
-            "pretrain_config": name if isinstance(name := _mapping(config.get("origin")).get("config"), str) else None,
+            "pretrain_config": name if isinstance(name := known.get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
     names = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
-    known = _mapping(config.get("origin"))
-    origin = {name: known[name] for name in names if known.get(name) is not None}
+    if same and not trained:  # a run that goes on: its own load too
+        names += ("load_report", "allow_partial")
+    origin = {name: known[name] for name in names if known.get(name) is not None} | partly
     if not same and "method" in origin:
         origin["method"] = f"{origin['method']} after {task_of(config)}"
     if trained:
         dense = config.get("default_scope") != "mmengine"
         origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
+        origin["train_images"] = _whole(content.get("images"))
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
 

@@ -2,7 +2,7 @@
 
 _base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/vitdet_100ep.py", "_base_/runtime.py"]
 
-image_size = (256, 256)
+side = 256
 strides = [1, 2, 4, 8, 16]
 model = dict(
     data_preprocessor=dict(side=256),
@@ -34,15 +34,15 @@ train_dataset = dict(
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
         dict(type="RandomFlip", prob=0.5),
-        dict(type="ResizeScale", scale=image_size, ratio_range=(0.7, 1.4)),
-        dict(type="FixedSizeCrop", crop_size=image_size),
+        dict(type="ResizeScale", scale=(side, side), ratio_range=(0.7, 1.4)),
+        dict(type="FixedSizeCrop", crop_size=(side, side)),
         dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
+    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -54,6 +54,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
     dict(type="MultiStepLR", by_epoch=False, begin=0, end=5000, milestones=[4250, 4750], gamma=0.1),
 ]
-train_cfg = dict(max_iters=5000, val_interval=5000)
+train_cfg = dict(max_iters=5000)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=500))
-del image_size, strides
+del side, strides

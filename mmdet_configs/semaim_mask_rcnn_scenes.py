@@ -25,7 +25,7 @@ classes = (
     "tree",
 )
 num_classes = len(classes)
-image_size = (96, 96)
+side = 96
 strides = [2, 4, 8, 16, 32]
 model = dict(
     data_preprocessor=dict(side=96),
@@ -51,15 +51,15 @@ train_dataset = dict(
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
         dict(type="RandomFlip", prob=0.5),
-        dict(type="ResizeScale", scale=image_size, ratio_range=(0.7, 1.4)),
-        dict(type="FixedSizeCrop", crop_size=image_size),
+        dict(type="ResizeScale", scale=(side, side), ratio_range=(0.7, 1.4)),
+        dict(type="FixedSizeCrop", crop_size=(side, side)),
         dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
+    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -74,4 +74,4 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=1000, val_interval=500)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))
-del classes, num_classes, image_size, strides
+del classes, num_classes, side, strides

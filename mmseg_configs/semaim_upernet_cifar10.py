@@ -18,7 +18,7 @@ model = dict(
     neck=dict(embed_dim=128),
     decode_head=dict(in_channels=[128] * 4, channels=64),
     auxiliary_head=dict(in_channels=128, channels=32),
-    test_cfg=dict(_delete_=True, mode="slide", crop_size=size, stride=(85, 85)),
+    test_cfg=dict(crop_size=size, stride=(85, 85)),
 )
 train_dataset = dict(
     pipeline=[

@@ -2,7 +2,7 @@
 
 Boxes are those of the cropped masks; an image whose objects are all cut off is trained on as it is."""
 
-image_size = (1024, 1024)
+side = 1024
 train_dataset = dict(
     type="CocoDataset",
     data_root="data/coco",
@@ -13,15 +13,15 @@ train_dataset = dict(
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
         dict(type="RandomFlip", prob=0.5),
-        dict(type="ResizeScale", scale=image_size, ratio_range=(0.1, 2.0)),
-        dict(type="FixedSizeCrop", crop_size=image_size),
+        dict(type="ResizeScale", scale=(side, side), ratio_range=(0.1, 2.0)),
+        dict(type="FixedSizeCrop", crop_size=(side, side)),
         dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
+    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -34,4 +34,4 @@ val_dataset = dict(
     pipeline=test_pipeline,
 )
 val_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], classwise=True)
-del image_size
+del side

@@ -1,9 +1,16 @@
 """Errors that are the user's to mend: one clear line and a non-zero exit, no traceback."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+#: What the system refuses where a folder or file is not the user's to write, or the disk is full.
+REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -19,10 +26,17 @@ class Diverged(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known ones, or all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    """A hint for a misspelt name: the nearest known ones, each once, or all of them."""
+    known = sorted(set(known))
+    near = close(name, known)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known) or 'none'}"
+
+
+def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    """At most three known names that look like this one, or of which it is a part; the nearest first."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    return near or [other for other in known if name and name in other.split("_")][:3]
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -38,6 +52,11 @@ def run(main: Callable[[], int | None]) -> int:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return error.status
+    except OSError as error:  # a folder that nothing had looked at before
+        if error.errno not in REFUSALS or not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UserError.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

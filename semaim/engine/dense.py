@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -208,8 +208,14 @@ def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
     return scaled
 
 
-def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
-    """Train as the config says, in this process and, where launched so, in step with its siblings."""
+def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
+    """Train as the config says, in this process and, where launched so, in step with its siblings.
+
+    Args:
+        cfg: of the run.
+        resume_from: a checkpoint of this very run to go on from.
+        notes: lines for the log.
+    """
     world = join()
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
@@ -235,6 +241,8 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     )
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
+    for note in notes:
+        log(note)
     log(str(plan))
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")

@@ -110,6 +110,8 @@ class LateOptimWrapper(OptimWrapper):
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
     """Builds the optimizer from `group_parameters`; arguments of it but the first three go into `paramwise_cfg`."""
 
+    arguments_of = group_parameters
+
     def __call__(self, model: nn.Module):
         """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
         model = getattr(model, "module", model)

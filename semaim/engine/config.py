@@ -86,7 +86,7 @@ def find_config(path: Path) -> Path:
     if str(path) in ours:
         return ours[str(path)]
     beside = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
-    known = [name for name in (*beside, *ours) if "_base_" not in name]
+    known = [name for name in (*beside, *ours) if "/_base_/" not in name]
     near = close(path.name, {Path(name).name for name in known})
     found = [name for other in near for name in known if Path(name).name == other]
     where = f"did you mean {' or '.join(found[:3])}?" if found else "see semaim/configs, mmdet_configs, mmseg_configs"

@@ -33,7 +33,7 @@ NAMES_CODE = ("type", "constructor", "resize_type")
 PLACES = ("root", "data_root", "pretrained")
 
 ABSENT = type("Absent", (), {"__repr__": lambda self: "not set"})()
-SHOWN = 8  #: differences that a line lists at most
+SHOWN = 8  #: differences that an error lists at most
 
 
 def data_roots(cfg: Config, root: str) -> dict[str, str]:
@@ -187,23 +187,24 @@ def _given(key: str, options: Iterable[str]) -> bool:
 
 
 def _listed(part: Mapping[str, object]) -> str:
-    shown = [f"{key} = {value}" for key, value in list(part.items())[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(part) - SHOWN} more" if len(part) > SHOWN else "")
+    by_weight = sorted(part.items(), key=lambda item: bool(FREE.fullmatch(item[0])))  # what the result hangs on first
+    return ", ".join(f"{key} = {value}" for key, value in by_weight)
 
 
 def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
     """`UserError` for what is given and differs from the run's own."""
     if "pretrained" in strict:
         old, new = strict["pretrained"]
+        begun = "random weights" if old in (None, ABSENT) else old
         raise UserError(
-            f"--pretrained {new}: the run in {path} started from {old} and goes on from its own weights: leave it out,"
-            " or start anew in another --work-dir"
+            f"--pretrained {new}: the run in {path} started from {begun} and goes on from its own weights: leave it"
+            " out, or start anew in another --work-dir"
         )
-    given = {"root": "--data-root, ", "data_root": "--data-root, "}
-    told = [f"{given.get(_last(key), '')}{key} is {old}, given is {new}" for key, (old, new) in strict.items()]
+    flags = {"root": " (--data-root)", "data_root": " (--data-root)"}
+    told = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
     more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
     raise UserError(
-        f"--resume: in {path} {'; '.join(told[:SHOWN])}{more}: leave it out to go on as the run was, or add --override"
+        f"--resume: {path} has {'; '.join(told[:SHOWN])}{more}: leave it out to go on as the run was, or add --override"
     )
 
 
@@ -226,7 +227,7 @@ def _check_same(
             again = [f"{option}={value}" for option, value in first.items() if _given(key, [option])]
             how = f"give --cfg-options {' '.join(again)}" if again else f"resume it with the config {begun} as it was"
             raise UserError(
-                f"--resume: in {path} {key} is {old}, in the config {new}; what is built is taken from no file: {how}"
+                f"--resume: {path} has {key} = {old}, the config {new}; what is built is taken from no file: {how}"
             )
 
 

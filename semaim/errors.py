@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 
 #: What the system refuses where a folder or file is not the user's to write, or the disk is full.
@@ -37,6 +38,18 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return near or [other for other in known if name and name in other.split("_")][:3]
+
+
+def check_work_dir(folder: str | os.PathLike) -> None:
+    """`UserError` where a run could not write into its work folder, which is made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        file = os.path.exists(folder) and not os.path.isdir(folder)
+        reason = "it is a file" if file else error.strerror or error
+        raise UserError(f"cannot write to the work folder {folder}: {reason}; name another --work-dir") from None
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -9,8 +9,7 @@ from mmengine.config import Config
 
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
-from semaim.engine.resuming import check_work_dir, data_roots, go_on
-from semaim.errors import run
+from semaim.errors import check_work_dir, run
 from semaim.options import ConfigOptions
 
 
@@ -41,6 +40,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
+    from semaim.engine.resuming import data_roots, go_on  # takes seconds
+
     cfg = load_config(args.config, args.cfg_options)
     if cfg.default_scope != "mmengine":
         from semaim.engine.dense import plan_dense as plan

@@ -1,7 +1,6 @@
 """Reading configs strictly: a misspelt key is an error that names the nearest right one, before anything starts."""
 
 import importlib
-import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_optio
 from semaim.errors import UserError, close, nearest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+SCOPES = ("mmengine", "mmdet", "mmseg")  #: of the stages on images, of detectors and of segmentors
 
 #: Top-level keys of a config of a stage on images.
 KEYS = {
@@ -68,6 +69,8 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
     except Exception as error:  # a config is Python: anything can go wrong in it
         raise UserError(f"cannot read config {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     options = options or {}
+    if check and cfg.get("default_scope") not in SCOPES:
+        raise UserError(f"{path} has default_scope {cfg.get('default_scope')!r}: give {', '.join(SCOPES)}")
     types = types_of(cfg) if check else None
     if check:
         check_options(cfg, options, top_keys(cfg), types)
@@ -107,17 +110,18 @@ def types_of(cfg: Config) -> Types | None:
     if not is_dense(cfg):
         importlib.import_module("semaim.engine.evaluation")  # registers all that our configs name
         return Types()
-    from semaim.engine.dense import enter
+    from semaim.engine import dense
 
-    if importlib.util.find_spec(scope) is None:
+    try:
+        importlib.import_module(dense.SCOPES[scope])
+    except ImportError:
         return None
-    enter(cfg)
     return Types(scope)
 
 
 def is_dense(cfg: Config) -> bool:
     """Whether a config is one for mmdet or mmseg."""
-    return cfg.get("default_scope") in ("mmdet", "mmseg")
+    return cfg.get("default_scope") in SCOPES[1:]
 
 
 def top_keys(cfg: Config) -> dict[str, str]:

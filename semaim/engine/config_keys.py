@@ -235,7 +235,7 @@ def _check_type(name: object, path: str, types: Types) -> None:
             raise UserError(f"{path}: {name} needs {needed}, which is missing: pip install {needed}, or leave it out")
 
 
-def check_options(cfg: Config, options: Mapping[str, object], top: Mapping[str, str], types: Types | None) -> None:
+def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str], types: Types | None) -> None:
     """`UserError` for an option, KEY=VALUE, whose key the config does not know or whose value is of another kind.
 
     Args:

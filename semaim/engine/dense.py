@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
-from semaim.data.folder import EndlessBatches
+from semaim.data.folder import EndlessBatches, check_whole, load_image
 from semaim.data.labelled import seeded
 from semaim.data.verify import check_coco_file, check_pairs
 from semaim.engine.launcher import join
@@ -47,20 +47,43 @@ class BFloat16OptimWrapper(LateOptimWrapper):
                 yield
 
 
-class SeededImages(Dataset):
-    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+class NamedImages(Dataset):
+    """A data set that names the file it cannot read or prepare, as a `UserError`."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed, self.metainfo = dataset, seed, dataset.metainfo
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.metainfo = dataset, dataset.metainfo
         self.classes = list(dataset.metainfo["classes"])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: int) -> dict:
+        info = self.dataset.get_data_info(index)
+        files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
+        try:
+            for path in files:
+                check_whole(path)
+            return self.dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # the transforms raise many types
+            for path in files:
+                load_image(path)  # says what is wrong with a broken one
+            told = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"cannot prepare image {files[0] if files else index}: {told}") from None
+
+
+class SeededImages(NamedImages):
+    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        super().__init__(dataset)
+        self.seed = seed
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            return self.dataset[index]
+            return super().__getitem__(index)
 
 
 def enter(cfg: Config) -> None:
@@ -72,6 +95,8 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
+    for message in ("``build_loss`` would be deprecated", "Default ``avg_non_ignore`` is False"):
+        warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -157,7 +182,7 @@ def validation(cfg: Config, split: str) -> dict:
         "persistent_workers": cfg.num_workers > 0,
         "worker_init_fn": {"type": prepare_worker},
         "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": cfg.val_dataset,
+        "dataset": NamedImages(build(cfg.val_dataset, DATASETS, "val_dataset")),
     }
     evaluator = dict(cfg.val_evaluator)
     if evaluator["type"] == "CocoMetric":

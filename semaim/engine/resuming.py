@@ -3,9 +3,7 @@
 import copy
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from mmengine.config import Config
 
@@ -229,18 +227,6 @@ def _check_same(
             raise UserError(
                 f"--resume: {path} has {key} = {old}, the config {new}; what is built is taken from no file: {how}"
             )
-
-
-def check_work_dir(folder: str | os.PathLike) -> None:
-    """`UserError` where a run could not write into its work folder, which is made."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the work folder {folder}: {error.strerror}: name another --work-dir"
-        ) from None
 
 
 def _mapping(value: object) -> Mapping:

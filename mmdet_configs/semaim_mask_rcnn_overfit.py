@@ -9,7 +9,7 @@ _base_ = ["semaim_mask_rcnn_scenes.py"]
 image_size = (256, 256)
 ann_file = "annotations/instances_overfit.json"
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=image_size, pad_mask=True)]),
+    data_preprocessor=dict(side=256),
     backbone=dict(img_size=256, window_size=8, global_blocks=(1, 3)),
     roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),
@@ -22,14 +22,14 @@ train_dataset = dict(
     pipeline=[
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-        dict(type="Resize", scale=image_size, keep_ratio=True),
-        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True),
+        dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
+        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=image_size, keep_ratio=True),
+    dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]

@@ -85,6 +85,7 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     if epochs:
         assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
+    assert detector.data_preprocessor.side == cfg.model.backbone.img_size  # what relative positions are made for
     if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
         shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
         assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size in ("tiny", None)
@@ -95,14 +96,14 @@ def test_the_main_config_is_vitdets_recipe():
     assert (cfg.total_batch_size, cfg.base_lr, cfg.base_batch_size, cfg.train_cfg.max_iters) == (64, 1e-4, 64, 184375)
     assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "betas": (0.9, 0.999), "weight_decay": 0.1}
     assert cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.7 and cfg.model.backbone.drop_path_rate == 0.1
-    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 250
+    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 251
     assert cfg.optim_wrapper.type == "BFloat16OptimWrapper" and "clip_grad" not in cfg.optim_wrapper
     kinds = [step["type"] for step in cfg.train_dataset.pipeline]
-    assert kinds.index("RandomFlip") < kinds.index("RandomResize") < kinds.index("RandomCrop")
-    resize = cfg.train_dataset.pipeline[kinds.index("RandomResize")]
+    assert kinds.index("RandomFlip") < kinds.index("ResizeScale") < kinds.index("FixedSizeCrop")
+    resize = cfg.train_dataset.pipeline[kinds.index("ResizeScale")]
     assert resize["scale"] == (1024, 1024) and resize["ratio_range"] == (0.1, 2.0)
     roi = cfg.model.roi_head
-    assert roi.bbox_head.type == "Shared4Conv1FCBBoxHead" and roi.bbox_head.norm_cfg.type == "LN2d"
+    assert roi.bbox_head.type == "ViTDetBoxHead" and roi.bbox_head.norm_cfg.type == "LN2d"
     assert roi.mask_head.num_convs == 4 and cfg.model.rpn_head.num_convs == 2
     large = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_large.py")
     assert large.model.backbone.drop_path_rate == 0.4 and large.optim_wrapper.paramwise_cfg.layer_decay == 0.8
@@ -117,7 +118,7 @@ def test_the_older_recipe_trains_on_four_maps():
     small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
     cfg.model.backbone.update(small)
     cfg.model.neck[0].channels, cfg.model.neck[1].in_channels = 64, [64] * 4
-    cfg.model.data_preprocessor.batch_augments[0].size = (128, 128)
+    cfg.model.data_preprocessor.side = 128
     dense.enter(cfg)
     torch.manual_seed(0)
     detector = MODELS.build(Config(cfg.model.to_dict()))
@@ -244,8 +245,8 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
 def test_schedules_count_optimizer_steps():
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
     scaled = dense.in_steps(cfg.param_scheduler, 2)
-    assert scaled[0]["end"] == 500 and scaled[1]["milestones"] == [327778, 355092]
-    assert cfg.param_scheduler[0]["end"] == 250
+    assert scaled[0]["end"] == 502 and scaled[1]["milestones"] == [327778, 355092]
+    assert cfg.param_scheduler[0]["end"] == 251
 
 
 def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):

@@ -30,6 +30,10 @@ def parse_args() -> argparse.Namespace:
         "--override", action="store_true", help="with --resume: what is given here changes what the run had"
     )
     parser.add_argument(
+        "--allow-partial", action="store_true",
+        help="load what fits of an encoder that is another network; results.json and the table say so",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
     )
     parser.add_argument(
@@ -57,6 +61,8 @@ def main() -> int:
         given |= data_roots(cfg, args.data_root)
     if args.pretrained:
         cfg.pretrained = given["pretrained"] = args.pretrained
+    if args.allow_partial:
+        cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     resume_from, notes = go_on(cfg, given, args.resume, args.override)
 

@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
 from semaim.errors import UserError, close, nearest
+from semaim.normalisation import of_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -36,7 +37,9 @@ KEYS = {
     "fsdp": "divide weights, gradients and optimizer state among the processes",
     "work_dir": "where the run writes",
     "cfg_options": "the changes of the command line, as results.json keeps them",
+    "statistics_from": "where the images' mean and standard deviation came from, as results.json keeps it",
     "origin": "where weights and code came from, as results.json keeps it",
+    "allow_partial": "load what fits of an encoder that is another network, as --allow-partial says",
     "overrides": "what --override has changed of a resumed run, old and new, as results.json keeps it",
 }
 
@@ -45,10 +48,12 @@ DENSE_KEYS = {
     "train_dataset": "the data set trained on, as in mmdet and mmseg",
     "val_dataset": "the data set validated on",
     "val_evaluator": "the metric",
+    "keep_classes": "of a COCO file's categories those that are detected; the others are left out, and counted",
     "base_batch_size": "images that base_lr belongs to",
     "test_pipeline": "how an image is prepared for prediction",
     "tta_ratios": "scales, over that of the validation, that tools/test.py --tta averages over, each also flipped",
     "tta": "whether it does so without being asked",
+    "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
 }
 
 
@@ -78,6 +83,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
     if check:
         check_keys(cfg, types)
     cfg.cfg_options = {**cfg.get("cfg_options", {}), **options}
+    of_config(cfg)  # raises for what are no statistics
     return cfg
 
 

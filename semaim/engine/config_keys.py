@@ -191,9 +191,7 @@ def free_dicts(cfg: Mapping, types: Types) -> dict[str, set[str]]:
     wrapper = cfg.get("optim_wrapper")
     constructor = types.find(wrapper.get("constructor")) if isinstance(wrapper, Mapping) else None
     if grouping := getattr(constructor, "arguments_of", None):
-        found["optim_wrapper.paramwise_cfg"] = arguments(grouping)[0] - {
-            "parameters", "lr", "weight_decay", "depth_of",
-        }  # fmt: skip
+        found["optim_wrapper.paramwise_cfg"] = arguments(grouping)[0] - {"model", "lr", "weight_decay"}
     return found
 
 

@@ -9,31 +9,27 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.dist import is_main_process
+from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
+from semaim.consumers import load_backbone
 from semaim.data.folder import EndlessBatches, check_whole, load_image
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file, check_pairs
+from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
-
-#: Heads by scope: a file that holds the other task's is no pretrained encoder.
-HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
-
-#: What no pretrained encoder has.
-NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
-
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(LateOptimWrapper):
@@ -87,7 +83,7 @@ class SeededImages(NamedImages):
 
 
 def enter(cfg: Config) -> None:
-    """Register what configs of the scope name; `UserError` where its packages are missing."""
+    """Register what configs of the scope name, and keep the chosen classes; `UserError` where packages are missing."""
     try:
         importlib.import_module(SCOPES[cfg.default_scope])
     except ImportError as error:
@@ -97,6 +93,8 @@ def enter(cfg: Config) -> None:
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would be deprecated", "Default ``avg_non_ignore`` is False"):
         warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
+    if cfg.get("keep_classes"):
+        keep_classes(cfg)
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -109,6 +107,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    choose(cfg, cfg.get("pretrained"))
     if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
         raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
     train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
@@ -120,15 +119,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
 
 def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
     """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
-    report = checkpoint.load(backbone, cfg.pretrained, NEW_IN_BACKBONES)
-    for scope, heads in HEADS.items():
-        if scope != cfg.default_scope and any(name.startswith(heads) for name in report.unexpected):
-            task = "detector" if scope == "mmdet" else "segmentor"
-            raise UserError(
-                f"{cfg.pretrained} is a trained {task}, whose encoder computes with more than this one has: start from"
-                " the pretrained checkpoint it was made of"
-            )
-    return report
+    return load_backbone(backbone, cfg.pretrained, cfg.default_scope, cfg.get("allow_partial", False))
 
 
 def build(config: dict, registry, what: str):
@@ -147,16 +138,20 @@ def build(config: dict, registry, what: str):
 def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
     """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
     for split in splits:
-        if cfg[split].type == "CocoDataset":
-            root = Path(cfg[split].data_root)
-            check_coco_file(root / cfg[split].ann_file, root / cfg[split].data_prefix["img"])
+        check_classes(cfg, split)
+    build(evaluator_of(cfg), METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
-    for images in sets:
-        if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
-            infos = [images.get_data_info(index) for index in range(len(images))]
-            pairs = [(info["img_path"], info["seg_map_path"]) for info in infos]
-            check_pairs(pairs, len(images.metainfo["classes"]), images.reduce_zero_label)
+    describe_data(cfg, dict(zip(splits, sets, strict=True)))
     return sets
+
+
+def describe_data(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+    """What the labels of these splits hold, as lines of a log; `UserError` where they are no good for this config."""
+    if not all("reduce_zero_label" in images.get_data_info(0) for images in sets.values()):
+        return []  # boxes and masks, not label maps
+    from semaim.segmentation.labels import check_labels
+
+    return check_labels(cfg, sets)
 
 
 def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
@@ -184,11 +179,16 @@ def validation(cfg: Config, split: str) -> dict:
         "sampler": {"type": "DefaultSampler", "shuffle": False},
         "dataset": NamedImages(build(cfg.val_dataset, DATASETS, "val_dataset")),
     }
-    evaluator = dict(cfg.val_evaluator)
-    if evaluator["type"] == "CocoMetric":
-        evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
     loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
-    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
+    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator_of(cfg)}
+
+
+def evaluator_of(cfg: Config) -> dict:
+    """The config of the metric, with the annotations where it takes them."""
+    evaluator = dict(cfg.val_evaluator)
+    if takes(registered(cfg, METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
+        evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
+    return evaluator
 
 
 def averaged(cfg: Config) -> None:
@@ -247,6 +247,7 @@ def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str
     for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
         warnings.filterwarnings("ignore", message=message)
     torch.manual_seed(cfg.seed)
+    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
     train, val = build_data(cfg)
     loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
     cfg.optim_wrapper.optimizer.lr = plan.lr
@@ -271,13 +272,21 @@ def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str
     log(str(plan))
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
+    log(f"images normalised with {statistics}")
     if resume_from is None and cfg.get("pretrained"):
-        log(str(load_encoder(model.backbone, cfg)))
+        log(str(record_load(load_encoder(model.backbone, cfg), cfg, runner.cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
+    counts = left_out(cfg, "train_dataset", "val_dataset")
+    for line in in_words(counts):
+        log(line)
+    if is_main_process():
+        for line in describe_data(cfg, {"train_dataset": train, "val_dataset": val}):
+            log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    more = {"iterations": steps, **counts, **counted(runner.val_loop)}
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, **more)
     return runner
 
 
@@ -286,7 +295,8 @@ def check_test(cfg: Config, weights: str | None) -> None:
     if not weights:
         raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
     enter(cfg)
-    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
+    settle(cfg, weights)
+    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None, cfg.get("allow_partial", False))
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
     check_data(cfg, ("val_dataset",))
@@ -296,45 +306,86 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     """Measure a trained detector or segmentor on the validation images."""
     world = join()
     enter(cfg)
-    train, val = build_data(cfg)
+    statistics = settle(cfg, weights)
+    (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
+    described = describe_data(cfg, {"val_dataset": val}) if is_main_process() else []
     if cfg.get("tta"):
         averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))
     model = runner.model
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
-    load_whole(model, weights, runner.logger.info)
+    record_load(load_whole(model, weights, runner.logger.info, cfg.get("allow_partial", False)), cfg)
+    counts = left_out(cfg, "val_dataset")
+    for line in (*described, *in_words(counts), f"images normalised with {statistics}"):
+        runner.logger.info(line)
     metrics = figures(cfg, runner.test())
-    stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
+    more = {"stage": "test", **counts, **counted(runner.test_loop)}
+    if cfg.get("tta"):
+        more |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
+    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, **more)
     return metrics
 
 
-def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without times, and without CocoMetric's of each class, whose table is in the log.
+def counted(loop) -> dict[str, int]:
+    """Over how many classes a metric's last figures are the mean, for results.json; nothing where it does not say."""
+    found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
+    return dict(zip(("classes_evaluated", "classes"), found, strict=False))
 
-    CocoMetric gives nothing where nothing at all was detected; that is an AP of 0.
+
+def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without times, and without COCO's of each class, whose table is in the log.
+
+    COCO's metrics give nothing where nothing at all was detected; that is an AP of 0.
     """
     kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
-    if not kept and cfg.default_scope == "mmdet":
-        return {f"coco/{metric}_mAP": 0.0 for metric in cfg.val_evaluator.metric}
+    if kept:
+        return kept
+    kind = registered(cfg, METRICS, cfg.val_evaluator.type, "val_evaluator")
+    if takes(kind, "ann_file"):
+        asked = cfg.val_evaluator.get("metric", "bbox")
+        prefix = cfg.val_evaluator.get("prefix") or kind.default_prefix
+        return {f"{prefix}/{name}_mAP": 0.0 for name in ([asked] if isinstance(asked, str) else asked)}
     return kept
 
 
-def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
-    """A trained detector's or segmentor's weights, ours or mm's, all of them; `UserError` where they do not fit."""
+def load_whole(
+    model: nn.Module, path: str, log: Callable[[str], None], partial: bool = False
+) -> checkpoint.LoadReport:
+    """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
+
+    Files of ours, of mm's, and of detectron2's whole ViTDet detectors, of whose weights none may be left.
+
+    Args:
+        model: the whole model.
+        path: the file.
+        log: is given what was loaded, in words.
+        partial: leave in the file what the model does not read.
+    """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
+    released = any(str(name).startswith("proposal_generator.") for name in weights)
+    if released:
+        from semaim.detection.released import for_model
+
+        weights = for_model(content, model, path)
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong:
-        name = (missing + wrong)[0]
+    if missing or wrong or (released and extra):
+        name = (missing + wrong + extra)[0]
+        left = f", {len(extra)} are not the model's" if released else ""
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
-            f" such as {name}: test with the config of its training"
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape"
+            f"{left}, such as {name}: test with the config of its training"
+        )
+    if extra and not partial:
+        raise UserError(
+            f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)}: test"
+            " with the config of its training (--allow-partial leaves them out, and the results say so)"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    left = f"; left in the file: {checkpoint.grouped(extra)}" if extra else ""
+    left = f"; NOT TAKEN: {checkpoint.kinds(extra)}" if extra else ""
     log(f"loaded {len(own)} tensors from {path}{left}")
+    return checkpoint.LoadReport(Path(path), "whole model", list(own), unexpected=extra, unread=extra)

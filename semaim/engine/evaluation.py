@@ -13,13 +13,15 @@ from mmengine.registry import LOOPS, MODELS
 from torch import Tensor, nn
 
 from semaim import checkpoint
+from semaim.consumers import NEW_IN_CLASSIFIERS
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
-from semaim.engine.training import build_datasets, load_pretrained
+from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
 
@@ -29,18 +31,26 @@ class NearestNeighbours:
     """Weighted k-NN on the encoder's features.
 
     Args:
-        ks: numbers of neighbours.
+        ks: numbers of neighbours; those beyond the number of training images are left out.
         temperature: of the weights exp(cosine / temperature).
+
+    Source of the numbers: DINO, `eval_knn.py`.
     """
 
-    def __init__(self, ks: tuple[int, ...] = (5, 10, 20, 30, 50), temperature: float = 0.07):
+    def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
         self.ks, self.temperature = tuple(ks), temperature
 
     def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics."""
-        found = knn_accuracy(*train, *val, classes, ks=self.ks, temperature=self.temperature, device=device)
+        """(features, labels) of both splits -> metrics; `UserError` where no k is left."""
+        images = len(train[0])
+        # With none left the smallest is asked for, and refused.
+        ks = [k for k in self.ks if k <= images] or [min(self.ks)]
+        if len(ks) < len(self.ks):
+            left = ", ".join(str(k) for k in self.ks if k not in ks)
+            log(f"k-NN: k = {left} left out, there are {images} training images")
+        found = knn_accuracy(*train, *val, classes, ks=ks, temperature=self.temperature, device=device)
         for k, (top1, top5) in found.items():
-            log(f"k-NN, k = {k:2d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
+            log(f"k-NN, k = {k:3d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
         metrics = {
             f"knn{k}_top{n}": value for k, values in found.items() for n, value in zip((1, 5), values, strict=True)
         }
@@ -103,21 +113,29 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
         )
     if cfg.model.type != "Classification":
         raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
-    if weights != RANDOM:
-        checkpoint.read(weights)
+    choose(cfg, None if weights == RANDOM else weights)
+    if weights == RANDOM:
+        return
+    found = checkpoint.read(weights)
+    if "evaluation" in cfg:
+        with torch.device("meta"):  # names and sizes are compared without memory
+            network = MODELS.build(cfg.model).network
+        checkpoint.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     """k-NN or the fast probe."""
     device = torch.device(get_device())
     log = logger_of(cfg).info
+    statistics = settle(cfg, None if weights == RANDOM else weights)
     train, val = build_datasets(cfg)
     record_origin(cfg, None if weights == RANDOM else weights)
     model: NetworkModel = MODELS.build({**cfg.model, "compile": cfg.compile})
     if weights == RANDOM:
         log("random weights: the encoder as it is initialised")
     else:
-        log(str(load_pretrained(model.network, weights)))
+        log(str(record_load(load_pretrained(model.network, weights, cfg.get("allow_partial", False)), cfg)))
+    log(f"images normalised with {statistics}")
     model.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:
@@ -129,7 +147,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     for name, images in (("train", train), ("val", val)):
         key = {
             "weights": digest,
-            "pool": model.network.pool,
+            "pool": model.network.pooling,
             "precision": model.precision if device.type == "cuda" else "fp32",
             "paths": hashlib.sha256(b"\n".join(images.paths.tolist())).hexdigest(),
             "transform": repr(images.transform),
@@ -148,7 +166,8 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
         )
     metrics = LOOPS.build(cfg.evaluation).run(*sets, len(train.classes), device, log)
     path = None if weights == RANDOM else weights
-    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type)
+    features = model.network.pooling
+    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type, features=features)
     return metrics
 
 
@@ -167,10 +186,11 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
     if head is None:
         raise UserError(f"{weights} has no classifier: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
-    cfg.model.network.num_classes = None
     record_origin(cfg, weights, whole=True)
-    train, val = build_datasets(cfg)
+    statistics = settle(cfg, weights)
+    val = build_validation(cfg)
     classes = val.classes
+    cfg.model.network.num_classes = len(classes)
     if len(head) != len(classes):
         raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(classes)}")
     if found.classes and list(found.classes) != classes:
@@ -191,15 +211,19 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
         cfg=cfg,
     )
     model = getattr(runner.model, "module", runner.model)
-    report = checkpoint.load(model.network, weights)
+    report = checkpoint.load(model.network, found, partial=True)
     runner.logger.info(str(report))
+    runner.logger.info(f"images normalised with {statistics}")
     if report.missing:
         raise UserError(
             f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
             " config of its training"
         )
+    if not cfg.get("allow_partial", False):
+        report.refuse()
+    record_load(report, cfg)
     metrics = runner.test()
-    write_results(cfg, metrics, len(train), len(val), weights, stage="Classification")
+    write_results(cfg, metrics, None, len(val), weights, stage="Classification")
     return metrics
 
 

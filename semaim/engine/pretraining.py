@@ -1,11 +1,14 @@
 """Pretraining networks, SemAIM and MAE, under mmengine's runner: built from a config, with their teachers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
+from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
 
 from semaim.data.folder import PretrainImages
@@ -14,20 +17,31 @@ from semaim.engine.config_keys import Types, check_options
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
+from semaim.normalisation import Statistics, of_run
 
 DATASETS.register_module(module=PretrainImages)
 
 
-def build_teacher(name: str, weights: str | None = None, project: bool = False) -> Teacher:
+def build_teacher(
+    name: str,
+    weights: str | None = None,
+    project: bool = False,
+    normalisation: str = "teacher",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Teacher:
     """A frozen timm model as guide.
 
     Args:
-        name: in timm, such as vit_base_patch16_224.dino or vit_base_patch16_clip_224.openai.
-        weights: a local file (.safetensors, or .pth of tensors only); None fetches them from the hub.
-        project: also pass tokens through the model's head (CLIP).
+        name: in timm, such as vit_base_patch16_224.dino or vit_base_patch16_clip_quickgelu_224.openai. It says how the
+            network is built: which activation a CLIP has is not seen in its weights.
+        weights: a local file (.safetensors, or .pth of tensors only), of timm's or OpenAI's names; None fetches them
+            from the hub.
+        project, normalisation, mean, std: as for `Teacher`.
     """
     if weights and not Path(weights).is_file():
         raise UserError(f"no such file of teacher weights: {weights}")
+    check_activation(name, weights)
     overlay = {"file": weights} if weights else None
     try:
         network = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, dynamic_img_size=True)
@@ -35,14 +49,38 @@ def build_teacher(name: str, weights: str | None = None, project: bool = False) 
         cause = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         if weights:
             raise UserError(f"cannot load teacher {name} from {weights}: {cause}") from None
+        known = get_pretrained_cfg(name)
+        hub = (known and known.hf_hub_id) or f"timm/{name}"
         raise UserError(
-            f"cannot fetch the weights of teacher {name} ({cause}); download model.safetensors of timm/{name} from the"
+            f"cannot fetch the weights of teacher {name} ({cause}); download model.safetensors of {hub} from the"
             " Hugging Face hub elsewhere and give it: --cfg-options model.network.guide.weights=FILE"
         ) from None
     try:
-        return Teacher(network, project)
+        return Teacher(network, project, normalisation, tuple(mean), tuple(std))
     except ValueError as error:
         raise UserError(f"teacher {name}: {error}") from None
+
+
+def check_activation(name: str, weights: str | None = None) -> None:
+    """`UserError` where timm would build a CLIP with the exact GELU around weights trained with QuickGELU.
+
+    timm says of each of its weights whether they are; of a local file only its tag in the name tells whose they are.
+    """
+    architecture, _, tag = name.partition(".")
+    quick = architecture.replace("_clip_", "_clip_quickgelu_")
+    if quick == architecture or not is_model(quick):
+        return
+    known = get_pretrained_cfg(name)
+    if known and any("natively QuickGELU" in note for note in known.notes or ()):
+        raise UserError(
+            f"teacher {name} would be built with GELU, and its weights were trained with QuickGELU:"
+            f" use {quick}.{known.tag}"
+        )
+    if weights and not tag:
+        raise UserError(
+            f"teacher {name}: its name does not say whose weights {weights} holds, and so not their activation: name"
+            f" {quick} for OpenAI's, or add the tag of others ({name}.{known.tag if known else 'TAG'})"
+        )
 
 
 def build_target(target: dict, patch_size: int | tuple[int, int], guide_width: int | None = None):
@@ -96,10 +134,21 @@ class Pretraining(NetworkModel):
 
     Args:
         network, precision, compile: as for `NetworkModel`.
+        mean, std: that images are normalised with, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
-    def __init__(self, network: dict, precision: str = "bf16", compile: bool = False):
-        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages"})
+    def __init__(
+        self,
+        network: dict,
+        precision: str = "bf16",
+        compile: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
+        if isinstance(network.get("guide"), dict):  # it sees the same images
+            network = {**network, "guide": {**network["guide"], **statistics}}
+        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages", **statistics})
 
     def describe(self) -> str:
         """What is predicted, and how, in a line."""
@@ -123,7 +172,7 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     The config in the file is data from elsewhere: it names sizes and options, never what else to build.
 
     Args:
-        checkpoint: with the run's `config` and `model`.
+        checkpoint: with the run's `config`, which has the statistics of its images, and `model`.
         options: keys of the config to change, as `--cfg-options` gives them.
     """
     if not checkpoint.get("config"):
@@ -136,8 +185,9 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     kinds = (model.pop("type", None), model.get("network", {}).get("type"))
     if kinds not in (("Pretraining", "SemAIM"), ("Pretraining", "MAE")):
         raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining or MAE's")
+    statistics = of_run(checkpoint["config"]) or Statistics()
     try:
-        built = Pretraining(**{**model, "compile": False})
+        built = Pretraining(**{**model, "compile": False, "mean": statistics.mean, "std": statistics.std})
         built.network.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

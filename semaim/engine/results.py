@@ -12,8 +12,10 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
+from semaim.checkpoint import LoadReport
 from semaim.engine.checkpointing import FORMAT
 from semaim.models.vit import SIZES
+from semaim.normalisation import of_config
 from semaim.safe_reading import read_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
@@ -26,14 +28,15 @@ EVALUATIONS = {"NearestNeighbours": "k-NN", "FastProbe": "fast linear probe"}
 
 
 def write_results(
-    cfg: Config, metrics: dict, train_images: int, val_images: int, checkpoint: str | None, **more
+    cfg: Config, metrics: dict, train_images: int | None, val_images: int, checkpoint: str | None, **more
 ) -> None:
     """Write `results.json`, on the main process.
 
     Args:
         cfg: of the run; names the work folder; `record_origin` has told it where weights and code came from.
         metrics: name -> number.
-        train_images, val_images: how many were trained (or searched) and evaluated on.
+        train_images, val_images: how many were trained (or searched) and evaluated on; None for as many as the
+            measured checkpoint says that it was trained on.
         checkpoint: whose encoder was measured; None for random weights.
         **more: further plain values; `data`, where it is not `cfg.dataset.root`.
     """
@@ -41,6 +44,7 @@ def write_results(
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     origin = dict(cfg.get("origin") or {})
+    trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     results = {
         "config": origin.pop("config", None) or config_name(cfg),
@@ -51,8 +55,9 @@ def write_results(
         "checkpoint": checkpoint,
         **origin,
         "data": str(more.pop("data", None) or cfg.dataset.root),
-        "train_images": train_images,
+        "train_images": trained_on if train_images is None else train_images,
         "val_images": val_images,
+        **statistics_of(cfg),
         "seed": cfg.seed,
         "cfg_options": {**trained_with, **(cfg.get("cfg_options") or {})},
         **({"overrides": dict(cfg.overrides)} if cfg.get("overrides") else {}),
@@ -67,6 +72,12 @@ def write_results(
     partial = folder / ".results.partial"
     partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
     os.replace(partial, folder / "results.json")
+
+
+def statistics_of(cfg: Config) -> dict:
+    """mean, std of pixels from 0 to 1 that `normalisation.settle` has left in the config, and where they are from."""
+    found = of_config(cfg)
+    return {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
 
 
 def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:
@@ -86,34 +97,58 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
 
 
+def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
+    """Note in the origin of these configs, on the main process, what was loaded; the report itself again.
+
+    `load_report` is the last load's; `partly_loaded` says in words which loads, also those before that the weights come
+    from, left something out.
+    """
+    for cfg in cfgs if is_main_process() else ():
+        origin = dict(cfg.get("origin") or {})
+        parts = [origin.get("partly_loaded"), report.partly]
+        told = "; ".join(dict.fromkeys(part for part in parts if part))
+        cfg.origin = {
+            **origin,
+            **({"allow_partial": True} if cfg.get("allow_partial") else {}),
+            **({"partly_loaded": told} if told else {}),
+            "load_report": report.summary(),
+        }
+    return report
+
+
 def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     """method and pretrain_config, _epochs, _images and _options of a checkpoint of ours; nothing of others.
 
     Args:
         path: the checkpoint.
         same: it belongs to the run itself; else a fine-tuned one is of another method than what it was made of.
-        trained: also its own length, epochs or iterations, and its own cfg_options.
+        trained: also its own length, epochs or iterations, its number of images, and its own cfg_options.
     """
     content = _mapping(read_file(path))
     config = _mapping(content.get("config"))
     if content.get("format") != FORMAT or not config:
         return {}
+    known = _mapping(config.get("origin"))
+    partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
+            **partly,
             "method": method_of(config["model"]),
-            "pretrain_config": name if isinstance(name := _mapping(config.get("origin")).get("config"), str) else None,
+            "pretrain_config": name if isinstance(name := known.get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
     names = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
-    known = _mapping(config.get("origin"))
-    origin = {name: known[name] for name in names if known.get(name) is not None}
+    if same and not trained:  # a run that goes on: its own load too
+        names += ("load_report", "allow_partial")
+    origin = {name: known[name] for name in names if known.get(name) is not None} | partly
     if not same and "method" in origin:
         origin["method"] = f"{origin['method']} after {task_of(config)}"
     if trained:
         dense = config.get("default_scope") != "mmengine"
         origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
+        origin["train_images"] = _whole(content.get("images"))
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
 
@@ -135,6 +170,8 @@ def method_of(model: Mapping) -> str | None:
     teacher = str(_mapping(guide).get("name", ""))
     features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
     features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
+    # Published is CLIP as OpenAI built it, on images with ImageNet's statistics. Earlier versions did neither.
+    official = "_quickgelu_" in teacher and _mapping(guide).get("normalisation") == "student"
     parts = [METHODS.get(order, f"order {order}")]
     if _mapping(network.get("target")).get("type") == "FeatureTarget":
         parts.append(f"{features} features")
@@ -142,7 +179,7 @@ def method_of(model: Mapping) -> str | None:
         parts.append(f"guide {features}")
     if network.get("similarity", "cls") != "cls":
         parts.append(f"similarity {network['similarity']}")
-    return "SemAIM*" if parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
+    return "SemAIM*" if official and parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
 
 
 def backbone_of(cfg: Mapping) -> str | None:

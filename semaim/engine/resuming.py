@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from mmengine.config import Config
 
 from semaim.engine.checkpointing import choose_checkpoint, read_checkpoint
-from semaim.engine.config import check_keys, merge, top_keys, types_of
+from semaim.engine.classes import keep_classes
+from semaim.engine.config import check_keys, is_dense, merge, top_keys, types_of
 from semaim.engine.results import config_name
 from semaim.errors import UserError
 
@@ -21,8 +22,11 @@ FREE = re.compile(
 
 #: What is no setting: the run has put it there itself.
 NOTED = re.compile(
-    r"(origin|cfg_options|overrides)(\..*)?|work_dir|optim_wrapper\.optimizer\.lr|optim_wrapper\.accumulative_counts"
+    r"(origin|cfg_options|overrides)(\..*)?|statistics_from|allow_partial|work_dir|optim_wrapper\.optimizer\.lr|optim_wrapper\.accumulative_counts"
 )
+
+#: What the run fills in where the config leaves it open, from the weights it starts from.
+FILLED = re.compile(r"(dataset|model\.data_preprocessor)\.(mean|std)")
 
 #: Last parts of keys that name what is built. A file does not say that; the config and the command line do.
 NAMES_CODE = ("type", "constructor", "resize_type")
@@ -68,7 +72,8 @@ def own_settings(
     """
     if "optimizer" not in checkpoint or not isinstance(checkpoint.get("config"), Mapping):
         raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
-    now, saved = cfg.to_dict(), _saved(checkpoint["config"], cfg)
+    saved = _saved(checkpoint["config"], cfg)
+    now = _entered(cfg, saved.get("keep_classes"))
     first, noted, origin = (_mapping(saved.get(key)) for key in ("cfg_options", "overrides", "origin"))
     after = Config(copy.deepcopy(saved))
     merge(after, copy.deepcopy(dict(given)))
@@ -78,6 +83,7 @@ def own_settings(
     if strict and not override or "pretrained" in strict:
         _refuse(strict, path)
     # Of what is otherwise in the config now, the rest was given at the start; or the file is another, or was edited.
+    kept = {key: pair for key, pair in kept.items() if _given(key, first) or not FILLED.fullmatch(key)}
     edited = {key: pair for key, pair in kept.items() if not _given(key, first)}
     _check_same(kept, edited, first, origin.get("config"), config_name(cfg), path)
 
@@ -96,6 +102,7 @@ def own_settings(
     noted = dict(noted) | {key: [noted.get(key, [_plain(old)])[0], _plain(new)] for key, (old, new) in strict.items()}
     settings |= {"work_dir": cfg.work_dir, "cfg_options": {**first, **(cfg.get("cfg_options") or {})}}
     settings |= {"overrides": noted} if noted else {}
+    settings |= {"allow_partial": True} if cfg.get("allow_partial") else {}
     for key in list(cfg):
         cfg.pop(key)
     for key, value in settings.items():
@@ -126,6 +133,16 @@ def _saved(config: Mapping, cfg: Config) -> dict:
             else:
                 saved[top] = copy.deepcopy(now[top])
     return saved
+
+
+def _entered(cfg: Config, kept: object) -> dict:
+    """The config as a run would change it at its start that keeps these classes."""
+    now = Config(cfg.to_dict())
+    if kept and is_dense(cfg):
+        now.keep_classes = kept
+        keep_classes(now)
+        now.keep_classes = cfg.get("keep_classes")
+    return now.to_dict()
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple[object, object]]:

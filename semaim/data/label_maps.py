@@ -1,0 +1,145 @@
+"""Finds what is wrong with the label maps of a segmentation data set before a training meets them.
+
+`verify_ade20k` reads everything, the images too, and returns a `Report`. `count_values` decodes the label maps only: it
+is for the start of a training. What the values mean is judged in label_rules.py. Nothing is ever written.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.label_rules import Labels, errors, limits, warnings
+from semaim.errors import UserError
+
+LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's names of one channel of 8 or 16 bits in a PNG
+
+
+def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
+    """What is wrong with an image, of which all or only the head is read, and its label map; the pixels per value."""
+    image, label = pair
+    try:
+        size = image_size(image, whole)
+    except Exception as error:
+        return ("broken image", f"{image.name}: {error}"), {}
+    try:
+        with Image.open(label) as file:
+            mode, values = file.mode, np.asarray(file)
+    except Exception as error:
+        return ("broken label map", f"{label.name}: {error}"), {}
+    if mode not in LABEL_MODES:
+        return ("label map that is not one channel of 8 or 16 bits", f"{label.name}: mode {mode}"), {}
+    if values.shape != size[::-1]:
+        text = f"{label.name}: {size_words(values.shape[::-1])}, its image {size_words(size)}"
+        return ("label map and image differ in size", text), {}
+    counts = np.bincount(values.ravel())
+    return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:
+    """The pixels of each value in every label map, by its file; `UserError` where one cannot be trained on.
+
+    Args:
+        pairs: (image, label map) files.
+    """
+    return _count_values(tuple((*pair, *map(_state, pair)) for pair in pairs))
+
+
+def _state(path: str) -> tuple[int, int]:
+    """When a file was written, and its size; none where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)  # of both splits: a run of one process asks before it starts, and again for its log
+def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
+    def count(pair: tuple) -> tuple[str | None, dict[int, int]]:
+        image, label = map(Path, pair[:2])
+        if not label.is_file():
+            return f"{image} has no label map {label}", {}
+        note, found = _check_pair((image, label), whole=False)
+        return f"{label.parent}: {note[0]}: {note[1]}" if note else None, found
+
+    results = parallel(count, list(files), min(32, os.cpu_count() or 1), True, "label maps")
+    if faults := [fault for fault, _ in results if fault]:
+        more = f"{len(faults)} of {len(files)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
+        raise UserError(f"{faults[0]} ({more})")
+    return {label: found for (_, label, *_), (_, found) in zip(files, results, strict=True)}
+
+
+def verify_ade20k(
+    root: StrPath,
+    classes: int = 150,
+    reduce_zero_label: bool = True,
+    workers: int = 4,
+    progress: bool = False,
+    most_ignored: float | None = None,
+) -> Report:
+    """Look at every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
+
+    Args:
+        root: the folder that holds images/ and annotations/.
+        classes: how many there are, unlabelled not counted.
+        reduce_zero_label: whether 0 means unlabelled and classes count from 1, as in ADE20K, or classes count from 0.
+        workers: threads.
+        progress: show a bar, where the standard error is a terminal.
+        most_ignored: largest share of a split's pixels that may be unlabelled, None for any.
+
+    `UserError` where there is nothing to look at.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root}")
+    report = Report(str(root))
+    pairs_found, trained = 0, None
+    for split in SPLITS.values():
+        images, labels = root / "images" / split, root / "annotations" / split
+        if not images.is_dir() and not labels.is_dir():
+            continue
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise UserError(f"no such folder: {folder} (ADE20K's layout: images/{split} and annotations/{split})")
+        # Not the hidden files that some systems put beside each.
+        pictures, maps = {p.stem for p in images.glob("[!.]*.jpg")}, {p.stem for p in labels.glob("[!.]*.png")}
+        for stem in sorted(pictures - maps):
+            report.problem("image without label map", f"{split}/{stem}.jpg")
+        for stem in sorted(maps - pictures):
+            report.problem("label map without image", f"{split}/{stem}.png")
+        stems = sorted(pictures & maps)
+        pairs_found += len(stems)
+        pairs = [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
+        counts = {}
+        for stem, (note, found) in zip(stems, parallel(_check_pair, pairs, workers, progress, split), strict=True):
+            if note:
+                report.problem(note[0], f"{split}/{note[1]}")
+            else:
+                counts[f"{split}/{stem}.png"] = found
+        report.summary.append(f"{split}: {len(stems)} pairs of image and label map")
+        if counts:
+            found = Labels(split, counts, ("",) * classes, split == SPLITS["train"], reduce_zero_label)
+            _judge(report, found, trained, most_ignored)
+            trained = found
+    if not pairs_found:
+        raise UserError(f"no pairs in {root}: it needs images/training/NAME.jpg and annotations/training/NAME.png")
+    return report
+
+
+def _judge(report: Report, labels: Labels, trained: Labels | None, most_ignored: float | None) -> None:
+    """Put into the report what the values of a split are, and what is wrong with them; every map that is."""
+    report.summary += str(labels).split("\n")
+    beyond = "value beyond the classes"
+    for kind, text in errors(labels, most_ignored):
+        if kind != beyond:
+            report.problem(kind, text)
+            continue
+        for name, found in labels.counts.items():
+            if over := labels.beyond(found):
+                report.problem(kind, f"{name}: {shortened(list(map(str, over)))}; {limits(labels, over[0])}")
+    for kind, text in warnings(labels, trained):
+        report.warning(kind, text)

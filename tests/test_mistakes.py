@@ -90,7 +90,7 @@ def refused(done, *messages):
                 (DETECTOR, "model.test_cfg.rcnn.score_th=0.1", "did you mean score_thr?"),
                 (DETECTOR, "model.test_cfg.rcnn.nms.iou_thr=0.1", "did you mean iou_threshold"),
                 (DETECTOR, "train_dataset.metainfo.clases=a,b", "did you mean classes?"),
-                (DETECTOR, "train_dataset.pipeline.3.keep_rato=True", "did you mean keep_ratio?"),
+                (DETECTOR, "train_dataset.pipeline.3.ratio_rang=1", "did you mean ratio_range"),
                 (DETECTOR, "train_dataset.pipeline.30.scale=3", "train_dataset.pipeline is a list of 7: give 0 to 6"),
                 (DETECTOR, "train_dataset.filter_cfg.minsize=3", "did you mean min_size"),
                 (DETECTOR, "model.type=MaskRCN", "unknown type 'MaskRCN' in model: did you mean MaskRCNN?"),
@@ -146,7 +146,7 @@ def test_every_tool_reads_configs_the_same_way(typed, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "folder"])
-def test_a_work_folder_that_cannot_be_written(typed, data, tmp_path, pretrained, inside):
+def test_a_work_folder_that_cannot_be_written(typed, data, tmp_path, inside):
     file = tmp_path / "file"
     file.write_text("")
     out, small = file / inside, ["--cfg-options", "total_batch_size=4", "num_workers=0"]
@@ -155,7 +155,7 @@ def test_a_work_folder_that_cannot_be_written(typed, data, tmp_path, pretrained,
     refused(typed("train", SEMAIM, *places, *small), f"cannot write to the work folder {out}: {reason}")
     refused(typed("sweep", FINETUNE, "--lr", 1e-3, *places), f"cannot write to the work folder {out}")
     refused(typed("reproduce", "--scale", "quick", "--work-dir", out), str(out))
-    refused(typed("test", "semaim/configs/knn/vit_tiny_scenes.py", pretrained, *places), f"work folder {out}: {reason}")
+    refused(typed("test", "semaim/configs/knn/vit_tiny_scenes.py", "random", *places), f"work folder {out}: {reason}")
 
 
 def test_hints_name_each_key_once():

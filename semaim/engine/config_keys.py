@@ -87,6 +87,9 @@ MEANT = {
     "max_epochs": "max_iters",
 }
 
+#: Arguments of the grouping of parameters that come from the model and the optimizer.
+OF_THE_MODEL = {"model", "parameters", "lr", "weight_decay", "depth_of", "norms"}
+
 #: What writers of scalars import when the first is written.
 PACKAGES = {
     "WandbVisBackend": "wandb",
@@ -191,7 +194,7 @@ def free_dicts(cfg: Mapping, types: Types) -> dict[str, set[str]]:
     wrapper = cfg.get("optim_wrapper")
     constructor = types.find(wrapper.get("constructor")) if isinstance(wrapper, Mapping) else None
     if grouping := getattr(constructor, "arguments_of", None):
-        found["optim_wrapper.paramwise_cfg"] = arguments(grouping)[0] - {"model", "lr", "weight_decay"}
+        found["optim_wrapper.paramwise_cfg"] = arguments(grouping)[0] - OF_THE_MODEL
     return found
 
 

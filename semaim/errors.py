@@ -1,9 +1,17 @@
 """Errors that are the user's to mend: one clear line and a non-zero exit, no traceback."""
 
 import difflib
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
+
+#: What the system refuses where a folder or file is not the user's to write, or the disk is full.
+REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -19,10 +27,29 @@ class Diverged(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known ones, or all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    """A hint for a misspelt name: the nearest known ones, each once, or all of them."""
+    known = sorted(set(known))
+    near = close(name, known)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known) or 'none'}"
+
+
+def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    """At most three known names that look like this one, or of which it is a part; the nearest first."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
+    return near or [other for other in known if name and name in other.split("_")][:3]
+
+
+def check_work_dir(folder: str | os.PathLike) -> None:
+    """`UserError` where a run could not write into its work folder, which is made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        file = os.path.exists(folder) and not os.path.isdir(folder)
+        reason = "it is a file" if file else error.strerror or error
+        raise UserError(f"cannot write to the work folder {folder}: {reason}; name another --work-dir") from None
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -38,6 +65,11 @@ def run(main: Callable[[], int | None]) -> int:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return error.status
+    except OSError as error:  # a folder that nothing had looked at before
+        if error.errno not in REFUSALS or not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return UserError.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
@@ -260,7 +261,7 @@ def build_pipeline(cfg: Config) -> list[Callable[[dict], dict]]:
 @torch.no_grad()
 def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
     """An image as the pipeline read it, turned as its camera says, and the model's data sample of it."""
-    load_image(path)  # raises for a truncated file, of which OpenCV reads a part
+    width, height = load_image(path).size  # raises for a truncated file, of which OpenCV reads a part
     image, data = None, {"img_path": path, "img_id": 0}
     try:
         for step in pipeline:
@@ -269,11 +270,15 @@ def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: 
                 image = to_picture(data["img"])
         batch = pseudo_collate([data])
     except Exception as error:  # OpenCV and the transforms raise many types
-        raise UserError(f"cannot prepare image {path}: {' '.join(str(error).split())[:200]}") from None
+        told = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
+        raise UserError(f"cannot prepare image {path} of {width} x {height} pixels: {told}") from None
     try:
         return image, model.test_step(batch)[0]
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"out of GPU memory for image {path}: give --device cpu") from None
+    except (RuntimeError, ValueError, AssertionError) as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot predict image {path} of {width} x {height} pixels: {told}") from None
 
 
 def to_picture(bgr: np.ndarray) -> Image.Image:

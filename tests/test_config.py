@@ -154,7 +154,7 @@ def test_accepted_arguments_of_base_classes_are_known():
 
 
 def test_missing_and_broken_config_files(tmp_path):
-    with pytest.raises(UserError, match="no such config.*did you mean semaim_vit_base_800e.py"):
+    with pytest.raises(UserError, match="no such config.*did you mean semaim/configs/pretrain/semaim_vit_base_800e.py"):
         load_config("semaim_vit_base_800.py")
     (tmp_path / "broken.py").write_text("model = dict(\n")
     with pytest.raises(UserError, match="cannot read config .*broken.py"):

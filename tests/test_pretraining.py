@@ -218,7 +218,7 @@ def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_confi
     longer = {**options, "train_cfg.max_epochs": 2}
     alone, two = tiny_config("divided", **longer), tiny_config("whole", **longer)
     train(alone, choose_checkpoint(alone, "auto"))
-    done = command(SCENES, 2, "--resume", *flags(two), *extra, "fsdp=True", cwd=ROOT)
+    done = command(SCENES, 2, "--resume", "--override", *flags(two), *extra, "fsdp=True", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(two) == pytest.approx(losses(alone), rel=1e-3) and len(losses(two)) == 10
 
@@ -331,7 +331,7 @@ def build_teacher_without_weights(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["semaim_vit_base_800.py"], "no such config: semaim_vit_base_800.py: did you mean semaim_vit_base_800e.py"),
+        (["semaim_vit_base_800.py"], "no such config: semaim_vit_base_800.py: did you mean semaim/configs/"),
         ([], "no such folder: data/imagenet"),
         ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes asked for; this machine has no GPU and"),
         ([SCENES, "--data-root", "EMPTY"], "no images in"),
@@ -379,7 +379,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny_config):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = command(SCENES, "1", "--resume", *flags(longer), cwd=ROOT, preexec_fn=small_files)
+    done = command(SCENES, "1", "--resume", "--override", *flags(longer), cwd=ROOT, preexec_fn=small_files)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: cannot save") and "epoch_3.pth: no space left" in last and "--resume" in last

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.registry import DATASETS
 from PIL import Image, ImageDraw
 
 from semaim.engine.config import load_config
 from semaim.engine.dense import SCOPES, SeededImages, build, enter, set_data_root
 from semaim.errors import UserError, run
+from semaim.options import ConfigOptions
 from semaim.prediction import (
     READABLE,
     Instances,
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         "--images", type=int, default=8, metavar="N", help="so many, spread over the data (default: %(default)s)"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change keys of the config"
+        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
     )
     return parser.parse_args()
 
@@ -82,11 +82,7 @@ def main() -> int:
         raise UserError(f"train_dataset: no images with annotations in {cfg.train_dataset.data_root}")
     items = []
     for index in np.linspace(0, len(images) - 1, min(args.images, len(images))).round().astype(int).tolist():
-        try:
-            items.append(images[0, index])
-        except Exception as error:  # the transforms raise many types
-            path = images.dataset.get_data_info(index)["img_path"]
-            raise UserError(f"cannot prepare image {path}: {' '.join(str(error).split())[:200]}") from None
+        items.append(images[0, index])
 
     scale = READABLE / max(side for item in items for side in item["inputs"].shape[-2:])
     pictures, captions, maps = [], [], []
@@ -103,8 +99,11 @@ def main() -> int:
     if maps:
         shares = shares_of(np.concatenate([classes.ravel() for classes in maps]), len(images.classes))
         picture = add_legend(picture, shares, images.classes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out)
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror or error}") from None
     print(f"wrote {out}: {len(items)} of {len(images)} images")
     return 0
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from mmengine.registry import MODELS
 
 from semaim.data.folder import find_images
@@ -18,6 +17,7 @@ from semaim.engine.config import load_config
 from semaim.engine.dense import SCOPES, build, enter, load_whole
 from semaim.errors import UserError, run
 from semaim.normalisation import settle
+from semaim.options import ConfigOptions
 from semaim.prediction import (
     Instances,
     add_legend,
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change keys of the config"
+        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
     )
     return parser.parse_args()
 
@@ -138,9 +138,11 @@ def main() -> int:
     finally:  # an interrupt keeps what is done
         (out / "predictions.json").write_text(json.dumps(results))
     print(f"wrote {out / 'predictions.json'}: {len(results)} results of {len(paths) - len(broken)} images")
+    for line in broken[:-1]:
+        print(f"error: {line}", file=sys.stderr)
     if broken:
         more = f" ({len(broken)} of {len(paths)} images failed; the others are predicted)" if len(paths) > 1 else ""
-        raise UserError(broken[0] + more)
+        raise UserError(broken[-1] + more)
     return 0
 
 

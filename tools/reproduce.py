@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from semaim.engine.launcher import check_processes, launched
-from semaim.errors import UserError, run
+from semaim.errors import UserError, check_work_dir, run
 from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
 from semaim.results.formats import FORMATS, glance
@@ -240,6 +240,7 @@ def main() -> int:
         show(chosen, rates)
         return 0
     check(stages, chosen)
+    check_work_dir(work)
     code = work_through(chosen)
     if code == 0:
         tabulate(work, args.scale)

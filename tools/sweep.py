@@ -12,13 +12,13 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 
 from semaim.engine.config import load_config
 from semaim.engine.launcher import launched
-from semaim.errors import Diverged, UserError, run
+from semaim.errors import Diverged, UserError, check_work_dir, run
+from semaim.options import ConfigOptions
 from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
@@ -48,11 +48,8 @@ def parse_args() -> argparse.Namespace:
     common.add_argument("--data-root", metavar="DIR")
     common.add_argument("--pretrained", metavar="FILE")
     common.add_argument("--gpus", default="1", metavar="N")
-    common.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    try:
-        return parser.parse_args()
-    except ValueError:  # from DictAction
-        raise UserError("--cfg-options: write KEY=VALUE") from None
+    common.add_argument("--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE")
+    return parser.parse_args()
 
 
 def short(number: float) -> str:
@@ -120,6 +117,7 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
     """Train what has not finished; the exit status."""
     runs = plan(args)
     check_folder(work, runs)
+    check_work_dir(work)
     for number, (name, record) in enumerate(runs.items(), 1):
         folder = work / name
         title = f"run {number} of {len(runs)}, {name}:"

@@ -5,11 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
-from semaim.errors import UserError, run
+from semaim.errors import UserError, check_work_dir, run
+from semaim.options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +31,7 @@ def parse_args() -> argparse.Namespace:
         "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change keys of the config"
+        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
     )
     return parser.parse_args()
 
@@ -57,7 +56,12 @@ def main() -> int:
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-    return command(lambda processes: check(cfg, weights), lambda: work(cfg, weights), args.gpus)
+
+    def prepare(processes: int) -> None:
+        check(cfg, weights)
+        check_work_dir(cfg.work_dir)
+
+    return command(prepare, lambda: work(cfg, weights), args.gpus)
 
 
 if __name__ == "__main__":

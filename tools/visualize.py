@@ -5,11 +5,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
 from PIL import Image
 
 from semaim.data.folder import centre_crops, find_images
 from semaim.errors import UserError, run
+from semaim.options import ConfigOptions
 
 #: Pictures of a pretraining checkpoint: command -> what it shows.
 LOOKS = {
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     for command in (*(commands.choices[name] for name in LOOKS), predictions):
         command.add_argument("--most", type=int, default=8, help="show at most so many images (default: %(default)s)")
         command.add_argument(
-            "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="change keys of the run's config"
+            "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
         )
     curve = commands.add_parser("curve", help="loss and learning rate over the iterations")
     curve.add_argument("work_dir", help="work folder of a run")

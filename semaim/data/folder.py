@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -76,12 +76,25 @@ def load_image(path: str, smallest: int = 1) -> Image.Image:
         with Image.open(io.BytesIO(read_bytes(path))) as image:
             image = image.convert("RGB")
     except Exception as error:  # Pillow raises many types for the many ways a file can be broken
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({error})"
+        told = "of no known kind" if isinstance(error, UnidentifiedImageError) else error  # it names our copy in memory
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({told})"
         raise UserError(f"cannot read image {path}: {reason}; mend or remove it") from None
     if min(image.size) < smallest:
         width, height = image.size
         raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
     return image
+
+
+def check_whole(path: str | os.PathLike) -> None:
+    """`UserError` for a JPEG file that was cut, of which OpenCV reads a part in silence."""
+    path = os.fspath(path)
+    if not path.lower().endswith((".jpg", ".jpeg")):
+        return
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # of an empty one
+        file.seek(-2, os.SEEK_END)
+        if file.read() == b"\xff\xd9":  # the end of image; it may also stand before other data
+            return
+    load_image(path)
 
 
 def load_pixels(path: str, smallest: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -60,10 +61,16 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Read one of our own checkpoints, on the CPU; `UserError` if it is something else."""
+def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
+    """Read one of our own checkpoints, on the CPU; `UserError` if it is something else.
+
+    Args:
+        path: of the file.
+        mmap: leave the tensors in the file until they are used, for a look at the rest.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types
@@ -95,7 +102,7 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
         return None
     path = newest if resume == "auto" else Path(resume)
     if path is not None:
-        read_checkpoint(path)
+        read_checkpoint(path, mmap=True)
     return None if path is None else str(path)
 
 

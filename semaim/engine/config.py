@@ -1,46 +1,18 @@
 """Reading configs strictly: a misspelt key is an error that names the nearest right one, before anything starts."""
 
 import importlib
-import inspect
 import os
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.registry import (
-    DATASETS,
-    HOOKS,
-    LOG_PROCESSORS,
-    LOOPS,
-    MODELS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    PARAM_SCHEDULERS,
-    VISBACKENDS,
-    VISUALIZERS,
-)
 
-from semaim.errors import UserError, nearest
+from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
+from semaim.errors import UserError, close, nearest
 from semaim.normalisation import of_config
-
-#: Keys of a `type` that its builder takes, not the class itself.
-BUILDER_KEYS = {"type", "constructor", "paramwise_cfg", "priority"}
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-REGISTRIES = (
-    MODELS,
-    DATASETS,
-    OPTIMIZERS,
-    OPTIM_WRAPPERS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    PARAM_SCHEDULERS,
-    LOOPS,
-    HOOKS,
-    LOG_PROCESSORS,
-    VISUALIZERS,
-    VISBACKENDS,
-)
+SCOPES = ("mmengine", "mmdet", "mmseg")  #: of the stages on images, of detectors and of segmentors
 
 #: Top-level keys of a config of a stage on images.
 KEYS = {
@@ -67,6 +39,8 @@ KEYS = {
     "cfg_options": "the changes of the command line, as results.json keeps them",
     "statistics_from": "where the images' mean and standard deviation came from, as results.json keeps it",
     "origin": "where weights and code came from, as results.json keeps it",
+    "allow_partial": "load what fits of an encoder that is another network, as --allow-partial says",
+    "overrides": "what --override has changed of a resumed run, old and new, as results.json keeps it",
 }
 
 #: Top-level keys of a config for mmdet or mmseg that are others.
@@ -83,81 +57,91 @@ DENSE_KEYS = {
 }
 
 
-def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
+def load_config(path: str | os.PathLike, options: dict | None = None, check: bool = True) -> Config:
     """Read a config file, apply `--cfg-options`, and check every key.
 
     A path that does not exist is looked for among the package's own configs too, so that an installed package needs
     no checkout.
+
+    Args:
+        path: of the file.
+        options: dotted path -> value.
+        check: look at the keys; without, mmdet and mmseg need not be imported.
     """
-    path = Path(path)
-    if not path.is_file():
-        ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
-        if str(path) not in ours:
-            names = {Path(name).name for name in ours if "/_base_/" not in name}
-            raise UserError(f"no such config: {path}: {nearest(path.name, names)}")
-        path = ours[str(path)]
+    path = find_config(Path(path))
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python: anything can go wrong in it
-        raise UserError(f"cannot read config {path}: {type(error).__name__}: {error}") from None
-    try:
-        cfg.merge_from_dict(options or {})
-    except (KeyError, TypeError, AssertionError, AttributeError) as error:
-        raise UserError(f"--cfg-options: {error}") from None
-    check_keys(cfg)
-    cfg.cfg_options = {**cfg.get("cfg_options", {}), **(options or {})}
+        raise UserError(f"cannot read config {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    options = options or {}
+    if check and cfg.get("default_scope") not in SCOPES:
+        raise UserError(f"{path} has default_scope {cfg.get('default_scope')!r}: give {', '.join(SCOPES)}")
+    types = types_of(cfg) if check else None
+    if check:
+        check_options(cfg, options, top_keys(cfg), types)
+    merge(cfg, options)
+    if check:
+        check_keys(cfg, types)
+    cfg.cfg_options = {**cfg.get("cfg_options", {}), **options}
     of_config(cfg)  # raises for what are no statistics
     return cfg
 
 
-def check_keys(cfg: Config) -> None:
-    """`UserError` for a top-level key, a type, or an argument of a type that does not exist."""
-    dense = cfg.get("default_scope") in ("mmdet", "mmseg")
-    known = KEYS.keys() - {"compile"} | DENSE_KEYS.keys() if dense else KEYS
+def find_config(path: Path) -> Path:
+    """The file, or the package's own of this name; `UserError` names the nearest of what is there."""
+    if path.is_file():
+        return path
+    ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
+    if str(path) in ours:
+        return ours[str(path)]
+    beside = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
+    known = [name for name in (*beside, *ours) if "/_base_/" not in name]
+    near = close(path.name, {Path(name).name for name in known})
+    found = [name for other in near for name in known if Path(name).name == other]
+    where = f"did you mean {' or '.join(found[:3])}?" if found else "see semaim/configs, mmdet_configs, mmseg_configs"
+    raise UserError(f"no such config: {path}: {where}")
+
+
+def merge(cfg: Config, options: dict) -> None:
+    """Apply `--cfg-options`."""
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise UserError(f"--cfg-options: {' '.join(str(error).split())}") from None
+
+
+def types_of(cfg: Config) -> Types | None:
+    """What the types of a config name; None where its scope's package is missing, which is said later."""
+    scope = cfg.get("default_scope", "mmengine")
+    if not is_dense(cfg):
+        importlib.import_module("semaim.engine.evaluation")  # registers all that our configs name
+        return Types()
+    from semaim.engine import dense
+
+    try:
+        importlib.import_module(dense.SCOPES[scope])
+    except ImportError:
+        return None
+    return Types(scope)
+
+
+def is_dense(cfg: Config) -> bool:
+    """Whether a config is one for mmdet or mmseg."""
+    return cfg.get("default_scope") in SCOPES[1:]
+
+
+def top_keys(cfg: Config) -> dict[str, str]:
+    """The keys that may stand at a config's top, and what they are."""
+    dense = {key: text for key, text in (KEYS | DENSE_KEYS).items() if key != "compile"}
+    return dense if is_dense(cfg) else KEYS
+
+
+def check_keys(cfg: Config, types: Types | None) -> None:
+    """`UserError` for a key, a type, or an argument of a type that does not exist, and for an impossible number."""
+    known = top_keys(cfg)
     for key in cfg:
         if key not in known:
-            raise UserError(f"unknown config key {key}: {nearest(key, known)}")
-    if not dense:  # mmdet and mmseg check their own types when they are built
-        importlib.import_module("semaim.engine.evaluation")  # registers all that our configs name
-        _check_node("", cfg.to_dict())
-
-
-def _check_node(path: str, node: object) -> None:
-    if isinstance(node, list | tuple):
-        for index, item in enumerate(node):
-            _check_node(f"{path}[{index}]", item)
-    if not isinstance(node, dict):
-        return
-    if "type" in node:
-        built = _find(path, node["type"])
-        known = arguments(built)
-        for key in node:
-            if known is not None and key not in known and key not in BUILDER_KEYS:
-                raise UserError(f"unknown config key {path}.{key}: {nearest(key, known)}")
-    for key, item in node.items():
-        _check_node(f"{path}.{key}" if path else key, item)
-
-
-def _find(path: str, name: str) -> object:
-    for registry in REGISTRIES:
-        if name in registry.module_dict:
-            return registry.module_dict[name]
-    known = {name for registry in REGISTRIES for name in registry.module_dict}
-    raise UserError(f"unknown type {name!r} in {path}: {nearest(name, known)}")
-
-
-def arguments(built: object) -> set[str] | None:
-    """Names of the arguments a class or builder takes, base classes included; None if it takes any."""
-    names: set[str] = set()
-    pending = [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else [built]
-    for function in pending:
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except ValueError:
-            return None
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break  # nothing is passed further up
-        if passes_to := getattr(function, "arguments_of", None):
-            names |= arguments(passes_to) or set()
-    return names - {"self"}
+            raise UserError(f"unknown config key {key}: {nearest(key, known.keys() - FOREIGN)}")
+    if types:
+        check_tree(cfg, types)
+    check_numbers(cfg)

@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
 from semaim.consumers import load_backbone
-from semaim.data.folder import EndlessBatches
+from semaim.data.folder import EndlessBatches, check_whole, load_image
 from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
@@ -43,20 +43,43 @@ class BFloat16OptimWrapper(LateOptimWrapper):
                 yield
 
 
-class SeededImages(Dataset):
-    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+class NamedImages(Dataset):
+    """A data set that names the file it cannot read or prepare, as a `UserError`."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed, self.metainfo = dataset, seed, dataset.metainfo
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.metainfo = dataset, dataset.metainfo
         self.classes = list(dataset.metainfo["classes"])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: int) -> dict:
+        info = self.dataset.get_data_info(index)
+        files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
+        try:
+            for path in files:
+                check_whole(path)
+            return self.dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # the transforms raise many types
+            for path in files:
+                load_image(path)  # says what is wrong with a broken one
+            told = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"cannot prepare image {files[0] if files else index}: {told}") from None
+
+
+class SeededImages(NamedImages):
+    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        super().__init__(dataset)
+        self.seed = seed
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            return self.dataset[index]
+            return super().__getitem__(index)
 
 
 def enter(cfg: Config) -> None:
@@ -68,6 +91,8 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
+    for message in ("``build_loss`` would be deprecated", "Default ``avg_non_ignore`` is False"):
+        warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)
 
@@ -121,7 +146,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
     """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
     for split in splits:
         check_classes(cfg, split)
-    build(validation(cfg, "val")["val_evaluator"], METRICS, "val_evaluator")
+    build(evaluator_of(cfg), METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
     describe_data(cfg, dict(zip(splits, sets, strict=True)))
     return sets
@@ -159,13 +184,18 @@ def validation(cfg: Config, split: str) -> dict:
         "persistent_workers": cfg.num_workers > 0,
         "worker_init_fn": {"type": prepare_worker},
         "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": cfg.val_dataset,
+        "dataset": NamedImages(build(cfg.val_dataset, DATASETS, "val_dataset")),
     }
+    loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
+    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator_of(cfg)}
+
+
+def evaluator_of(cfg: Config) -> dict:
+    """The config of the metric, with the annotations where it takes them."""
     evaluator = dict(cfg.val_evaluator)
     if takes(registered(cfg, METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
         evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
-    loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
-    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
+    return evaluator
 
 
 def averaged(cfg: Config) -> None:
@@ -210,8 +240,14 @@ def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
     return scaled
 
 
-def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
-    """Train as the config says, in this process and, where launched so, in step with its siblings."""
+def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
+    """Train as the config says, in this process and, where launched so, in step with its siblings.
+
+    Args:
+        cfg: of the run.
+        resume_from: a checkpoint of this very run to go on from.
+        notes: lines for the log.
+    """
     world = join()
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
@@ -238,6 +274,8 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     )
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
+    for note in notes:
+        log(note)
     log(str(plan))
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")

@@ -66,7 +66,7 @@ class LateRuntimeInfo(RuntimeInfoHook):
             if not math.isfinite(loss):
                 raise Diverged(
                     f"the loss is {loss} in iteration {iteration}: the run diverged; continue from the last checkpoint"
-                    " with --resume and a lower --cfg-options base_lr=..."
+                    " with --resume --override and a lower --cfg-options base_lr=..."
                 )
             for name, number in {**dict(zip(values, mine, strict=True)), "loss": loss}.items():
                 runner.message_hub.update_scalar(f"train/{name}", number)

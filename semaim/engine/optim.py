@@ -113,6 +113,9 @@ def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: f
     return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
 
 
+group_model.arguments_of = group_parameters  # a config's paramwise_cfg may have those that no model gives
+
+
 def fuse(optimizer: dict) -> dict:
     """The config of an optimizer, with AdamW in one kernel: the same update, in a third of the time or less."""
     return {"fused": True, **optimizer} if optimizer["type"] == "AdamW" else optimizer
@@ -148,6 +151,8 @@ class LateOptimWrapper(OptimWrapper):
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
     """Builds the optimizer from `group_model`; `paramwise_cfg` holds its layer_decay, undecayed and decay."""
+
+    arguments_of = group_model
 
     def __call__(self, model: nn.Module):
         """The optimizer wrapper of a model, possibly one wrapped for distributed training."""

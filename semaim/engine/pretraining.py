@@ -12,6 +12,8 @@ from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
 
 from semaim.data.folder import PretrainImages
+from semaim.engine.config import merge
+from semaim.engine.config_keys import Types, check_options
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
@@ -176,7 +178,9 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     if not checkpoint.get("config"):
         raise UserError("the checkpoint holds weights without a config: only those of a pretraining run can be drawn")
     cfg = Config({"model": checkpoint["config"]["model"]})
-    cfg.merge_from_dict(options or {})
+    if options:
+        check_options(cfg, options, ("model",), Types())
+        merge(cfg, options)
     model = cfg.model.to_dict()
     kinds = (model.pop("type", None), model.get("network", {}).get("type"))
     if kinds not in (("Pretraining", "SemAIM"), ("Pretraining", "MAE")):

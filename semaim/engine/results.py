@@ -60,6 +60,7 @@ def write_results(
         **statistics_of(cfg),
         "seed": cfg.seed,
         "cfg_options": {**trained_with, **(cfg.get("cfg_options") or {})},
+        **({"overrides": dict(cfg.overrides)} if cfg.get("overrides") else {}),
         **more,
         "device": f"{get_world_size()} x {device}",
         "semaim": __version__,

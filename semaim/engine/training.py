@@ -1,6 +1,7 @@
 """From a config to a finished run, for every stage on images: pretraining, fine-tuning, linear probing."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -87,8 +88,14 @@ def set_data_root(cfg: Config, root: str) -> None:
     cfg.dataset.root = root
 
 
-def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
-    """Train as the config says, in this process and, where launched so, in step with its siblings."""
+def train(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
+    """Train as the config says, in this process and, where launched so, in step with its siblings.
+
+    Args:
+        cfg: of the run.
+        resume_from: a checkpoint of this very run to go on from.
+        notes: lines for the log.
+    """
     world = join()
     plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.6
@@ -142,6 +149,8 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     steps = per_epoch // plan.accumulation
     warm = cfg.param_scheduler.warmup_epochs
     log = runner.logger.info
+    for note in notes:
+        log(note)
     log(str(plan))
     log(
         f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps; warm-up {warm} epochs ="

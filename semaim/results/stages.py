@@ -255,7 +255,7 @@ def plan_stage(
     order, *target = method.split("-")
     keys = (method, *(f"-{name}" for name in target), "")
     config = configs if isinstance(configs, str) else next(configs[key] for key in keys if key in configs)
-    cfg = load_config(ROOT / config)
+    cfg = load_config(ROOT / config, check=False)
     unit, own = length_of(cfg)
     options = {} if length in (None, own) else shortened(cfg, **{"iters" if unit == "iterations" else unit: length})
     options |= {} if seed == cfg.seed else {"seed": seed}

@@ -1,0 +1,344 @@
+"""Which keys a config may have: the arguments of its types, and of free dicts what the code that reads them knows."""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from mmengine.config import Config
+from mmengine.registry import Registry
+from torch import nn
+
+from semaim.errors import UserError, close, nearest
+
+#: Keys beside a `type` that its builder takes, not the class itself: of optimizers, hooks, norms, deconvolutions,
+#: initialisations, and of the suppression of boxes.
+BUILDER_KEYS = {
+    "type", "constructor", "paramwise_cfg", "priority", "requires_grad", "scale_factor", "override", "class_agnostic",
+    "split_thr",
+}  # fmt: skip
+
+#: Keys whose content is another library's, or names of the user's own.
+FOREIGN = {"override", "backend_args", "file_client_args", "init_kwargs", "origin", "cfg_options", "overrides"}
+
+#: Free dicts by their key: what is read of them.
+FREE = {
+    "clip_grad": {"type", "max_norm", "norm_type", "clip_value", "error_if_nonfinite", "foreach"},
+    "filter_cfg": {"filter_empty_gt", "min_size", "bbox_min_size"},
+    "data_prefix": {"img", "seg", "img_path", "seg_map_path"},
+    "metainfo": {"classes", "palette", "label_map", "reduce_zero_label", "dataset_type", "task_name"},
+}
+
+_PROPOSALS = {"nms_pre", "max_per_img", "nms", "min_bbox_size"}
+_TRAINED = {"assigner", "sampler", "pos_weight", "debug"}
+#: What mmdet 3.3's two-stage detectors and mmseg 1.2's segmentors read of a model's train_cfg and test_cfg.
+DETECTOR = {
+    "model.train_cfg": {"rpn", "rpn_proposal", "rcnn"},
+    "model.train_cfg.rpn": {*_TRAINED, "allowed_border"},
+    "model.train_cfg.rpn_proposal": _PROPOSALS,
+    "model.train_cfg.rcnn": {
+        *_TRAINED, "mask_size", "isr", "carl", "dynamic_rcnn", "num_points", "oversample_ratio",
+        "importance_sample_ratio", "pos_radius", "max_num_grid",
+    },
+    "model.test_cfg": {"rpn", "rcnn"},
+    "model.test_cfg.rpn": _PROPOSALS,
+    "model.test_cfg.rcnn": {
+        "score_thr", "nms", "max_per_img", "mask_thr_binary", "subdivision_steps", "subdivision_num_points",
+        "scale_factor",
+    },
+}  # fmt: skip
+SEGMENTOR = {
+    "model.train_cfg": {"assigner", "sampler", "num_points", "oversample_ratio", "importance_sample_ratio"},
+    "model.test_cfg": {
+        "mode", "crop_size", "stride", "subdivision_steps", "subdivision_num_points", "scale_factor",
+    },
+}  # fmt: skip
+
+#: Numbers that must be whole, by their path, and the least they may be.
+WHOLE = {
+    "total_batch_size": 1,
+    "images_per_gpu": 1,
+    "base_batch_size": 1,
+    "num_workers": 0,
+    "seed": 0,
+    "train_cfg.max_epochs": 1,
+    "train_cfg.max_iters": 1,
+    "train_cfg.val_interval": 1,
+    "default_hooks.checkpoint.interval": 1,
+    "default_hooks.checkpoint.keep": 0,
+    "default_hooks.logger.interval": 1,
+}
+
+#: Keys that a run sets itself, and what to set in their place.
+FOLLOWING = {
+    "optim_wrapper.optimizer.lr": "base_lr, the rate of a batch of a base size,",
+    "optim_wrapper.accumulative_counts": "images_per_gpu",
+}
+
+#: What names that others use, or that configs of another kind have, are here.
+MEANT = {
+    "lr": "base_lr",
+    "batch_size": "total_batch_size",
+    "epochs": "max_epochs",
+    "max_iters": "max_epochs",
+    "iters": "max_iters",
+    "max_epochs": "max_iters",
+}
+
+#: Arguments of the grouping of parameters that come from the model and the optimizer.
+OF_THE_MODEL = {"model", "parameters", "lr", "weight_decay", "depth_of", "norms"}
+
+#: What writers of scalars import when the first is written.
+PACKAGES = {
+    "WandbVisBackend": "wandb",
+    "MLflowVisBackend": "mlflow",
+    "ClearMLVisBackend": "clearml",
+    "NeptuneVisBackend": "neptune",
+    "DVCLiveVisBackend": "dvclive",
+    "AimVisBackend": "aim",
+}
+
+
+class Types:
+    """What the types of a scope's configs name: a class or function by its name, and its arguments.
+
+    Args:
+        scope: mmengine, or the package whose registries lie above mmengine's; what is to be known has been imported.
+    """
+
+    def __init__(self, scope: str = "mmengine"):
+        self.scope, self.located = scope, False
+        modules = dict.fromkeys((f"{scope}.registry", "mmengine.registry"))
+        found = (vars(importlib.import_module(module)).values() for module in modules)
+        registries = {id(r): r for part in found for r in part if isinstance(r, Registry)}.values()
+        self.registries = sorted(registries, key=lambda registry: registry.scope != scope)  # its own come first
+
+    def names(self) -> set[str]:
+        """All that can be named."""
+        return {name for registry in self.registries for name in registry.module_dict}
+
+    def find(self, name: object) -> object | None:
+        """The class or function that a `type` names, or None."""
+        if not isinstance(name, str):
+            return name  # a config in Python may name the class itself
+        name = name.removeprefix(f"{self.scope}.")
+        for registry in self.registries:
+            if name in registry.module_dict:
+                return registry.module_dict[name]
+        if self.scope != "mmengine":  # operators are named beside the registries: RoIAlign, nms
+            found = getattr(importlib.import_module("mmcv.ops"), name, None)
+            if found is None and not self.located:
+                self.located = True
+                for registry in self.registries:
+                    registry.import_from_location()
+                return self.find(name)
+            return found
+        return None
+
+    def arguments(self, node: Mapping) -> set[str] | None:
+        """Names of the keys that a dict with a `type` may have; None where any."""
+        built = self.find(node["type"])
+        if built is None:
+            return None
+        known, closed = arguments(built)
+        if not closed:  # what is left goes on to a type that another argument names, as RandomResize's to Resize
+            defaults = {name: p.default for name, p in inspect.signature(built).parameters.items()}
+            others = [self.find(node.get(name, value)) for name, value in defaults.items() if isinstance(value, str)]
+            others = [arguments(other) for other in others if other is not None]
+            if not others:
+                return None
+            known = known.union(*(names for names, _ in others))
+        return known | BUILDER_KEYS
+
+
+def arguments(built: object) -> tuple[set[str], bool]:
+    """Names of the arguments a class or builder takes, base classes included, and whether these are all."""
+    names: set[str] = set()
+    pending = [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else [built]
+    for function in pending:
+        if function is nn.Module.__init__:
+            break  # has **kwargs, to refuse them
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:
+            return names, False
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break  # nothing is passed further up
+        if hasattr(function, "arguments_of"):
+            passes_to = function.arguments_of
+            names |= arguments(passes_to)[0] if passes_to else set()
+            if function is pending[-1]:
+                break
+    else:
+        return names - {"self"}, False
+    return names - {"self"}, True
+
+
+def check_tree(cfg: Config, types: Types) -> None:
+    """`UserError` for a type, an argument of a type, or a key of a free dict that does not exist."""
+    _check(cfg.to_dict(), "", types, free_dicts(cfg, types))
+
+
+def free_dicts(cfg: Mapping, types: Types) -> dict[str, set[str]]:
+    """Path of a dict without a type -> keys that are read of it, for the model that the config describes."""
+    found: dict[str, set[str]] = {}
+    model = cfg.get("model")
+    known = types.arguments(model) if isinstance(model, Mapping) and "type" in model else None
+    if {"rpn_head", "roi_head"} <= (known or set()):
+        found |= DETECTOR
+    elif "decode_head" in (known or set()):
+        found |= SEGMENTOR
+    wrapper = cfg.get("optim_wrapper")
+    constructor = types.find(wrapper.get("constructor")) if isinstance(wrapper, Mapping) else None
+    if grouping := getattr(constructor, "arguments_of", None):
+        found["optim_wrapper.paramwise_cfg"] = arguments(grouping)[0] - OF_THE_MODEL
+    return found
+
+
+def known_keys(node: Mapping, path: str, types: Types, free: Mapping[str, set[str]]) -> set[str] | None:
+    """Keys that the dict at a path may have; None where any."""
+    if "type" in node and path.rpartition(".")[2] not in FREE:
+        return types.arguments(node)
+    table = re.sub(r"(\.\d+)+$", "", path)  # of a cascade, one of a list
+    if table in free:
+        return free[table]
+    return FREE.get(path.rpartition(".")[2])
+
+
+def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) -> None:
+    if isinstance(node, list | tuple):
+        for index, item in enumerate(node):
+            _check(item, f"{path}.{index}", types, free)
+    if not isinstance(node, dict):
+        return
+    if path and "type" in node and path.rpartition(".")[2] not in FREE:
+        _check_type(node["type"], path, types)
+    known = known_keys(node, path, types, free) if path else None
+    for key, item in node.items():
+        if known is not None and key not in known:
+            raise UserError(f"unknown config key {path}.{key}: {nearest(str(key), known - BUILDER_KEYS)}")
+        if key not in FOREIGN:
+            _check(item, f"{path}.{key}" if path else str(key), types, free)
+
+
+def _check_type(name: object, path: str, types: Types) -> None:
+    built = types.find(name)
+    if built is None and not (isinstance(name, str) and "." in name):  # of another package: it will say
+        near = close(str(name), types.names(), cutoff=0.8 if types.scope != "mmengine" else 0.5)
+        if near or types.scope == "mmengine":
+            raise UserError(f"unknown type {name!r} in {path}: {nearest(str(name), near or types.names())}")
+    for base in inspect.getmro(built) if inspect.isclass(built) else ():
+        needed = PACKAGES.get(base.__name__)
+        if needed and importlib.util.find_spec(needed) is None:
+            raise UserError(f"{path}: {name} needs {needed}, which is missing: pip install {needed}, or leave it out")
+
+
+def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str], types: Types | None) -> None:
+    """`UserError` for an option, KEY=VALUE, whose key the config does not know or whose value is of another kind.
+
+    Args:
+        cfg: before the options are merged.
+        options: dotted path -> value.
+        top: the keys that may stand at its top.
+        types: of its scope; None where they cannot be looked at.
+    """
+    tree = cfg.to_dict()
+    free = free_dicts(tree, types) if types else {}
+    for path, value in options.items():
+        if path in FOLLOWING:
+            raise UserError(f"--cfg-options {path}: the run sets it: set {FOLLOWING[path]} in its place")
+        node, at, parts = tree, "", path.split(".")
+        for part in parts:
+            known = set(top) - FOREIGN if not at else None
+            if isinstance(node, list | tuple):
+                if not (part.isdigit() and int(part) < len(node)):
+                    raise UserError(f"--cfg-options {path}: {at} is a list of {len(node)}: give 0 to {len(node) - 1}")
+                node, at = node[int(part)], f"{at}.{part}"
+                continue
+            if not isinstance(node, dict):
+                told = f"{at} is {node!r}" if node is not None else f"{at} is None in this config"
+                raise UserError(f"--cfg-options {path}: {told}, which has no keys")
+            if at:
+                known = known_keys(node, at, types, free) if types else None
+                if known is None and "type" not in node:
+                    known = set(node)
+            if part not in node and known is not None and part not in known:
+                hint = _hint(path, part, at, known - BUILDER_KEYS, tree, types)
+                raise UserError(f"unknown config key {path}: {hint}")
+            if part not in node:
+                _check_kind(path, value, _default(node, part, types))
+                break
+            node, at = node[part], f"{at}.{part}" if at else part
+        else:
+            _check_kind(path, value, node)
+
+
+def _places(node: object, types: Types | None, path: str = "") -> Iterator[str]:
+    """Paths of all keys that are there, and of the arguments that could be."""
+    if isinstance(node, list | tuple):
+        for index, item in enumerate(node):
+            yield from _places(item, types, f"{path}.{index}")
+    if not isinstance(node, dict):
+        return
+    possible = types.arguments(node) if types and "type" in node and path else None
+    for key in dict.fromkeys((*node, *sorted((possible or set()) - BUILDER_KEYS))):
+        here = f"{path}.{key}" if path else str(key)
+        if key not in FOREIGN:
+            yield here
+            yield from _places(node.get(key), types, here)
+
+
+def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Types | None) -> str:
+    """The nearest key: one beside it or, where the path went wrong above its end, the same or a like one elsewhere."""
+    leaf, top = path.rpartition(".")[2], path.partition(".")[0]
+    if at and path == f"{at}.{part}" and close(part, known):
+        return nearest(part, known)
+    there, possible = set(_places(tree, None)), set(_places(tree, types))
+    if at and any(place.startswith(f"{top}.") and place.endswith(f".{leaf}") for place in possible):
+        possible = {place for place in possible if place.startswith(f"{top}.")}
+        there &= possible
+
+    def named(names: Iterable[str], places: set[str]) -> list[str]:
+        found = [place for place in places if place.rpartition(".")[2] in names]
+        return sorted(found, key=lambda place: (place.count("."), place))[:3]
+
+    found = named([leaf], there) or named([MEANT.get(leaf)], there) or named([leaf], possible)
+    if not found and not close(part, known, cutoff=0.75):
+        names = {place.rpartition(".")[2] for place in there}
+        found = named(close(leaf, names, cutoff=0.63)[:1], there)
+    return f"did you mean {' or '.join(found)}?" if found else nearest(part, known)
+
+
+def _default(node: Mapping, name: str, types: Types | None) -> object:
+    """What an argument of a type is where it is not given."""
+    built = types.find(node["type"]) if types and "type" in node else None
+    for function in [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else ():
+        found = inspect.signature(function).parameters.get(name)
+        if found is not None:
+            if found.default in (None, found.empty) and found.annotation in (int, float, int | None, float | None):
+                return 0
+            return None if found.default is found.empty else found.default
+    return None
+
+
+def _check_kind(path: str, value: object, had: object) -> None:
+    """`UserError` for text where a number, or True or False, has been."""
+    if isinstance(value, str) and isinstance(had, int | float):
+        kind = "True or False" if isinstance(had, bool) else "a number"
+        raise UserError(f"--cfg-options {path}={value}: {path} is {kind}")
+
+
+def check_numbers(cfg: Config) -> None:
+    """`UserError` for a number that no run can have, such as a batch of 0 images."""
+    for path, least in WHOLE.items():
+        node = cfg
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping | Config) else None
+        if node is not None and (isinstance(node, bool) or not isinstance(node, int) or node < least):
+            raise UserError(f"{path} is {node!r}: give a whole number, {least} or more")
+    rate = cfg.get("base_lr")
+    if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
+        raise UserError(f"base_lr is {rate!r}: give a number, 0 or more")

@@ -1,0 +1,251 @@
+"""A resumed run goes on with its own settings: its checkpoint's word against the config's and the command line's."""
+
+import copy
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from mmengine.config import Config
+
+from semaim.engine.checkpointing import choose_checkpoint, read_checkpoint
+from semaim.engine.classes import keep_classes
+from semaim.engine.config import check_keys, is_dense, merge, top_keys, types_of
+from semaim.engine.results import config_name
+from semaim.errors import UserError
+
+#: What may be another in a resumed run without --override: where and how it computes, writes and logs, as the number of
+#: GPUs may. Patterns of whole paths.
+FREE = re.compile(
+    r"work_dir|num_workers|images_per_gpu|compile|fsdp|(log_processor|visualizer)(\..*)?"
+    r"|default_hooks\.(logger|timer|checkpoint|pictures|progress|runtime_info)(\..*)?|.*\.with_cp"
+)
+
+#: What is no setting: the run has put it there itself.
+NOTED = re.compile(
+    r"(origin|cfg_options|overrides)(\..*)?|statistics_from|allow_partial|work_dir|optim_wrapper\.optimizer\.lr|optim_wrapper\.accumulative_counts"
+)
+
+#: What the run fills in where the config leaves it open, from the weights it starts from.
+FILLED = re.compile(r"(dataset|model\.data_preprocessor)\.(mean|std)")
+
+#: Last parts of keys that name what is built. A file does not say that; the config and the command line do.
+NAMES_CODE = ("type", "constructor", "resize_type")
+
+#: Last parts of keys that name a place.
+PLACES = ("root", "data_root", "pretrained")
+
+ABSENT = type("Absent", (), {"__repr__": lambda self: "not set"})()
+SHOWN = 8  #: differences that an error lists at most
+
+
+def data_roots(cfg: Config, root: str) -> dict[str, str]:
+    """What --data-root sets, as options."""
+    splits = [f"{split}.data_root" for split in ("train_dataset", "val_dataset") if split in cfg]
+    return dict.fromkeys(["dataset.root"] if "dataset" in cfg else splits, root)
+
+
+def go_on(
+    cfg: Config, given: Mapping[str, object], resume: str | None, override: bool = False
+) -> tuple[str | None, list[str]]:
+    """The checkpoint to go on from, or None, and lines for the log; the config becomes the run's own.
+
+    Args:
+        cfg: the config's file with what was given; names the work folder. Changed in place.
+        given: what the command line gives, as options: dotted path -> value.
+        resume: as for `choose_checkpoint`.
+        override: what is given counts where the run had another value; both are noted in `cfg.overrides`.
+    """
+    if override and resume is None:
+        raise UserError("--override is for --resume: it lets what is given here change the run")
+    path = choose_checkpoint(cfg, resume)
+    if path is None:
+        return None, [f"--resume: no checkpoint in {cfg.work_dir}: the run starts anew"] if resume else []
+    return path, own_settings(cfg, given, read_checkpoint(path, mmap=True), path, override)
+
+
+def own_settings(
+    cfg: Config, given: Mapping[str, object], checkpoint: Mapping, path: str, override: bool = False
+) -> list[str]:
+    """Set the config to that of the run whose checkpoint this is; lines for the log. Arguments as of `go_on`.
+
+    The file's config is data from elsewhere: it gives values, and names nothing to build that the config does not.
+    """
+    if "optimizer" not in checkpoint or not isinstance(checkpoint.get("config"), Mapping):
+        raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
+    saved = _saved(checkpoint["config"], cfg)
+    now = _entered(cfg, saved.get("keep_classes"))
+    first, noted, origin = (_mapping(saved.get(key)) for key in ("cfg_options", "overrides", "origin"))
+    after = Config(copy.deepcopy(saved))
+    merge(after, copy.deepcopy(dict(given)))
+    settings = after.to_dict()
+    changed, kept = differences(saved, settings), differences(now, settings)
+    strict = {key: pair for key, pair in changed.items() if not FREE.fullmatch(key)}
+    if strict and not override or "pretrained" in strict:
+        _refuse(strict, path)
+    # Of what is otherwise in the config now, the rest was given at the start; or the file is another, or was edited.
+    kept = {key: pair for key, pair in kept.items() if _given(key, first) or not FILLED.fullmatch(key)}
+    edited = {key: pair for key, pair in kept.items() if not _given(key, first)}
+    _check_same(kept, edited, first, origin.get("config"), config_name(cfg), path)
+
+    lines = [
+        f"goes on with the run's own settings, {why}: {_listed(part)}"
+        for why, part in (
+            ("given at its start", {key: new for key, (_, new) in kept.items() if key not in edited}),
+            ("which the config has otherwise now", {key: new for key, (_, new) in edited.items()}),
+        )
+        if part
+    ]
+    lines += [f"--override: {key} = {_plain(new)}, was {_plain(old)}" for key, (old, new) in strict.items()]
+    if free := {key: new for key, (_, new) in changed.items() if key not in strict}:
+        lines.append(f"changed from here on: {_listed(free)}")
+
+    noted = dict(noted) | {key: [noted.get(key, [_plain(old)])[0], _plain(new)] for key, (old, new) in strict.items()}
+    settings |= {"work_dir": cfg.work_dir, "cfg_options": {**first, **(cfg.get("cfg_options") or {})}}
+    settings |= {"overrides": noted} if noted else {}
+    settings |= {"allow_partial": True} if cfg.get("allow_partial") else {}
+    for key in list(cfg):
+        cfg.pop(key)
+    for key, value in settings.items():
+        cfg[key] = value
+    check_keys(cfg, types_of(cfg))
+    return lines
+
+
+def _saved(config: Mapping, cfg: Config) -> dict:
+    """A checkpoint's config without what the run has filled in or the config cannot have."""
+    saved = {key: copy.deepcopy(value) for key, value in config.items() if key in top_keys(cfg)}
+    for key, value in _settings(saved):
+        if not _is_plain(value):
+            raise UserError(f"the checkpoint's config holds a {type(value).__name__} in {key}, where values are plain")
+    network = _mapping(_mapping(saved.get("model")).get("network"))
+    if "num_classes" in network and _mapping(_mapping(cfg.get("model")).get("network")).get("num_classes") is None:
+        network["num_classes"] = None  # the data has said how many, and will again
+    now = cfg.to_dict()
+    for key, value in now.items():
+        if key not in saved and FREE.fullmatch(key):
+            saved[key] = value
+    # Which writers and hooks there are, beside the training, is the config's to say.
+    for key in differences(saved, now):
+        if FREE.fullmatch(key) and _last(key) in NAMES_CODE:
+            top, part = key.split(".")[:2]
+            if top == "default_hooks":
+                saved[top][part] = copy.deepcopy(now[top].get(part))
+            else:
+                saved[top] = copy.deepcopy(now[top])
+    return saved
+
+
+def _entered(cfg: Config, kept: object) -> dict:
+    """The config as a run would change it at its start that keeps these classes."""
+    now = Config(cfg.to_dict())
+    if kept and is_dense(cfg):
+        now.keep_classes = kept
+        keep_classes(now)
+        now.keep_classes = cfg.get("keep_classes")
+    return now.to_dict()
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, tuple[object, object]]:
+    """Path of a setting -> its two values, where they differ; `ABSENT` for none."""
+    before, after = dict(_settings(old)), dict(_settings(new))
+    found = {}
+    for key in dict.fromkeys((*before, *after)):
+        pair = before.get(key, ABSENT), after.get(key, ABSENT)
+        if not NOTED.fullmatch(key) and not _same(key, *pair):
+            found[key] = pair
+    # Where a dict stands in place of None, its keys say so.
+    return {key: pair for key, pair in found.items() if ABSENT not in pair or not _inside(key, found)}
+
+
+def _settings(node: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Paths and values of all that is no dict, nor a list of dicts."""
+    if isinstance(node, Mapping) and node:
+        for key, item in node.items():
+            yield from _settings(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
+        for index, item in enumerate(node):
+            yield from _settings(item, f"{path}.{index}")
+    else:
+        yield path, node
+
+
+def _same(key: str, old: object, new: object) -> bool:
+    if isinstance(old, str) and isinstance(new, str) and _last(key) in PLACES:
+        return old == new or os.path.realpath(old) == os.path.realpath(new)
+    return _plain(old) == _plain(new) and (old is ABSENT) == (new is ABSENT)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _plain(value: object) -> object:
+    """A value as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if value is ABSENT else value
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or value == {} or isinstance(value, bool | int | float | str)
+
+
+def _inside(key: str, keys: Iterable[str]) -> bool:
+    return any(other.startswith(f"{key}.") for other in keys)
+
+
+def _given(key: str, options: Iterable[str]) -> bool:
+    """Whether the first call gave a setting: by --cfg-options, or by the flag of a place."""
+    return _last(key) in PLACES or any(f"{key}.".startswith(f"{option}.") for option in options)
+
+
+def _listed(part: Mapping[str, object]) -> str:
+    by_weight = sorted(part.items(), key=lambda item: bool(FREE.fullmatch(item[0])))  # what the result hangs on first
+    return ", ".join(f"{key} = {value}" for key, value in by_weight)
+
+
+def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
+    """`UserError` for what is given and differs from the run's own."""
+    if "pretrained" in strict:
+        old, new = strict["pretrained"]
+        begun = "random weights" if old in (None, ABSENT) else old
+        raise UserError(
+            f"--pretrained {new}: the run in {path} started from {begun} and goes on from its own weights: leave it"
+            " out, or start anew in another --work-dir"
+        )
+    flags = {"root": " (--data-root)", "data_root": " (--data-root)"}
+    told = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
+    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    raise UserError(
+        f"--resume: {path} has {'; '.join(told[:SHOWN])}{more}: leave it out to go on as the run was, or add --override"
+    )
+
+
+def _check_same(
+    kept: Mapping[str, tuple[object, object]],
+    edited: Mapping[str, tuple[object, object]],
+    first: Mapping[str, object],
+    begun: object,
+    name: str | None,
+    path: str,
+) -> None:
+    """`UserError` for a config that is another than the run's."""
+    if edited and isinstance(begun, str) and begun != name:
+        raise UserError(
+            f"--resume: {path} was begun with {begun}, not with {name}, which has others of its settings, such as"
+            f" {next(iter(edited))}: resume it with its own config"
+        )
+    for key, (new, old) in kept.items():
+        if _last(key) in NAMES_CODE:
+            again = [f"{option}={value}" for option, value in first.items() if _given(key, [option])]
+            how = f"give --cfg-options {' '.join(again)}" if again else f"resume it with the config {begun} as it was"
+            raise UserError(
+                f"--resume: {path} has {key} = {old}, the config {new}; what is built is taken from no file: {how}"
+            )
+
+
+def _mapping(value: object) -> Mapping:
+    """A mapping as it is, anything else as an empty one."""
+    return value if isinstance(value, Mapping) else {}

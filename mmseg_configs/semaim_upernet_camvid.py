@@ -42,7 +42,7 @@ data = dict(
 crop_size = (224, 224)
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(size="small", img_size=224, pretrain_img_size=112),
+    backbone=dict(size="small", img_size=224),
     neck=dict(embed_dim=384),
     decode_head=dict(in_channels=[384] * 4, channels=128, num_classes=len(classes)),
     auxiliary_head=dict(in_channels=384, channels=64, num_classes=len(classes)),

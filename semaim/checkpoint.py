@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from semaim import __version__
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
-from semaim.models.vit import SIZES
+from semaim.models.vit import SIZES, resize_positions
 from semaim.safe_reading import read_file
 
 #: Parts of a block in mmpretrain (left) and ours.
@@ -271,7 +271,7 @@ def kinds(names: Iterable[str]) -> str:
 def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = ()) -> LoadReport:
     """Load a checkpoint of any dialect into a model with our names.
 
-    Position tables are resized (bicubic, as timm does) to the model's `grid`, tables of relative positions linearly; a
+    Position tables are resized to the model's `grid` (see `resize_positions`), tables of relative positions linearly; a
     head for another number of classes stays in the file.
 
     Args:
@@ -345,7 +345,7 @@ def _fit_positions(table: Tensor, own: Tensor, grid: tuple[int, int], found: Che
     if table.shape[1] not in (length, length + 1):
         rows = f"{table.shape[1]} rows"
         raise UserError(f"{found.path}: a position table of {rows} is none of {old[0]} x {old[1]} patches")
-    patches = resample_abs_pos_embed(table[:, -length:].float(), grid, old, num_prefix_tokens=0).to(table.dtype)
+    patches = resize_positions(table[:, -length:].float(), old, grid).to(table.dtype)
     if not prefix:
         return patches
     first = table[:, :1] if table.shape[1] > length else own[:, :1].to(table)

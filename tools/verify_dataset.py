@@ -9,7 +9,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from semaim.data.verify import SPLITS, Report, verify_ade20k, verify_coco
+from semaim.data.findings import SPLITS, Report
+from semaim.data.label_maps import verify_ade20k
+from semaim.data.verify import verify_coco
 from semaim.errors import UserError, run
 
 

@@ -1,121 +1,25 @@
-"""Finds what is wrong with a detection or segmentation data set before a training meets it.
+"""Finds what is wrong with a detection data set before a training meets it.
 
-`verify_coco` and `verify_ade20k` read everything, the images too, and return a `Report`. `check_coco_file` reads the
-annotation file and the listing of its folder only: it is for the start of a training. Nothing is ever written.
+`verify_coco` reads everything, the images too, and returns a `Report`. `check_coco_file` reads the annotation file and
+the listing of its folder only: it is for the start of a training. Nothing is ever written.
 """
 
 import gc
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_words
 from semaim.errors import UserError
 
-EXAMPLES = 5  # kept of each kind
 SLACK = 1.0  # pixels a box or a polygon may reach over the edge: files differ in how they round
 RLE_SLACK = 2.0  # pixels between the edges of a mask and those of its box
-CHUNK = 16  # images a thread takes at a time
-IGNORED = 255
-LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's names of one channel of 8 or 16 bits in a PNG
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and those of its values that swap width and height
-SPLITS = {"train": "training", "val": "validation"}  # COCO's and ADE20K's names
 ID, NUMBER = (int, str), (int, float)
-StrPath = str | os.PathLike
-
-
-@dataclass
-class Finding:
-    """One kind of problem or warning: how often, and the first examples."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, example: str) -> None:
-        """Count one more."""
-        self.count += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(example)
-
-
-@dataclass
-class Report:
-    """What was found in `name`: lines of figures, and problems and warnings by their kind."""
-
-    name: str
-    summary: list[str] = field(default_factory=list)
-    problems: dict[str, Finding] = field(default_factory=dict)
-    warnings: dict[str, Finding] = field(default_factory=dict)
-
-    def problem(self, kind: str, example: str) -> None:
-        """Note something that breaks a training or makes it learn what is wrong."""
-        self.problems.setdefault(kind, Finding()).add(example)
-
-    def warning(self, kind: str, example: str) -> None:
-        """Note something that a training survives."""
-        self.warnings.setdefault(kind, Finding()).add(example)
-
-    def __str__(self) -> str:
-        lines = [self.name, *(f"  {line}" for line in self.summary)]
-        for title, findings in (("problem", self.problems), ("warning", self.warnings)):
-            for kind, finding in findings.items():
-                lines += [f"  {title}: {kind}: {finding.count}", *(f"    {text}" for text in finding.examples)]
-                if finding.count > len(finding.examples):
-                    lines.append(f"    and {finding.count - len(finding.examples)} more")
-        problems, warnings = (sum(f.count for f in group.values()) for group in (self.problems, self.warnings))
-        found = [f"{n} {name}{'s'[: n > 1]}" for n, name in ((problems, "problem"), (warnings, "warning")) if n]
-        return "\n".join([*lines, f"  {', '.join(found) or 'nothing wrong'}"])
-
-
-Note = tuple[str, str]  # kind and example of a problem
-
-
-def _parallel(check: Callable, tasks: list, workers: int, progress: bool, title: str) -> list:
-    """`check` of every task, in their order, in threads: Pillow decodes without the interpreter's lock."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
-    done = []
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-            row = bar.add_task(title, total=len(tasks))
-            for results in pool.map(lambda chunk: [check(task) for task in chunk], chunks):
-                done += results
-                bar.advance(row, len(results))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt only the chunks in hand are waited for
-    return done
-
-
-def _image_size(path: Path, whole: bool = True) -> tuple[int, int]:
-    """(width, height) as a loader sees it, which turns by EXIF; decodes the whole file, raising what Pillow raises."""
-    with Image.open(path) as image:
-        try:
-            turned = image.getexif().get(ORIENTATION) in TURNED
-        except Exception:  # damaged EXIF, which loaders pass over
-            turned = False
-        size = image.size[::-1] if turned else image.size
-        if whole:
-            image.draft(None, (1, 1))  # a JPEG is still read to its end, but an eighth of its width is made
-            image.load()
-    return size
-
-
-def _pixels(size: Iterable) -> str:
-    return " x ".join(map(str, size))
-
-
-# COCO
 
 
 @contextmanager
@@ -205,7 +109,7 @@ def check_coco_file(ann: StrPath, images: StrPath) -> None:
     elif len(outside):
         first = outside[0]
         fault = f"the box {known[first]['bbox']} of annotation {known[first]['id']} is outside its image of "
-        fault += f"{_pixels(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
+        fault += f"{size_words(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
     if fault:
         raise UserError(f"{ann}: {fault}; {hint}")
 
@@ -234,15 +138,16 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
     def check(record: dict) -> Note | None:
         name, size = record["file_name"], (record["width"], record["height"])
         try:
-            real = _image_size(Path(images) / name)
+            real = image_size(Path(images) / name)
         except Exception as error:  # Pillow raises many types for the many ways a file can be broken
             return "broken image", f"{name}: {error}"
         if real != size:
-            return "image size differs from the listed one", f"{name} is {_pixels(real)}, listed as {_pixels(size)}"
+            text = f"{name} is {size_words(real)}, listed as {size_words(size)}"
+            return "image size differs from the listed one", text
         return None
 
     present = [record for record in listed.values() if record["file_name"] not in absent]
-    for note in _parallel(check, present, workers, progress, "images"):
+    for note in parallel(check, present, workers, progress, "images"):
         if note:
             report.problem(*note)
 
@@ -268,15 +173,11 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
     report.summary.append(f"{len(listed)} images, {len(annotations)} annotations, {len(categories)} categories")
     if empty:
         report.summary.append(f"images without annotations: {empty} (training leaves them out)")
-    report.summary.append(f"annotations per category: {_short([f'{n} {c}' for n, c in counts.most_common()])}")
+    report.summary.append(f"annotations per category: {shortened([f'{n} {c}' for n, c in counts.most_common()])}")
     rare = [record["name"] for record in categories.values() if record["name"] not in counts]
     if rare:
-        report.summary.append(f"categories without annotations: {_short(rare)}")
+        report.summary.append(f"categories without annotations: {shortened(rare)}")
     return report
-
-
-def _short(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _records(report: Report, document: dict, key: str, fields: dict) -> dict:
@@ -314,7 +215,7 @@ def _check_box(report: Report, record: dict, where: str, size: tuple) -> None:
         return
     width, height = box[2:].tolist()
     if _outside(box[None], np.array([size]))[0]:
-        report.problem("box outside its image", f"{where}: {record['bbox']} in {_pixels(size)} pixels")
+        report.problem("box outside its image", f"{where}: {record['bbox']} in {size_words(size)} pixels")
     if not len(area) or not np.isfinite(area[0]) or area[0] < 0:
         report.problem("damaged area", f"{where}: {record.get('area')}")
     elif min(width, height) < 1 or area[0] == 0:
@@ -343,7 +244,7 @@ def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -
             elif len(points) < 6:
                 report.problem("polygon of fewer than 3 points", f"{where}: {polygon}")
             elif not ((points >= -SLACK) & (points.reshape(-1, 2) <= np.array(size) + SLACK).ravel()).all():
-                report.problem("polygon outside its image", f"{where}: {_pixels(size)} pixels")
+                report.problem("polygon outside its image", f"{where}: {size_words(size)} pixels")
 
 
 def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tuple) -> None:
@@ -395,126 +296,3 @@ def _runs(counts: object) -> np.ndarray:
             runs.append(number + (runs[-2] if len(runs) > 2 else 0))
             number = shift = 0
     return np.array([] if shift else runs, np.int64)
-
-
-# ADE20K
-
-
-def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
-    """What is wrong with an image, of which all or only the head is read, and its label map; the pixels per value."""
-    image, label = pair
-    try:
-        size = _image_size(image, whole)
-    except Exception as error:
-        return ("broken image", f"{image.name}: {error}"), {}
-    try:
-        with Image.open(label) as file:
-            mode, values = file.mode, np.asarray(file)
-    except Exception as error:
-        return ("broken label map", f"{label.name}: {error}"), {}
-    if mode not in LABEL_MODES:
-        return ("label map that is not one channel of 8 or 16 bits", f"{label.name}: mode {mode}"), {}
-    if values.shape != size[::-1]:
-        text = f"{label.name}: {_pixels(values.shape[::-1])}, its image {_pixels(size)}"
-        return ("label map and image differ in size", text), {}
-    counts = np.bincount(values.ravel())
-    return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-
-
-def check_pairs(pairs: list[tuple[StrPath, StrPath]], classes: int, reduce_zero_label: bool) -> None:
-    """Raise `UserError` for what would break a training, or silently spoil it: every label map is decoded.
-
-    Args:
-        pairs: (image, label map) files.
-        classes, reduce_zero_label: of `verify_ade20k`.
-    """
-    last = classes if reduce_zero_label else classes - 1
-
-    def fault(pair: tuple[StrPath, StrPath]) -> str | None:
-        image, label = map(Path, pair)
-        if not label.is_file():
-            return f"{image} has no label map {label}"
-        note, found = _check_pair((image, label), whole=False)
-        if note:
-            return f"{label.parent}: {note[0]}: {note[1]}"
-        beyond = [value for value in found if value > last and value != IGNORED]
-        if beyond:
-            text = f"{label} holds the value {beyond[0]}; of {classes} classes, with reduce_zero_label="
-            return f"{text}{reduce_zero_label}, the largest is {last}"
-        return None
-
-    faults = [text for text in _parallel(fault, pairs, min(32, os.cpu_count() or 1), True, "label maps") if text]
-    if faults:
-        more = f"{len(faults)} of {len(pairs)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
-        raise UserError(f"{faults[0]} ({more})")
-
-
-def verify_ade20k(
-    root: StrPath, classes: int = 150, reduce_zero_label: bool = True, workers: int = 4, progress: bool = False
-) -> Report:
-    """Look at every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
-
-    Args:
-        root: the folder that holds images/ and annotations/.
-        classes: how many there are, unlabelled not counted.
-        reduce_zero_label: whether 0 means unlabelled and classes count from 1, as in ADE20K, or classes count from 0.
-        workers: threads.
-        progress: show a bar, where the standard error is a terminal.
-
-    `UserError` where there is nothing to look at.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root}")
-    report = Report(str(root))
-    pixels: Counter = Counter()
-    pairs_found, last = 0, classes if reduce_zero_label else classes - 1
-    for split in SPLITS.values():
-        images, labels = root / "images" / split, root / "annotations" / split
-        if not images.is_dir() and not labels.is_dir():
-            continue
-        for folder in (images, labels):
-            if not folder.is_dir():
-                raise UserError(f"no such folder: {folder} (ADE20K's layout: images/{split} and annotations/{split})")
-        # Not the hidden files that some systems put beside each.
-        pictures, maps = {p.stem for p in images.glob("[!.]*.jpg")}, {p.stem for p in labels.glob("[!.]*.png")}
-        for stem in sorted(pictures - maps):
-            report.problem("image without label map", f"{split}/{stem}.jpg")
-        for stem in sorted(maps - pictures):
-            report.problem("label map without image", f"{split}/{stem}.png")
-        stems = sorted(pictures & maps)
-        pairs_found += len(stems)
-        pairs = [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
-        results = _parallel(_check_pair, pairs, workers, progress, split)
-        for stem, (note, found) in zip(stems, results, strict=True):
-            if note:
-                report.problem(note[0], f"{split}/{note[1]}")
-                continue
-            pixels.update(found)
-            beyond = [value for value in found if value > last and value != IGNORED]
-            if beyond:
-                report.problem(f"label value over {last}", f"{split}/{stem}.png: {_short(list(map(str, beyond)))}")
-            elif not any(value != IGNORED and (value or not reduce_zero_label) for value in found):
-                report.warning("nothing labelled", f"{split}/{stem}.png")
-        report.summary.append(f"{split}: {len(stems)} pairs of image and label map")
-    if not pairs_found:
-        raise UserError(f"no pairs in {root}: it needs images/training/NAME.jpg and annotations/training/NAME.png")
-    _look_at_values(report, pixels, classes, reduce_zero_label)
-    return report
-
-
-def _look_at_values(report: Report, pixels: Counter, classes: int, reduce_zero_label: bool) -> None:
-    values = sorted(value for value in pixels if value != IGNORED)
-    if not values:
-        return
-    first = int(reduce_zero_label)
-    present = sum(first <= value < classes + first for value in values)
-    share = (pixels[IGNORED] + pixels[0] * first) / sum(pixels.values())
-    report.summary.append(f"{present} of {classes} classes occur, {share:.1%} of the pixels are unlabelled")
-    kind = "reduce_zero_label looks wrong"
-    if reduce_zero_label and values[-1] == classes - 1:
-        zero = "0 occurs" if values[0] == 0 else "0 never occurs"
-        text = f"it is on, but the largest value is {classes - 1} and {zero}"
-        report.warning(kind, f"{text}: do the classes count from 0, or are there only {classes - 1}?")
-    elif not reduce_zero_label and values[-1] == classes:
-        report.warning(kind, f"it is off, but values reach {classes}: do the classes count from 1?")

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
+from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file, check_pairs
+from semaim.data.verify import check_coco_file
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_origin, write_results

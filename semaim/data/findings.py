@@ -1,0 +1,103 @@
+"""What a look at a data set found, and how to look at many files at once."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+EXAMPLES = 5  # kept of each kind
+CHUNK = 16  # images a thread takes at a time
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and those of its values that swap width and height
+SPLITS = {"train": "training", "val": "validation"}  # COCO's and ADE20K's names
+StrPath = str | os.PathLike
+
+
+@dataclass
+class Finding:
+    """One kind of problem or warning: how often, and the first examples."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class Report:
+    """What was found in `name`: lines of figures, and problems and warnings by their kind."""
+
+    name: str
+    summary: list[str] = field(default_factory=list)
+    problems: dict[str, Finding] = field(default_factory=dict)
+    warnings: dict[str, Finding] = field(default_factory=dict)
+
+    def problem(self, kind: str, example: str) -> None:
+        """Note something that breaks a training or makes it learn what is wrong."""
+        self.problems.setdefault(kind, Finding()).add(example)
+
+    def warning(self, kind: str, example: str) -> None:
+        """Note something that a training survives."""
+        self.warnings.setdefault(kind, Finding()).add(example)
+
+    def __str__(self) -> str:
+        lines = [self.name, *(f"  {line}" for line in self.summary)]
+        for title, findings in (("problem", self.problems), ("warning", self.warnings)):
+            for kind, finding in findings.items():
+                lines += [f"  {title}: {kind}: {finding.count}", *(f"    {text}" for text in finding.examples)]
+                if finding.count > len(finding.examples):
+                    lines.append(f"    and {finding.count - len(finding.examples)} more")
+        problems, warnings = (sum(f.count for f in group.values()) for group in (self.problems, self.warnings))
+        found = [f"{n} {name}{'s'[: n > 1]}" for n, name in ((problems, "problem"), (warnings, "warning")) if n]
+        return "\n".join([*lines, f"  {', '.join(found) or 'nothing wrong'}"])
+
+
+Note = tuple[str, str]  # kind and example of a problem
+
+
+def parallel(check: Callable, tasks: list, workers: int, progress: bool, title: str) -> list:
+    """`check` of every task, in their order, in threads: Pillow decodes without the interpreter's lock."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
+    done = []
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+            row = bar.add_task(title, total=len(tasks))
+            for results in pool.map(lambda chunk: [check(task) for task in chunk], chunks):
+                done += results
+                bar.advance(row, len(results))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt only the chunks in hand are waited for
+    return done
+
+
+def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
+    """(width, height) as a loader sees it, which turns by EXIF; decodes the whole file, raising what Pillow raises."""
+    with Image.open(path) as image:
+        try:
+            turned = image.getexif().get(ORIENTATION) in TURNED
+        except Exception:  # damaged EXIF, which loaders pass over
+            turned = False
+        size = image.size[::-1] if turned else image.size
+        if whole:
+            image.draft(None, (1, 1))  # a JPEG is still read to its end, but an eighth of its width is made
+            image.load()
+    return size
+
+
+def size_words(size: Iterable) -> str:
+    return " x ".join(map(str, size))
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

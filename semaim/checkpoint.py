@@ -39,6 +39,14 @@ MMPRETRAIN_BLOCK = (
     ("ffn.layers.0.0", "mlp.fc1"),
     ("ffn.layers.1", "mlp.fc2"),
 )
+#: What mmseg's segmentation backbones, MAE and BEiT, have in a block besides.
+MMSEG_BLOCK = (
+    ("attn.relative_position_bias_table", "attn.rel_bias"),
+    ("gamma_1", "gamma_1"),
+    ("gamma_2", "gamma_2"),
+)
+#: A buffer of theirs that is no weight: it is made of the grid.
+INERT = "attn.relative_position_index"
 #: mmpretrain's names (left) and ours; {n} is a block. Where two of theirs stand for one of ours, the first is written.
 MMPRETRAIN = (
     ("backbone.cls_token", "cls_token"),
@@ -48,6 +56,7 @@ MMPRETRAIN = (
     ("backbone.ln1", "norm"),
     ("backbone.norm1", "norm"),  # before 1.0
     ("backbone.ln2", "fc_norm"),
+    *((f"backbone.layers.{{n}}.{theirs}", f"blocks.{{n}}.{ours}") for theirs, ours in MMSEG_BLOCK),
     ("neck.bn", "head.0"),  # the batch normalisation of a linear probe
     ("neck.mask_token", "mask_token"),  # from here on MAE's decoder
     ("neck.decoder_embed", "decoder_embed"),
@@ -68,6 +77,11 @@ MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_bloc
 RECOGNISED = (
     ("semaim", lambda content, place, prefix, names: content.get("format") == FORMAT),
     ("official SemAIM", lambda content, place, prefix, names: isinstance(content.get("model"), str)),
+    (
+        "mmseg segmentor",
+        lambda content, place, prefix, names: "patch_embed.projection.weight" in names
+        and any(str(name).startswith("decode_head.") for name in (content[place] if place else content)),
+    ),
     ("mmpretrain", lambda content, place, prefix, names: "patch_embed.projection.weight" in names),
     ("detectron2", lambda content, place, prefix, names: prefix.endswith("backbone.net.")),
     ("DINO", lambda content, place, prefix, names: place == "teacher"),
@@ -167,7 +181,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
     state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     other = [name for name in weights if not name.startswith(prefix)]
     dialect = next(name for name, is_it in RECOGNISED if is_it(content, place, prefix, state))
-    if dialect == "mmpretrain":
+    if "patch_embed.projection.weight" in state:
         state, other = _from_mmpretrain(weights, prefix)
     other += [name for name in state if name.startswith("ema.")]
     state = {name: tensor for name, tensor in state.items() if not name.startswith("ema.")}
@@ -194,7 +208,7 @@ def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
     return place, weights
 
 
-def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
     """A name by the first pair whose left side it is or begins with; None by none."""
     for left, right in pairs:
         pattern = re.escape(left).replace(r"\{n\}", r"(?P<n>\d+)") + r"(?P<rest>\..+)?"
@@ -210,9 +224,9 @@ def _from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str,
     theirs |= {n: f"backbone.{n[len(prefix) :]}" for n in weights if n.startswith(prefix) and n not in theirs}
     probe = "neck.bn.running_mean" in theirs.values()
     heads = [pair for pair in MMPRETRAIN_HEADS if (pair[1] == "head.1") == probe]
-    ours = {name: _rename(short, (*MMPRETRAIN, *heads)) for name, short in theirs.items()}
+    ours = {name: rename(short, (*MMPRETRAIN, *heads)) for name, short in theirs.items()}
     state = {ours[name]: tensor for name, tensor in weights.items() if ours.get(name)}
-    return state, [name for name in weights if not ours.get(name)]
+    return state, [name for name in weights if not ours.get(name) and not name.endswith(INERT)]
 
 
 def _to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,7 +236,7 @@ def _to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     else:
         heads = MMPRETRAIN_HEADS[1:2] if "fc_norm.weight" in state else MMPRETRAIN_HEADS[:1]
     pairs = [(ours, theirs) for theirs, ours in (*MMPRETRAIN, *heads)]
-    return {theirs: tensor for name, tensor in state.items() if (theirs := _rename(name, pairs))}
+    return {theirs: tensor for name, tensor in state.items() if (theirs := rename(name, pairs))}
 
 
 # Loading

@@ -2,14 +2,14 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -31,6 +31,9 @@ SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
 
 #: Heads by scope: a file that holds the other task's is no pretrained encoder.
 HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
+
+#: A long side in pixels that no image reaches.
+UNLIMITED = 10**6
 
 #: What no pretrained encoder has.
 NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
@@ -167,14 +170,24 @@ def validation(cfg: Config, split: str) -> dict:
     return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
 
 
+def scales_of(scale: tuple[int, int], ratios: Iterable[float]) -> list[tuple[int, int]]:
+    """Scales (most of the long side, short side) of a multi-scale test, by their ratios to the plain test's.
+
+    The short side never falls below the plain test's, so that windows of its crop fit, and the long side follows
+    without a limit: ratios up to 1 are one size, which counts as often. This is mmseg 0.x's `min_size`, which MAE's
+    published figure was measured with.
+    """
+    short = min(scale)
+    return [(UNLIMITED, max(short, int(short * ratio))) for ratio in ratios]
+
+
 def averaged(cfg: Config) -> None:
-    """Change the config so that predictions are averaged over `tta_ratios` times the scale, each also flipped."""
+    """Change the config so that predictions are averaged over the scales of `tta_ratios`, each also flipped."""
     if "tta_ratios" not in cfg:
         raise UserError("--tta: this config has no tta_ratios; segmentors' have")
     steps = [dict(step) for step in cfg.val_dataset.pipeline]
     place = next(index for index, step in enumerate(steps) if step["type"] == "Resize")
-    scale = steps[place]["scale"]
-    scales = [{**steps[place], "scale": tuple(int(side * ratio) for side in scale)} for ratio in cfg.tta_ratios]
+    scales = [{**steps[place], "scale": scale} for scale in scales_of(steps[place]["scale"], cfg.tta_ratios)]
     flips = [{"type": "RandomFlip", "prob": prob, "direction": "horizontal"} for prob in (0.0, 1.0)]
     then = [[step] for step in steps[place + 1 :]]
     cfg.val_dataset.pipeline = [*steps[:place], {"type": "TestTimeAug", "transforms": [scales, flips, *then]}]
@@ -209,6 +222,22 @@ def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
     return scaled
 
 
+def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
+    """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
+
+    The model is the one that trains: on a CPU, processes do not exchange what they see.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    synced = all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    seen = plan.images * (plan.processes if synced else 1)
+    if not norms or seen == plan.total:
+        return None
+    return (
+        f"batch normalisation sees {seen} images at a time, not the {plan.total} of a step, so gradients and running"
+        " statistics are not the recipe's: see images_per_gpu and the number of GPUs"
+    )
+
+
 def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     """Train as the config says, in this process and, where launched so, in step with its siblings."""
     world = join()
@@ -237,6 +266,8 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
     log(str(plan))
+    if told := batch_norm_note(model, plan):
+        runner.logger.warning(told)
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
     if resume_from is None and cfg.get("pretrained"):
@@ -294,15 +325,21 @@ def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
     """A trained detector's or segmentor's weights, ours or mm's, all of them; `UserError` where they do not fit."""
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
+    package = importlib.import_module(SCOPES[DefaultScope.get_current_instance().scope_name])
+    try:
+        renamed = package.foreign_names(weights)
+    except UserError as error:
+        raise UserError(f"{path} does not fit this config: {error}") from None
+    weights = renamed or weights
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong:
-        name = (missing + wrong)[0]
+    if missing or wrong or extra:
+        name = (wrong + missing + extra)[0]
+        shapes = f" ({tuple(weights[name].shape)}, in the model {tuple(own[name].shape)})" if name in wrong else ""
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
-            f" such as {name}: test with the config of its training"
+            f"{path} does not fit this config: {len(missing)} weights are missing, {len(wrong)} are of another shape,"
+            f" {len(extra)} are not read, such as {name}{shapes}: test with the config of its training"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    left = f"; left in the file: {checkpoint.grouped(extra)}" if extra else ""
-    log(f"loaded {len(own)} tensors from {path}{left}")
+    log(f"loaded {len(own)} tensors from {path}" + (", renamed" if renamed else ""))

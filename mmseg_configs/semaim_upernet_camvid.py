@@ -67,7 +67,7 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 val_dataset = dict(**data, pipeline=test_pipeline)
-tta_ratios = (0.75, 1.0, 1.5)
+tta_ratios = (1.0, 1.25, 1.5)
 total_batch_size = 8
 images_per_gpu = 8
 base_lr = 1e-3  # peak 5e-4 = 1e-3 x 8 / 16

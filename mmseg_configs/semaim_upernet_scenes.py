@@ -60,7 +60,7 @@ val_dataset = dict(
     reduce_zero_label=True,
     pipeline=test_pipeline,
 )
-tta_ratios = (0.75, 1.0, 1.5)
+tta_ratios = (1.0, 1.25, 1.5)
 total_batch_size = 8
 images_per_gpu = 8
 num_workers = 1

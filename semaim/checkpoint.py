@@ -27,7 +27,7 @@ from semaim import __version__
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
-from semaim.models.vit import SIZES, resize_positions
+from semaim.models.vit import SIZES, VisionTransformer
 from semaim.safe_reading import read_file
 
 #: Parts of a block in mmpretrain (left) and ours.
@@ -285,8 +285,8 @@ def kinds(names: Iterable[str]) -> str:
 def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = ()) -> LoadReport:
     """Load a checkpoint of any dialect into a model with our names.
 
-    Position tables are resized to the model's `grid` (see `resize_positions`), tables of relative positions linearly; a
-    head for another number of classes stays in the file.
+    Position tables are resized to the model's `grid` by its `resample_positions` (timm's if it has none), tables of
+    relative positions linearly; a head for another number of classes stays in the file.
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
@@ -305,7 +305,7 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
             continue
         fitted, grid = None, getattr(model, "grid", None)
         if name == "pos_embed" and grid and (tensor.shape != own[name].shape or _told_grid(found) not in (None, grid)):
-            fitted = _fit_positions(tensor, own[name], grid, found)
+            fitted = _fit_positions(tensor, own[name], model, found)
         elif tensor.shape == own[name].shape:
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
@@ -352,14 +352,15 @@ def _told_grid(found: Checkpoint) -> tuple[int, int] | None:
     return _grid(found.sizes) if found.network.get("img_size") else None
 
 
-def _fit_positions(table: Tensor, own: Tensor, grid: tuple[int, int], found: Checkpoint) -> Tensor:
-    """A position table (1, [1 +] L, D) on another grid, with or without the class token's row as `own` has it."""
-    old = _grid(found.sizes)
+def _fit_positions(table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint) -> Tensor:
+    """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it."""
+    old, grid = _grid(found.sizes), model.grid
+    resample = getattr(model, "resample_positions", VisionTransformer.resample_positions)
     length, prefix = old[0] * old[1], own.shape[1] - grid[0] * grid[1]
     if table.shape[1] not in (length, length + 1):
         rows = f"{table.shape[1]} rows"
         raise UserError(f"{found.path}: a position table of {rows} is none of {old[0]} x {old[1]} patches")
-    patches = resize_positions(table[:, -length:].float(), old, grid).to(table.dtype)
+    patches = resample(table[:, -length:].float(), old, grid).to(table.dtype)
     if not prefix:
         return patches
     first = table[:, :1] if table.shape[1] > length else own[:, :1].to(table)

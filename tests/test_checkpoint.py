@@ -111,7 +111,7 @@ def write(folder, dialect, states):
         "dino full": {"student": prefixed("module.backbone.", encoder), "epoch": 3,
                       "teacher": {**prefixed("backbone.", encoder), "head.mlp.0.weight": torch.zeros(3, 3)}},
         "mmpretrain": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(encoder), "neck.other": torch.zeros(3),
-                                                              "backbone.layers.0.gamma_1": torch.ones(32)}},
+                                                              "backbone.layers.0.attn.q_bias": torch.ones(32)}},
         "mmpretrain mae": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(states["mae"]),
                                                                 **mmpretrain_decoder(states["mae"])}},
         "mmpretrain tuned bare": {**{n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
@@ -161,7 +161,7 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
     assert found.heads_guessed
     if dialect == "mmpretrain":  # what has no name of ours is told
-        assert found.other == ["neck.other", "backbone.layers.0.gamma_1"]
+        assert found.other == ["neck.other", "backbone.layers.0.attn.q_bias"]
     assert found.sizes == {
         "embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": (8, 8), "img_size": (32, 32), "mlp_ratio": 4,
     }  # fmt: skip
@@ -405,7 +405,7 @@ def test_tables_are_fitted(states, tmp_path):
     checkpoint.load(model, tmp_path / "x.pth")
     assert torch.equal(model.pos_embed[:, :1], own)  # the file has no row for the class token
     image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = F.interpolate(image, (6, 4), mode="bicubic").flatten(2).transpose(1, 2)
+    expected = F.interpolate(image, (6, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(model.pos_embed[:, 1:], expected)
     # A table without a row for the class token, as a detector has it.
     model.pos_embed = torch.nn.Parameter(torch.zeros(1, 16, 32))
@@ -430,7 +430,7 @@ def test_a_table_of_as_many_rows_on_another_grid(states, tmp_path):
     assert len(checkpoint.load(wide, tmp_path / "x.pth").resized) == 1
     table = states["encoder"]["pos_embed"]
     image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = F.interpolate(image, (2, 8), mode="bicubic").flatten(2).transpose(1, 2)
+    expected = F.interpolate(image, (2, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(wide.pos_embed[:, 1:], expected)
     torch.save(states["encoder"], tmp_path / "x.pth")
     assert not checkpoint.load(wide, tmp_path / "x.pth").resized and torch.equal(wide.pos_embed, table)

@@ -136,7 +136,7 @@ def test_image_of_another_size_than_the_table():
     p = plain(model)
     for name in ("pos_embed", "decoder_pos_embed"):
         table = p[name][:, 1:].unflatten(1, (3, 4)).permute(0, 3, 1, 2)
-        table = F.interpolate(table, grid, mode="bicubic").flatten(2).transpose(1, 2)
+        table = F.interpolate(table, grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
         p[name] = torch.cat([p[name][:, :1], table], dim=1)
     loss, _, prediction, mask, _ = oracle_step(images, draw, p, (4, 4))
     assert torch.equal(out.mask, mask)

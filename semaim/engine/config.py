@@ -74,7 +74,7 @@ DENSE_KEYS = {
     "val_evaluator": "the metric",
     "base_batch_size": "images that base_lr belongs to",
     "test_pipeline": "how an image is prepared for prediction",
-    "tta_ratios": "scales, over that of the validation, that tools/test.py --tta averages over, each also flipped",
+    "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
     "tta": "whether it does so without being asked",
 }
 

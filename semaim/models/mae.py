@@ -17,11 +17,12 @@ Shapes: B images, L patches, K of them kept, D encoder channels; `width` values 
 from typing import NamedTuple
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from semaim.models.semaim import take
 from semaim.models.targets import PixelTarget
-from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, resize_positions, sincos_positions
+from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions
 
 
 class MAEOutput(NamedTuple):
@@ -115,7 +116,7 @@ class MAE(VisionTransformer):
         stand_ins = self.mask_token.expand(len(place), place.shape[1] + 1 - tokens.shape[1], -1)
         patches = take(torch.cat([tokens[:, 1:], stand_ins], dim=1), place)
         tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        tokens = tokens + resize_positions(self.decoder_pos_embed, self.grid, grid)
+        tokens = tokens + resample_abs_pos_embed(self.decoder_pos_embed, grid, self.grid, num_prefix_tokens=1)
         for block in self.decoder_blocks:
             tokens = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]

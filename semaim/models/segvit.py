@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semaim.models.vit import Attention, Block, VisionTransformer
+from semaim.models.vit import Attention, Block, VisionTransformer, resize_positions
 
 
 @lru_cache(maxsize=8)
@@ -133,6 +133,8 @@ class SegmentationViT(VisionTransformer):
         self.blocks = nn.ModuleList(
             SegmentationBlock(block, self.embed_dim, self.grid, rel_bias, layer_scale) for block in self.blocks
         )
+
+    resample_positions = staticmethod(resize_positions)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""

@@ -8,7 +8,7 @@ Shapes: B images, N tokens (class token first, then the patches row by row), L p
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, to_2tuple
+from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -148,8 +148,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A position table (1, P + L, D) of an old (rows, columns) grid for a new one; the P rows before the patches' stay.
 
-    Bicubic without antialiasing, as MAE's fine-tuning, mmseg's MAE and detectron2's ViTDet all resize it. timm's
-    resampling antialiases, also where it enlarges, and gives another table.
+    Bicubic without antialiasing, as mmseg's MAE and detectron2's ViTDet do. timm's resampling antialiases, also where
+    it enlarges, and gives another table.
     """
     if old == new:
         return table
@@ -244,9 +244,14 @@ class VisionTransformer(nn.Module):
             )
         return height // patch_height, width // patch_width
 
+    @staticmethod
+    def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        """A position table (1, P + L, D) of an old (rows, columns) grid for a new one, as timm does it: antialiased."""
+        return resample_abs_pos_embed(table, new, old, num_prefix_tokens=table.shape[1] - old[0] * old[1])
+
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a (rows, columns) grid: (1, 1 + L, D); see `resize_positions`."""
-        return resize_positions(self.pos_embed, self.grid, grid)
+        """The position table for a (rows, columns) grid: (1, P + L, D), by `resample_positions` where it differs."""
+        return self.resample_positions(self.pos_embed, self.grid, grid)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> class and patch tokens with positions (B, 1 + L, D)."""

@@ -176,9 +176,7 @@ class ViTDet(VisionTransformer):
             block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None)
             block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the encoder's
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a (rows, columns) grid: (1, L, D); see `resize_positions`."""
-        return resize_positions(self.pos_embed, self.grid, grid)
+    resample_positions = staticmethod(resize_positions)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width), normalised -> patch tokens with positions, as a map (B, H, W, D)."""

@@ -75,6 +75,8 @@ def test_every_recorded_case_passes(shared):
         ("vitdet/relpos", "wide.p6", lambda t: t.roll(1, -1)),
         ("vitdet/relpos", "square.grad.net.blocks.0.attn.rel_pos_h", lambda t: t.flip(0)),
         ("vitdet/plain", "param.simfp_2.1.bias", lambda t: t + 1e-3),
+        ("mmseg/mae_resized", "pretrain.pos_embed", lambda t: t.roll(1, 1)),
+        ("mmseg/mae_resized", "grad.layers.1.gamma_2", lambda t: t * 1.001),
     ],
 )
 def test_a_changed_record_fails(shared, tmp_path, case, name, change):

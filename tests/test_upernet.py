@@ -19,6 +19,8 @@ from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.schedule import plan_batch  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.classifier import Classifier  # noqa: E402
+from semaim.parity import FAMILIES  # noqa: E402
+from semaim.parity.cases import Case, run_case  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "mmseg_configs/mae_upernet.py"
@@ -110,6 +112,22 @@ def test_the_config_is_the_shipped_one(shipped):
         assert mine.pipeline == steps and mine.type == other.type and mine.data_prefix == other.data_prefix
     assert all(step.get("reduce_zero_label", True) for step in train.pipeline)
     assert cfg.val_evaluator == shipped.val_evaluator
+
+
+def test_a_changed_record_of_sizes_or_names_fails(shared):
+    golden = shared / "golden/mmseg"
+    changes = {
+        "tta_sizes": (("300x400", "released", 0, "size", 1), 684),
+        "upernet_keys": (("keys", "backbone.layers.7.gamma_2", "shape", 0), 767),
+    }
+    for name, (place, value) in changes.items():
+        case = Case(golden / f"{name}.json")
+        assert run_case(case, FAMILIES["mmseg"]).passed
+        holder = case.scalars
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+        assert [check.passed for check in run_case(case, FAMILIES["mmseg"]).checks].count(False) == 1
 
 
 def groups_of(wrapper, model, rename=lambda name: name):

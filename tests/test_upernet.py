@@ -114,6 +114,22 @@ def test_the_config_is_the_shipped_one(shipped):
     assert cfg.val_evaluator == shipped.val_evaluator
 
 
+def test_the_large_and_the_wide_config_have_the_sizes_of_mmsegs_beit():
+    import mmseg
+
+    beit = Path(mmseg.__file__).parent / ".mim/configs/beit/beit-large_upernet_8xb1-amp-160k_ade20k-640x640.py"
+    shipped = Config.fromfile(beit)
+    large, wide = (load_config(ROOT / f"mmseg_configs/semaim_upernet_{name}.py") for name in ("large", "640"))
+    backbone, head = large.model.backbone, large.model.decode_head
+    assert list(backbone.out_blocks) == shipped.model.backbone.out_indices
+    assert backbone.drop_path_rate == shipped.model.backbone.drop_path_rate
+    assert (head.in_channels, head.channels) == (shipped.model.decode_head.in_channels, 1024)
+    assert wide.model.test_cfg == shipped.model.test_cfg
+    for mine, loader in ((wide.train_dataset, shipped.train_dataloader), (wide.val_dataset, shipped.val_dataloader)):
+        steps = [{k: v for k, v in one.items() if k != "reduce_zero_label"} for one in loader.dataset.pipeline]
+        assert mine.pipeline == steps
+
+
 def test_a_changed_record_of_sizes_or_names_fails(shared):
     golden = shared / "golden/mmseg"
     changes = {

@@ -5,7 +5,7 @@ _base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/vitdet_100ep.py", "_b
 image_size = (256, 256)
 strides = [1, 2, 4, 8, 16]
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=image_size, pad_mask=True)]),
+    data_preprocessor=dict(side=256),
     backbone=dict(
         size="tiny",
         embed_dim=128,

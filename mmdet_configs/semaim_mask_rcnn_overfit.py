@@ -9,7 +9,7 @@ _base_ = ["semaim_mask_rcnn_scenes.py"]
 image_size = (256, 256)
 ann_file = "annotations/instances_overfit.json"
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=image_size, pad_mask=True)]),
+    data_preprocessor=dict(side=256),
     backbone=dict(img_size=256, window_size=8, global_blocks=(1, 3)),
     roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),

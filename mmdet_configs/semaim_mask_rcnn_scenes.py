@@ -28,7 +28,7 @@ num_classes = len(classes)
 image_size = (96, 96)
 strides = [2, 4, 8, 16, 32]
 model = dict(
-    data_preprocessor=dict(batch_augments=[dict(type="BatchFixedSizePad", size=image_size, pad_mask=True)]),
+    data_preprocessor=dict(side=96),
     backbone=dict(
         size="tiny", depth=4, img_size=96, pretrain_img_size=64, patch_size=8, window_size=6, drop_path_rate=0.0
     ),

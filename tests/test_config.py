@@ -86,12 +86,49 @@ def test_the_base_config_is_the_papers_recipe():
     }  # fmt: skip
 
 
+def block_weights(dim):
+    """Of a block, encoder's or query's: four linears of dim x dim, an MLP of 4 dim, two norms, all with biases."""
+    return 4 * (dim * dim + dim) + (dim * 4 * dim + 4 * dim) + (4 * dim * dim + dim) + 2 * 2 * dim
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "depth", "query_blocks"),
+    [("base", 768, 12, 12), ("large", 1024, 24, 12), ("huge", 1280, 32, 16)],
+)
+def test_trained_weights_are_those_its_docstring_states(size, dim, depth, query_blocks):
+    expected = {
+        "encoder": (768 * dim + dim) + dim + depth * block_weights(dim) + 2 * dim,  # patches, class token, norm
+        "query blocks": query_blocks * block_weights(dim),
+        "head": dim * 4 * dim + 4 * dim + 4 * dim * 768 + 768,
+    }
+    for epochs in (400, 800):
+        network = load_config(CONFIGS / f"pretrain/semaim_vit_{size}_{epochs}e.py").model.network.to_dict()
+        with torch.device("meta"):
+            model = MODELS.build(network)
+        found = dict.fromkeys(expected, 0)
+        for name, weight in model.named_parameters():
+            part = {"query_blocks": "query blocks", "prediction_head": "head"}.get(name.split(".")[0], "encoder")
+            found[part] += weight.numel() * weight.requires_grad
+        assert found == expected
+    stated = " ".join((CONFIGS / f"pretrain/semaim_vit_{size}_800e.py").read_text().split())
+    for part, weights in {**expected, "in all": sum(expected.values())}.items():
+        assert f"{part} {weights / 1e6:.1f} M" in stated
+
+
+def test_large_clip_has_the_decoder_of_large():
+    with_clip, pixels = (
+        load_config(CONFIGS / f"pretrain/{name}_vit_large_800e.py").model.network for name in ("semaim_clip", "semaim")
+    )
+    assert with_clip.decoder_depth == pixels.decoder_depth == 12
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"totl_batch_size": 8}, "unknown config key totl_batch_size: did you mean total_batch_size"),
         ({"model.network.ordr": "raster"}, r"unknown config key model.network.ordr: did you mean order\?"),
         ({"model.network.target.blr_kernel": 3}, "model.network.target.blr_kernel: did you mean blur_kernel"),
+        ({"model.network.look_precison": "fp32"}, "model.network.look_precison: did you mean look_precision"),
         ({"model.network.drop_path": 0.1}, "unknown config key model.network.drop_path: did you mean drop_path_rate"),
         ({"optim_wrapper.optimizer.type": "AdmW"}, "unknown type 'AdmW' in optim_wrapper.optimizer: did you mean"),
         ({"optim_wrapper.optimizer.momentum": 0.9}, "unknown config key optim_wrapper.optimizer.momentum"),

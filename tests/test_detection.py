@@ -85,6 +85,7 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     if epochs:
         assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
+    assert detector.data_preprocessor.side == cfg.model.backbone.img_size  # what relative positions are made for
     if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
         shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
         assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size in ("tiny", None)
@@ -117,7 +118,7 @@ def test_the_older_recipe_trains_on_four_maps():
     small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
     cfg.model.backbone.update(small)
     cfg.model.neck[0].channels, cfg.model.neck[1].in_channels = 64, [64] * 4
-    cfg.model.data_preprocessor.batch_augments[0].size = (128, 128)
+    cfg.model.data_preprocessor.side = 128
     dense.enter(cfg)
     torch.manual_seed(0)
     detector = MODELS.build(Config(cfg.model.to_dict()))

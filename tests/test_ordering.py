@@ -118,6 +118,19 @@ def test_equal_distances_are_ranked_by_draw(grid, seed):
     assert (draw.gather(1, order).diff()[tied] > 0).all()
 
 
+def test_the_official_noise_ties_patches_in_one_image_of_seven_and_ours_in_none():
+    """Its keys are fp32 distances plus 0.001 times a uniform number; docs/orders.md has the share."""
+    generator = torch.Generator().manual_seed(0)
+    similarity, draw = (torch.rand(4000, 196, generator=generator) for _ in range(2))
+    centre = similarity.argmax(-1, keepdim=True)
+    patch = torch.arange(196)
+    distance = (((patch // 14 - centre // 14) ** 2 + (patch % 14 - centre % 14) ** 2).float()) ** 0.5
+    key = (distance + draw * 1e-3).sort(dim=-1).values
+    assert 0.12 < (key.diff() == 0).any(-1).float().mean() < 0.17
+    order = make_order("semantic", similarity, (14, 14), draw)
+    assert torch.equal(order.sort(dim=-1).values, patch.expand(4000, -1))
+
+
 # Meanings
 
 

@@ -282,6 +282,15 @@ def test_activation_checkpointing_trains_the_same(tiny_config):
     assert all(loss == pytest.approx(expected[i], abs=1e-6) for i, loss in losses(recomputed).items())
 
 
+def test_a_run_may_look_in_fp32(tiny_config):
+    """Without autocast, as on a CPU, it changes nothing."""
+    fp32, same = tiny_config("fp32", **{"model.network.look_precision": "fp32"}), tiny_config("same")
+    assert same.model.network.look_precision == "same"
+    runner = train(fp32)
+    train(same)
+    assert runner.model.network.look_precision == "fp32" and losses(fp32) == losses(same)
+
+
 def test_a_teacher_from_a_local_file_guides(tiny_config, tmp_path):
     name = "test_vit"
     torch.manual_seed(0)
@@ -327,6 +336,7 @@ def build_teacher_without_weights(name):
         ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes asked for; this machine has no GPU and"),
         ([SCENES, "--data-root", "EMPTY"], "no images in"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.order=semantc"], "did you mean semantic"),
+        ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.look_precision=16"], "choose same or fp32"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "total_batch_size=4096"], "fewer than one batch of 4096"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.img_size=60"], "60 x 60 pixels is no whole"),
     ],
@@ -420,6 +430,9 @@ def test_a_used_work_folder_asks_for_resume(tiny_config):
     wider = tiny_config(**{"model.network.embed_dim": 48})
     with pytest.raises(UserError, match="does not fit this config.*resume with the config it was made by"):
         train(wider, choose_checkpoint(wider, "auto"))
+    shallow = tiny_config(**{"model.network.decoder_depth": 1})  # as ViT-L's runs, which once had 24 query blocks
+    with pytest.raises(UserError, match=r"does not fit this config.*query_blocks\.1\."):
+        train(shallow, choose_checkpoint(shallow, "auto"))
 
 
 def test_more_gpus_than_there_are(monkeypatch):

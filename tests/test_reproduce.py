@@ -338,6 +338,8 @@ def test_few_checkpoints_are_kept():
 
 # Methods, backbones and code, as results.json names them.
 
+CLIP = {"name": "vit_b_clip_quickgelu_224.openai", "normalisation": "student"}
+
 
 @pytest.mark.parametrize(
     ("changed", "method"),
@@ -345,7 +347,9 @@ def test_few_checkpoints_are_kept():
         *(({"order": order}, method) for order, method in BY_ORDER.items()),
         ({"order": "snake"}, "order snake"),
         ({"guide": "ema", "target": {"type": "FeatureTarget"}}, "SemAIM, EMA features"),
-        ({"guide": {"name": "vit_b_clip_224.openai"}, "target": {"type": "FeatureTarget"}}, "SemAIM*"),
+        ({"guide": CLIP, "target": {"type": "FeatureTarget"}}, "SemAIM*"),
+        ({"guide": CLIP | {"normalisation": "teacher"}, "target": {"type": "FeatureTarget"}}, "SemAIM, CLIP features"),
+        ({"guide": {"name": "vit_b_clip_224.openai"}, "target": {"type": "FeatureTarget"}}, "SemAIM, CLIP features"),
         ({"guide": {"name": "vit_b_224.dino"}, "target": {"type": "FeatureTarget"}}, "SemAIM, DINO features"),
         ({"guide": "ema", "similarity": "gap"}, "SemAIM, guide EMA, similarity gap"),
         ({"type": "MAE"}, "MAE"),

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
 from semaim.models import FeatureTarget, PixelTarget, SemAIM, Teacher, VisionTransformer
-from semaim.models.ordering import ORDERS, SEMANTIC_ORDERS, make_order
+from semaim.models.ordering import ORDERS, SEMANTIC_ORDERS, make_order, similarity_map
 
 #: patches (rows, columns) and patch (height, width)
 SHAPES = [((3, 3), (4, 4)), ((5, 7), (4, 4)), ((4, 2), (8, 8)), ((2, 3), (8, 4)), ((1, 1), (4, 4))]
@@ -248,6 +248,29 @@ def test_look_has_no_drop_path_no_gradient_and_restores_the_mode(guide, similari
     assert all(module.training == training for module in model.modules())
 
 
+def test_look_in_fp32_is_that_without_autocast():
+    """Official: the order of pixel targets is made outside of autocast."""
+    images, draw = images_of((3, 4), (4, 4)), torch.rand(2, 12)
+    fp32, same = build(look_precision="fp32"), build()
+    plain_tokens, plain_map = same.look(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, map_ = fp32.look(images)
+        low_tokens, low_map = same.look(images)
+        assert torch.is_autocast_enabled("cpu") and fp32(images, draw).prediction.dtype == torch.bfloat16
+    assert torch.equal(tokens, plain_tokens) and torch.equal(map_, plain_map)
+    assert 1e-4 < (low_tokens - plain_tokens).abs().max() < 0.5
+    assert low_map.dtype == map_.dtype == torch.float32 and not torch.equal(low_map, plain_map)
+
+
+def test_similarity_is_in_full_precision_under_autocast():
+    tokens = random(2, 13, 16)
+    for scaling, source in itertools.product(("softmax", "minmax"), ("cls", "gap")):
+        expected = similarity_map(tokens, source, scaling)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(similarity_map(tokens, source, scaling), expected)
+        torch.testing.assert_close(expected, oracle.similarity(tokens, source, scaling), atol=1e-6, rtol=1e-4)
+
+
 # The running average
 
 
@@ -379,6 +402,7 @@ def test_kinds_of_teachers(network, project, width):
         (dict(similarity="max"), "similarity 'max'.*cls, gap or self"),
         (dict(guide="student"), "guide 'student'.*online, ema or a teacher"),
         (dict(head="conv"), "head 'conv'.*mlp or linear"),
+        (dict(look_precision="fp16"), "look_precision 'fp16'.*same or fp32"),
         (dict(img_size=30), "30 x 30 pixels"),
     ],
 )
@@ -401,12 +425,14 @@ def test_image_that_the_patch_does_not_divide(order):
 # The oracle itself, against the recorded results of the reference
 
 
-@pytest.mark.parametrize("case", ["pixel", "pixel_l1_qd2_linear", "feature", "feature_clip"])
+@pytest.mark.parametrize(
+    "case", ["pixel", "pixel_l1_qd2_linear", "large_decoder", "feature", "feature_clip", "clip_tower"]
+)
 def test_oracle_gives_the_recorded_loss(shared, case):
     recorded = load_file(shared / f"golden/semaim/{case}.safetensors")
     meta = json.loads((shared / f"golden/semaim/{case}.json").read_text())
     config = meta["config"]
-    images = load_file(shared / "golden/images.safetensors")[meta["images"]["tensor"]]
+    images = load_file(shared / "golden/images.safetensors")[meta["images"]["tensor"]][: len(recorded["order_key"])]
     p = {name.removeprefix("param."): t for name, t in recorded.items() if name.startswith("param.")}
     prediction = oracle.predict(
         images,

@@ -191,6 +191,25 @@ def test_statistics_of_a_model_of_timm_are_found():
     torch.testing.assert_close(tokens, network.forward_features(pixels * 2 - 1), atol=1e-4, rtol=1e-4)
 
 
+def test_teacher_may_see_the_students_images_as_they_are():
+    network, images = small_vit(), random(2, 3, 12, 16)
+    network.pretrained_cfg = dict(mean=(0.1, 0.2, 0.6), std=(0.3, 0.35, 0.7))
+    tokens = Teacher(network, normalisation="student")(images, (3, 4))
+    assert torch.equal(tokens, network.forward_features(images))
+    assert not torch.allclose(Teacher(network, normalisation="teacher")(images, (3, 4)), tokens, atol=0.1)
+    with pytest.raises(ValueError, match="normalisation 'own'.*teacher or student"):
+        Teacher(network, normalisation="own")
+
+
+def test_projection_is_in_full_precision_under_autocast():
+    network, images = small_vit(num_classes=10), random(2, 3, 12, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = network.forward_features(images).float()
+        tokens = Teacher(network, project=True)(images, (3, 4))
+    assert tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens, seen @ network.head.weight.T + network.head.bias)
+
+
 def test_register_tokens_are_skipped():
     network, images = small_vit(reg_tokens=3), random(2, 3, 12, 16)
     tokens, own = Teacher(network)(images, (3, 4)), network.forward_features(images)

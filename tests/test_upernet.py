@@ -10,7 +10,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after
 
 from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope  # noqa: E402
 
 from semaim import checkpoint  # noqa: E402
 from semaim.data.scenes import write_scenes  # noqa: E402
@@ -38,6 +38,13 @@ SMALL = {
     "model.test_cfg.stride": (43, 43),
     "num_workers": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scope():
+    """Names are looked up in mmseg here, and not in tests of other files that follow in the same process."""
+    yield
+    init_default_scope("mmengine")
 
 
 @pytest.fixture(scope="module")

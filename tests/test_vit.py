@@ -253,7 +253,10 @@ def test_start_is_that_of_mae():
     for weight in [*(linear.weight for linear in linears), model.patch_embed.proj.weight.flatten(1)]:
         bound = (6 / sum(weight.shape)) ** 0.5
         assert 0.99 * bound < weight.abs().max() <= bound
-    assert not any(linear.bias.any() for linear in linears) and not model.patch_embed.proj.bias.any()
+    assert not any(linear.bias.any() for linear in linears)
+    bias = model.patch_embed.proj.bias  # that of a convolution which reads 16 x 16 x 3 values
+    assert 0.95 / 768**0.5 < bias.abs().max() <= 1 / 768**0.5
+    assert bias.mean().abs() < 0.2 / 768**0.5 and bias.std().item() == pytest.approx((3 * 768) ** -0.5, rel=0.2)
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
 
 

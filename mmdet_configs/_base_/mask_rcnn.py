@@ -3,14 +3,12 @@
 model = dict(
     type="MaskRCNN",
     data_preprocessor=dict(
-        type="DetDataPreprocessor",
+        type="SquarePadding",
+        side=1024,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_mask=True,
-        # Square, after normalisation, as detectron2 pads: one shape for every batch.
-        batch_augments=[dict(type="BatchFixedSizePad", size=(1024, 1024), pad_mask=True)],
-        pad_size_divisor=32,
     ),
     backbone=dict(
         type="ViTDet",
@@ -30,12 +28,12 @@ model = dict(
         feat_channels=256,
         num_convs=2,
         anchor_generator=dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
-        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4),
+        bbox_coder=dict(type="BoxCoder", stds=[1.0] * 4),
         loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type="L1Loss", loss_weight=1.0),
     ),
     roi_head=dict(
-        type="StandardRoIHead",
+        type="ViTDetRoIHead",
         bbox_roi_extractor=dict(
             type="PreciseRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
@@ -50,7 +48,7 @@ model = dict(
             roi_feat_size=7,
             num_classes=80,
             norm_cfg=dict(type="LN2d", eps=1e-6),
-            bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2]),
+            bbox_coder=dict(type="BoxCoder", stds=[0.1, 0.1, 0.2, 0.2]),
             reg_class_agnostic=False,
             loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type="L1Loss", loss_weight=1.0),
@@ -73,14 +71,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn=dict(
-            assigner=dict(
-                type="MaxIoUAssigner",
-                pos_iou_thr=0.7,
-                neg_iou_thr=0.3,
-                min_pos_iou=0.3,
-                match_low_quality=True,
-                ignore_iof_thr=-1,
-            ),
+            assigner=dict(type="BestOverlapAssigner", pos_iou_thr=0.7, neg_iou_thr=0.3),
             sampler=dict(type="RandomSampler", num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
             allowed_border=-1,
             pos_weight=-1,
@@ -96,7 +87,7 @@ model = dict(
                 match_low_quality=False,
                 ignore_iof_thr=-1,
             ),
-            sampler=dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
+            sampler=dict(type="RandomSampler", num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=False),
             mask_size=28,
             pos_weight=-1,
             debug=False,

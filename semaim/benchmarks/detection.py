@@ -124,7 +124,7 @@ def build_detector(model: str, img_size: int, device: str) -> nn.Module:
     options = {"model.backbone.size": model, "model.backbone.img_size": img_size, "model.backbone.drop_path_rate": 0.0}
     cfg = load_config(ROOT / "mmdet_configs" / "semaim_mask_rcnn.py", options)
     cfg.model.neck.in_channels = SIZES[model]["embed_dim"]
-    cfg.model.data_preprocessor.batch_augments[0].size = (img_size, img_size)
+    cfg.model.data_preprocessor.side = img_size
     enter(cfg)
     torch.manual_seed(0)
     return build(cfg.model, MODELS, "model").to(device).train()

@@ -51,6 +51,7 @@ class Setting:
         torch.manual_seed(0)
         try:
             patch = (self.patch_size, self.patch_size)
+            depth = self.depth or SIZES[self.model]["depth"]
             model = SemAIM(
                 PixelTarget(patch),
                 size=self.model,
@@ -58,6 +59,7 @@ class Setting:
                 patch_size=patch,
                 order=self.order,
                 depth=self.depth,
+                decoder_depth=None if depth % 12 else 12,  # the official default, where it divides the depth
             )
         except ValueError as error:
             raise UserError(str(error)) from None

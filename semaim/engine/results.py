@@ -134,6 +134,8 @@ def method_of(model: Mapping) -> str | None:
     teacher = str(_mapping(guide).get("name", ""))
     features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
     features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
+    # Published is CLIP as OpenAI built it, on images with ImageNet's statistics. Earlier versions did neither.
+    official = "_quickgelu_" in teacher and _mapping(guide).get("normalisation") == "student"
     parts = [METHODS.get(order, f"order {order}")]
     if _mapping(network.get("target")).get("type") == "FeatureTarget":
         parts.append(f"{features} features")
@@ -141,7 +143,7 @@ def method_of(model: Mapping) -> str | None:
         parts.append(f"guide {features}")
     if network.get("similarity", "cls") != "cls":
         parts.append(f"similarity {network['similarity']}")
-    return "SemAIM*" if parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
+    return "SemAIM*" if official and parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
 
 
 def backbone_of(cfg: Mapping) -> str | None:

@@ -32,16 +32,18 @@ def similarity_map(tokens: Tensor, source: str = "cls", scaling: str = "softmax"
         scaling: "softmax" over the patches (the online encoder) or "minmax" to [0, 1] (teachers).
 
     Returns:
-        (B, L) float32, scaled cosine similarity. Official code: models_semaim.py, `attention_type`.
+        (B, L) float32, also under autocast: scaled cosine similarity. Official code: models_semaim.py,
+        `attention_type`.
     """
-    tokens = tokens.float()
-    patches = tokens[:, 1:]
-    whole = tokens[:, :1] if source == "cls" else patches.mean(dim=1, keepdim=True)
-    cosine = F.cosine_similarity(whole, patches, dim=-1)
-    if scaling == "softmax":
-        return cosine.softmax(dim=-1)
-    low, high = cosine.amin(-1, keepdim=True), cosine.amax(-1, keepdim=True)
-    return (cosine - low) / (high - low + 1e-6)
+    with torch.autocast(tokens.device.type, enabled=False):  # a maximum is taken of it: bf16 would make ties
+        tokens = tokens.float()
+        patches = tokens[:, 1:]
+        whole = tokens[:, :1] if source == "cls" else patches.mean(dim=1, keepdim=True)
+        cosine = F.cosine_similarity(whole, patches, dim=-1)
+        if scaling == "softmax":
+            return cosine.softmax(dim=-1)
+        low, high = cosine.amin(-1, keepdim=True), cosine.amax(-1, keepdim=True)
+        return (cosine - low) / (high - low + 1e-6)
 
 
 def rows_and_columns(grid: Grid, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

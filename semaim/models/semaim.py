@@ -13,6 +13,7 @@ One training step, top to bottom (Song et al., AAAI 2024, figure 1; official cod
 4. *Predict.* Every query predicts its patch: pixels, or the guide's features.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,9 @@ class SemAIM(VisionTransformer):
         decoder_depth: query blocks; divides the encoder's depth, which is the default.
         head: "mlp" (one hidden layer of width 4 D) or "linear".
         share_weights: query block k runs with the weights of the encoder block it reads.
+        look_precision: "same" looks at the image in the precision of the training step, so in bf16 under autocast;
+            "fp32" looks without autocast, as the official code does for pixel targets. The similarity itself is in
+            full precision either way. Without autocast the two are one.
         **encoder: arguments of `VisionTransformer`.
     """
 
@@ -60,6 +64,7 @@ class SemAIM(VisionTransformer):
         decoder_depth: int | None = None,
         head: str = "mlp",
         share_weights: bool = False,
+        look_precision: str = "same",
         **encoder,
     ):
         super().__init__(**encoder)
@@ -71,10 +76,13 @@ class SemAIM(VisionTransformer):
             raise ValueError("similarity self needs this encoder's attention: with a teacher choose cls or gap")
         if head not in ("mlp", "linear"):
             raise ValueError(f"unknown head {head!r}: choose mlp or linear")
+        if look_precision not in ("same", "fp32"):
+            raise ValueError(f"unknown look_precision {look_precision!r}: choose same or fp32")
         decoder_depth = decoder_depth or self.depth
         if self.depth % decoder_depth:
             raise ValueError(f"decoder_depth {decoder_depth} does not divide the encoder's depth {self.depth}")
         self.target, self.order, self.similarity, self.guide = target, check_order(order), similarity, guide
+        self.look_precision = look_precision
         self.step = self.depth // decoder_depth  # encoder blocks per query block
         self.query_blocks = nn.ModuleList(
             Block(
@@ -101,7 +109,11 @@ class SemAIM(VisionTransformer):
 
     @torch.no_grad()
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The guide's tokens (B, 1 + L, width) of the whole image, and the similarity map (B, L)."""
+        """The guide's tokens (B, 1 + L, width) of the whole image, and the similarity map (B, L), in full precision."""
+        with torch.autocast(images.device.type, enabled=False) if self.look_precision == "fp32" else nullcontext():
+            return self._look(images)
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.guide, Teacher):
             tokens = self.guide(images, self.grid_of(images.shape[-2:]))
             return tokens, similarity_map(tokens, self.similarity, scaling="minmax")

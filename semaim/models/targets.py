@@ -109,15 +109,18 @@ class Teacher:
 
     Args:
         network: a timm ViT with a class token, built with `dynamic_img_size=True`.
-        project: pass the tokens through the network's head too (CLIP's projection to the shared space).
-        mean, std: statistics the *student's* images are normalised with; the teacher's own come from its
-            `pretrained_cfg`, and images are brought from one to the other.
+        project: pass the tokens through the network's head too (CLIP's projection to the shared space), in full
+            precision under autocast too.
+        normalisation: what images the teacher sees. "teacher": those it was trained with, by the mean and std of its
+            `pretrained_cfg`. "student": the student's as they are, which is what the official code feeds CLIP.
+        mean, std: statistics the student's images are normalised with.
     """
 
     def __init__(
         self,
         network: nn.Module,
         project: bool = False,
+        normalisation: str = "teacher",
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ):
@@ -125,9 +128,11 @@ class Teacher:
             raise ValueError(f"{type(network).__name__} cannot be a teacher: it needs patches and a class token")
         if project and not hasattr(network.head, "out_features"):
             raise ValueError(f"{type(network).__name__} has no projection: leave project off")
+        if normalisation not in ("teacher", "student"):
+            raise ValueError(f"unknown normalisation {normalisation!r}: choose teacher or student")
         self.network = network.eval().requires_grad_(False)
         self.project = project
-        cfg = getattr(network, "pretrained_cfg", {})
+        cfg = getattr(network, "pretrained_cfg", {}) if normalisation == "teacher" else {}
         own_mean, own_std = torch.tensor(cfg.get("mean", mean)), torch.tensor(cfg.get("std", std))
         # ((x * std + mean) - own_mean) / own_std, as one scale and one shift
         self.scale = (torch.tensor(std) / own_std).view(3, 1, 1)
@@ -149,4 +154,7 @@ class Teacher:
         tokens = self.network.forward_features(images * self.scale + self.shift)
         patches = tokens[:, self.network.num_prefix_tokens :]  # register tokens, if any, lie between
         tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        return self.network.head(tokens) if self.project else tokens
+        if not self.project:
+            return tokens
+        with torch.autocast(images.device.type, enabled=False):  # a maximum is taken of what it gives
+            return self.network.head(tokens.to(self.network.head.weight.dtype))

@@ -209,14 +209,17 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """MAE's initialisation: xavier-uniform linears (the patch projection too), class token normal(0.02)."""
+        """MAE's initialisation: xavier-uniform linears (the patch projection too), class token normal(0.02).
+
+        All biases are zero but the patch projection's, which stays as a convolution starts: uniform within
+        1 / sqrt(values of a patch), as in MAE's and SemAIM's official code.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.detach().flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
 
     @staticmethod

@@ -73,7 +73,7 @@ class Case:
     def __init__(self, file: Path):
         try:
             self.meta = read_json(file)
-            self.name, self.scalars = self.meta["case"], self.meta["scalars"]
+            self.name, self.scalars = self.meta["case"], self.meta.get("scalars", {})
             tensors = file.with_suffix(".safetensors")
             self.tensors = load_file(tensors) if tensors.exists() else {}
             #: (B, 3, H, W), or several by name

@@ -10,6 +10,7 @@ from semaim.models.ordering import ORDERS, box_counts, make_order, rows_and_colu
 from semaim.models.targets import ema_decay
 from semaim.models.vit import VisionTransformer, sincos_positions
 from semaim.parity.cases import EXACT, Case, CaseReport, Check
+from semaim.parity.clip import check_tower
 
 #: The official names of the orders. `zigzag` and `raster` look swapped there.
 OFFICIAL_ORDERS = {
@@ -31,6 +32,8 @@ def check(case: Case, report: CaseReport) -> None:
         check_shared_weights(case, report)
     elif "order_key" in case.tensors:
         check_model(case, report)
+        if "tower" in case.meta["config"]:
+            check_tower(case, report, build_model(case))
     elif "draw" in case.tensors:
         check_orders(case, report)
     else:

@@ -13,6 +13,7 @@ model = dict(
         similarity="cls",
         guide="online",
         head="mlp",
+        look_precision="same",  # on a GPU bf16; the official code makes the order of pixel targets in fp32: "fp32"
         target=dict(type="PixelTarget", blur_kernel=9, blur_sigma=1.0, norm_pix=True, loss="l2"),
     ),
     precision="bf16",

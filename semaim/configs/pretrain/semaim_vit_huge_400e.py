@@ -1,3 +1,5 @@
+"""ViT-H, half as long. No result is published."""
+
 _base_ = "semaim_vit_huge_800e.py"
 
 train_cfg = dict(max_epochs=400)

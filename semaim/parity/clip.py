@@ -1,0 +1,62 @@
+"""CLIP's tower as teacher, from a file of OpenAI's names to the loss of a student, against the official code."""
+
+import torch
+from timm import create_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from semaim.models import SemAIM, Teacher
+from semaim.parity.cases import Case, CaseReport
+
+#: What the configs name; the recorded tower is smaller.
+ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
+PREFIX = "teacher."
+
+
+def build_tower(case: Case, architecture: str = ARCHITECTURE) -> nn.Module:
+    """timm's network of an architecture, in the recorded sizes, with the recorded weights in full precision."""
+    cfg = case.meta["config"]["tower"]
+    network = create_model(
+        architecture,
+        img_size=cfg["img_size"],
+        patch_size=cfg["patch_size"],
+        embed_dim=cfg["width"],
+        depth=cfg["layers"],
+        num_heads=cfg["heads"],
+        num_classes=cfg["out_dim"],
+        dynamic_img_size=True,
+    )
+    weights = {name.removeprefix(PREFIX): t.float() for name, t in case.tensors.items() if name.startswith(PREFIX)}
+    network.load_state_dict(checkpoint_filter_fn(weights, network))
+    return network
+
+
+def check_tower(case: Case, report: CaseReport, student: SemAIM) -> None:
+    """The tower's tokens block by block, and the whole step with it in fp64.
+
+    Args:
+        student: with the recorded weights; made fp64.
+    """
+    golden, scalars, images = case.tensors, case.scalars, case.images
+    network = build_tower(case)
+    seen = {}
+    stages = {"tower.embedding_image0": network.norm_pre}
+    stages |= {f"tower.block.{index}_image0": block for index, block in enumerate(network.blocks)}
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output[:1]}))
+        for name, module in stages.items()
+    ]
+    tokens = Teacher(network, project=True, normalisation="student")(images, student.grid)
+    for hook in hooks:
+        hook.remove()
+    for name, output in {**seen, "teacher_tokens": tokens}.items():
+        report.add(name, output, golden[name], case.tolerance(name))
+
+    network.double()
+    student.double()
+    tokens = Teacher(network, project=True, normalisation="student")(images.double(), student.grid)
+    order = golden["order_key"].argsort(dim=-1, stable=True)
+    target = student.target.prepare(images.double(), tokens)
+    with torch.no_grad():
+        loss = student.target.loss(student.predict(images.double(), order), target).mean()
+    report.add_relative("loss_fp64_whole", loss.item(), scalars["loss_fp64_whole"])

@@ -1,0 +1,20 @@
+"""Whole detectors against detectron2's ViTDet: what a case holds decides what is checked."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from semaim.parity.cases import Case, CaseReport
+from semaim.parity.detector_runs import check_test, check_train
+
+#: what the cases of a kind hold, among their scalars or beside them -> their checks
+CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {"detections": check_test, "losses": check_train}
+
+
+def check(case: Case, report: CaseReport) -> None:
+    """Run one case; without mmdet it is not run, and says so."""
+    if find_spec("mmdet") is None:
+        report.uncovered = "mmdet is not installed: tools/setup.sh --extras all"
+        return
+    for held, checks in CHECKS.items():
+        if held in case.scalars or held in case.meta:
+            checks(case, report)

@@ -16,7 +16,7 @@ model = dict(
     roi_head=dict(bbox_head=dict(norm_cfg=norm), mask_head=dict(norm_cfg=norm)),
 )
 base_lr = 8e-5
-optim_wrapper = dict(paramwise_cfg=dict(layer_decay=1.0))
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay=1.0, undecayed=("pos_embed", "rel_pos_h", "rel_pos_w")))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=461),  # a quarter of an epoch
     dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=184375, T_max=184375, eta_min=0.0),

@@ -19,7 +19,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES, VisionTransformer
+from semaim.normalisation import Statistics, of_content
 from semaim.safe_reading import read_file
 
 #: Parts of a block in mmpretrain (left) and ours.
@@ -108,6 +108,7 @@ class Checkpoint:
     epoch: int | None = None
     config: dict | None = None  #: of a run of ours
     classes: list[str] | None = None
+    statistics: Statistics | None = None  #: of the images it was trained on, where the file or one beside it tells
 
     @property
     def network(self) -> dict:
@@ -191,7 +192,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
     ours = content if dialect == "semaim" else {}
     tellers = [told for told in (content, content.get("meta")) if isinstance(told, Mapping)]
     epoch = next((told["epoch"] for told in tellers if isinstance(told.get("epoch"), int)), None)
-    return Checkpoint(path, dialect, state, other, epoch, ours.get("config"), ours.get("classes"))
+    statistics = of_content(content, path)
+    return Checkpoint(path, dialect, state, other, epoch, ours.get("config"), ours.get("classes"), statistics)
 
 
 def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
@@ -286,7 +288,8 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
     """Load a checkpoint of any dialect into a model with our names.
 
     Position tables are resized to the model's `grid` by its `resample_positions` (timm's if it has none), tables of
-    relative positions linearly; a head for another number of classes stays in the file.
+    relative positions linearly, and, where the model has `resamples_patches`, the patch projection to its patches; a
+    head for another number of classes stays in the file.
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
@@ -310,6 +313,8 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
             fitted = F.interpolate(tensor.T[None].float(), len(own[name]), mode="linear")[0].T.to(tensor.dtype)
+        elif name == "patch_embed.proj.weight":
+            fitted = resample_patches(tensor, own[name].shape[2:])
         elif name.split(".")[0] == "head":
             report.unexpected.append(name)
             del state[name]
@@ -332,7 +337,8 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
     if not {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= own.keys():
         raise UserError(f"{type(model).__name__} is no ViT of ours: nothing of {found.path} fits it")
     theirs, ours = found.sizes, {**sizes_of(own), "img_size": None}
-    same = all(theirs[key] == ours[key] for key in ("embed_dim", "depth", "patch_size", "mlp_ratio"))
+    keys = ["embed_dim", "depth", "mlp_ratio"] + ["patch_size"] * (not getattr(model, "resamples_patches", False))
+    same = all(theirs[key] == ours[key] for key in keys)
     if not same:
         raise UserError(
             f"{found.path} is a {describe({**theirs, 'img_size': None})}; the model a {describe(ours)}: choose a config"
@@ -341,6 +347,14 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
     heads = getattr(model, "num_heads", theirs["num_heads"])
     if found.config and heads != theirs["num_heads"]:
         raise UserError(f"{found.path} was trained with {theirs['num_heads']} heads, the model has {heads}")
+
+
+def resample_patches(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """A patch projection (D, C, h, w) for patches of another size, bicubic without antialiasing: ViT-H from 14 to 16.
+
+    Source: facebookresearch/long_seq_mae, issue 2, whose authors follow ViTDet so.
+    """
+    return F.interpolate(weight.float(), patch_size, mode="bicubic", align_corners=False).to(weight.dtype)
 
 
 def _grid(sizes: Mapping) -> tuple[int, int]:
@@ -398,6 +412,8 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[st
         state = _from_mmpretrain(content["state_dict"], "backbone.")[0]
     else:
         content = state
+    if to != "timm" and found.statistics:  # a bare dict of weights has no place for them
+        content["pretrained_cfg"] = {"mean": found.statistics.mean, "std": found.statistics.std}
     if out.suffix == ".safetensors":
         _save_tensors(state, out)
     else:
@@ -458,6 +474,7 @@ def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     if average:
         model_args["fc_norm"] = model_args["final_norm"] = "fc_norm.weight" in state
     _check_timm(found.path, state, architecture, classes, model_args)
+    statistics = found.statistics or Statistics()
     config = {
         "architecture": architecture,
         "num_classes": classes,
@@ -468,8 +485,8 @@ def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
             "input_size": [3, *sizes["img_size"]],
             "interpolation": "bicubic",
             "crop_pct": 0.875,
-            "mean": list(IMAGENET_DEFAULT_MEAN),
-            "std": list(IMAGENET_DEFAULT_STD),
+            "mean": list(statistics.mean),
+            "std": list(statistics.std),
             "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -521,6 +538,7 @@ def inspect(path: str | os.PathLike) -> str:
         ("weights", f"{sum(state[name].numel() for name in encoder):,} in {len(encoder)} tensors"),
         ("epochs", "not told" if found.epoch is None else str(found.epoch)),
         ("beside it", grouped(parts) or "nothing"),
+        ("images", str(found.statistics or Statistics(origin="ImageNet's, as the file holds none"))),
     ]
     if found.other:
         rows.append(("not read", grouped(found.other)))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from semaim.engine.dense import SCOPES, build, build_data, enter, load_whole
 from semaim.errors import UserError
+from semaim.normalisation import settle
 from semaim.prediction import (
     READABLE,
     Instances,
@@ -44,6 +45,7 @@ def draw_predictions(
     if cfg.get("default_scope") not in SCOPES:
         raise UserError(f"{cfg.filename} is no detector's or segmentor's config")
     enter(cfg)
+    settle(cfg, weights)
     (images,) = build_data(cfg, ("val_dataset",))
     chosen = choose(images, paths, most)
     model = build(cfg.model, MODELS, "model")

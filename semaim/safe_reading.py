@@ -7,11 +7,12 @@ import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -26,10 +27,9 @@ HARMLESS = re.compile(
 )
 #: Of these, the ones that a pickle fills as it fills a dict.
 DICTIONARIES = re.compile(r".+(\.Dict|ConfigDict|defaultdict|CfgNode|EasyDict|AttributeDict)")
-#: All that a pickle of numpy arrays needs (detectron2's .pkl).
-ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode", "collections.OrderedDict"} | {
-    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-}
+#: What a pickle of numpy arrays calls, of numpy 1 (core) and 2 (_core), and what is called in its place. numpy's own
+#: constructors would believe any flags that a file gives them.
+ARRAYS: dict[str, Callable] = {}
 
 
 def read_file(path: str | os.PathLike) -> Any:
@@ -120,8 +120,61 @@ class _InertDict:
         return OrderedDict()
 
 
+class _DType:
+    """Stands for numpy's dtype of numbers."""
+
+    def __init__(self, code: str, align: object = False, copy: object = True):
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
+            raise pickle.UnpicklingError(f"an array of {code!r} is no array of numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Version, byte order, and what only types of several fields have."""
+        if state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("an array of several fields is no array of numbers")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy's array while its pickle is read; `array` is the whole one."""
+
+    def __init__(self, *ignored: object):
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Version, shape, dtype, whether columns come first, bytes."""
+        _, shape, dtype, by_column, data = state
+        self.array = _from_buffer(data, dtype, shape, "F" if by_column else "C").array
+
+
+def _from_buffer(data: bytes | bytearray | str, dtype: _DType, shape: tuple, order: str = "C") -> _Array:
+    found = _Array()
+    data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
+    # A copy: it is writable, and lies as its type wants.
+    found.array = np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order=order).copy()
+    return found
+
+
+def _scalar(dtype: _DType, data: bytes | str) -> _Array:
+    return _from_buffer(data, dtype, ())
+
+
+def _to_bytes(text: str, coding: str = "latin1") -> bytes:
+    if coding != "latin1":  # as Python 3 writes bytes for Python 2
+        raise pickle.UnpicklingError(f"bytes coded as {coding}")
+    return text.encode("latin1")
+
+
+ARRAYS |= {"numpy.ndarray": _Array, "numpy.dtype": _DType, "_codecs.encode": _to_bytes}
+ARRAYS |= {"collections.OrderedDict": OrderedDict}
+ARRAYS |= {f"{builtins}.bytes": lambda: b"" for builtins in ("builtins", "__builtin__")}  # an empty array's
+for _core in ("numpy.core", "numpy._core"):
+    ARRAYS |= {f"{_core}.multiarray._reconstruct": _Array, f"{_core}.multiarray.scalar": _scalar}
+    ARRAYS |= {f"{_core}.numeric._frombuffer": _from_buffer}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Plain containers and numpy arrays."""
+    """Plain containers and numpy arrays of numbers."""
 
     def __init__(self, file, path: Path):
         super().__init__(file, encoding="latin1")  # Python 2 wrote many of them
@@ -130,4 +183,18 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in ARRAYS:
             raise _refusal(self.path, f"{module}.{name}")
-        return super().find_class(module, name)
+        return ARRAYS[f"{module}.{name}"]
+
+    def load(self) -> Any:
+        """The content, with arrays in place of what stood for them."""
+        return _arrays_in(super().load())
+
+
+def _arrays_in(value: Any) -> Any:
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, dict):
+        return type(value)((key, _arrays_in(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_arrays_in(item) for item in value)
+    return value

@@ -96,14 +96,14 @@ def test_the_main_config_is_vitdets_recipe():
     assert (cfg.total_batch_size, cfg.base_lr, cfg.base_batch_size, cfg.train_cfg.max_iters) == (64, 1e-4, 64, 184375)
     assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "betas": (0.9, 0.999), "weight_decay": 0.1}
     assert cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.7 and cfg.model.backbone.drop_path_rate == 0.1
-    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 250
+    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 251
     assert cfg.optim_wrapper.type == "BFloat16OptimWrapper" and "clip_grad" not in cfg.optim_wrapper
     kinds = [step["type"] for step in cfg.train_dataset.pipeline]
-    assert kinds.index("RandomFlip") < kinds.index("RandomResize") < kinds.index("RandomCrop")
-    resize = cfg.train_dataset.pipeline[kinds.index("RandomResize")]
+    assert kinds.index("RandomFlip") < kinds.index("ResizeScale") < kinds.index("FixedSizeCrop")
+    resize = cfg.train_dataset.pipeline[kinds.index("ResizeScale")]
     assert resize["scale"] == (1024, 1024) and resize["ratio_range"] == (0.1, 2.0)
     roi = cfg.model.roi_head
-    assert roi.bbox_head.type == "Shared4Conv1FCBBoxHead" and roi.bbox_head.norm_cfg.type == "LN2d"
+    assert roi.bbox_head.type == "ViTDetBoxHead" and roi.bbox_head.norm_cfg.type == "LN2d"
     assert roi.mask_head.num_convs == 4 and cfg.model.rpn_head.num_convs == 2
     large = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_large.py")
     assert large.model.backbone.drop_path_rate == 0.4 and large.optim_wrapper.paramwise_cfg.layer_decay == 0.8
@@ -245,8 +245,8 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
 def test_schedules_count_optimizer_steps():
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
     scaled = dense.in_steps(cfg.param_scheduler, 2)
-    assert scaled[0]["end"] == 500 and scaled[1]["milestones"] == [327778, 355092]
-    assert cfg.param_scheduler[0]["end"] == 250
+    assert scaled[0]["end"] == 502 and scaled[1]["milestones"] == [327778, 355092]
+    assert cfg.param_scheduler[0]["end"] == 251
 
 
 def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):

@@ -5,7 +5,8 @@ import argparse
 import sys
 
 from semaim import checkpoint
-from semaim.errors import run
+from semaim.errors import UserError, run
+from semaim.normalisation import Statistics
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,11 +19,25 @@ def parse_args() -> argparse.Namespace:
     convert = commands.add_parser("convert", help="write it in another dialect, the same weights to the last bit")
     convert.add_argument("file")
     convert.add_argument("out", help=".pth, or for timm also .safetensors")
-    convert.add_argument("--to", required=True, choices=checkpoint.DIALECTS)
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=(*checkpoint.DIALECTS, "mmdet"),
+        help="mmdet takes a whole ViTDet detector of detectron2's, the others an encoder",
+    )
     export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
     export.add_argument("file")
     export.add_argument("folder", metavar="DIR")
     return parser.parse_args()
+
+
+def convert_detector(file: str, out: str, to: str) -> list[str]:
+    """As `checkpoint.convert`, of a whole detector; `UserError` where mmdet is not installed."""
+    try:
+        from semaim.detection.released import convert
+    except ImportError as error:
+        raise UserError(f"{to} cannot be imported ({error}): install it with tools/setup.sh --extras all") from None
+    return convert(file, out)
 
 
 def main() -> int:
@@ -30,8 +45,12 @@ def main() -> int:
     if args.command == "inspect":
         print(checkpoint.inspect(args.file))
     elif args.command == "convert":
-        left = checkpoint.convert(args.file, args.out, args.to)
+        left = (convert_detector if args.to == "mmdet" else checkpoint.convert)(args.file, args.out, args.to)
         print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoint.grouped(left)}" if left else ""))
+        statistics = checkpoint.read(args.file).statistics if args.to == "timm" else None
+        if statistics and not statistics.same(Statistics()):
+            print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
+            print(f"    tools/checkpoint.py export {args.file} DIR")
     else:
         architecture = checkpoint.export(args.file, args.folder)
         print(f"wrote {args.folder}, a {architecture} of timm, opened by")

@@ -17,6 +17,7 @@ from semaim.data.folder import find_images
 from semaim.engine.config import load_config
 from semaim.engine.dense import SCOPES, build, enter, load_whole
 from semaim.errors import UserError, run
+from semaim.normalisation import settle
 from semaim.prediction import (
     Instances,
     add_legend,
@@ -99,8 +100,10 @@ def main() -> int:
     if both := {path.resolve() for path in pictures} & {Path(path).resolve() for path in paths}:
         raise UserError(f"--out {out} would overwrite {sorted(both)[0]}: name another folder")
     enter(cfg)
+    statistics = settle(cfg, args.checkpoint)
     model = build(cfg.model, MODELS, "model")
     load_whole(model, args.checkpoint, print)
+    print(f"images normalised with {statistics}")
     model.to(device).eval()
     pipeline, names = build_pipeline(cfg), class_names(cfg, args.checkpoint)
     ids, origin = category_ids(cfg, names)

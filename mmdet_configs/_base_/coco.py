@@ -1,4 +1,6 @@
-"""COCO instances: large-scale jitter 0.1 to 2.0 into 1024 pixels, flip first, boxes from the cropped masks."""
+"""COCO instances, as detectron2 reads them: flip first, large-scale jitter 0.1 to 2.0 into 1024 pixels, Pillow.
+
+Boxes are those of the cropped masks; an image whose objects are all cut off is trained on as it is."""
 
 image_size = (1024, 1024)
 train_dataset = dict(
@@ -6,26 +8,20 @@ train_dataset = dict(
     data_root="data/coco",
     ann_file="annotations/instances_train2017.json",
     data_prefix=dict(img="train2017/"),
-    filter_cfg=dict(filter_empty_gt=True, min_size=32),
+    filter_cfg=dict(filter_empty_gt=True),
     pipeline=[
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
         dict(type="RandomFlip", prob=0.5),
-        dict(type="RandomResize", scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
-        dict(
-            type="RandomCrop",
-            crop_type="absolute",
-            crop_size=image_size,
-            recompute_bbox=True,
-            allow_negative_crop=True,
-        ),
-        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True),
+        dict(type="ResizeScale", scale=image_size, ratio_range=(0.1, 2.0)),
+        dict(type="FixedSizeCrop", crop_size=image_size),
+        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=image_size, keep_ratio=True),
+    dict(type="ResizeShortestEdge", scale=image_size[0], max_size=image_size[0], resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]

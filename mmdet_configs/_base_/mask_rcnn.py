@@ -41,7 +41,7 @@ model = dict(
             featmap_strides=[4, 8, 16, 32],
         ),
         bbox_head=dict(
-            type="Shared4Conv1FCBBoxHead",
+            type="ViTDetBoxHead",
             in_channels=256,
             conv_out_channels=256,
             fc_out_channels=1024,
@@ -60,7 +60,7 @@ model = dict(
             featmap_strides=[4, 8, 16, 32],
         ),
         mask_head=dict(
-            type="FCNMaskHead",
+            type="ViTDetMaskHead",
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,

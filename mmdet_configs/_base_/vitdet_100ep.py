@@ -1,6 +1,7 @@
 """ViTDet's schedule: 100 epochs at batch 64 = 184,375 steps (64 x 184,375 / 118,000 images), AdamW, layer decay 0.7.
 
-Biases have no weight decay here, as in all our stages; in detectron2's recipe those that are no norm's have it.
+Weight decay acts on all but the norms inside the encoder and `pos_embed`: on biases, relative positions and the
+LayerNorms of pyramid and heads too, as in detectron2.
 """
 
 total_batch_size = 64
@@ -11,10 +12,10 @@ optim_wrapper = dict(
     type="BFloat16OptimWrapper",
     constructor="GroupedOptimizer",
     optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.1),
-    paramwise_cfg=dict(layer_decay=0.7, undecayed=("pos_embed",)),
+    paramwise_cfg=dict(layer_decay=0.7, undecayed=("pos_embed",), decay="all but norms"),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=251),  # 250 steps up: both ends count
     # x 0.1 at 88.9 % and at 96.3 % of the run
     dict(type="MultiStepLR", by_epoch=False, begin=0, end=184375, milestones=[163889, 177546], gamma=0.1),
 ]

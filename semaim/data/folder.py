@@ -8,7 +8,7 @@ continues in the middle of an epoch by skipping the batches that were seen.
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -113,6 +113,7 @@ class PretrainImages(Dataset):
         min_scale: smallest share of an image's area that a crop may have.
         flip: probability of a horizontal flip.
         seed: of the run.
+        mean, std: of the three channels of pixels from 0 to 1, by which the model normalises them; None for ImageNet's.
 
     An item is asked for by (epoch, index) and is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
     uniform number per patch.
@@ -128,10 +129,13 @@ class PretrainImages(Dataset):
         min_scale: float = 0.2,
         flip: float = 0.5,
         seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         # One array of bytes in place of a list of str: workers share it without copying.
         self.paths = np.array([os.fsencode(path) for path in find_images(root)])
         self.root, self.seed, self.img_size, self.patch_size = root, seed, img_size, patch_size
+        self.mean, self.std = mean, std
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),

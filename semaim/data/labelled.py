@@ -5,6 +5,7 @@ As in pretraining, all randomness of a sample comes from (seed, epoch, index).
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +57,18 @@ def check_classes(train: list[str], val: list[str], root: str | os.PathLike) -> 
             )
 
 
-def evaluation_transform(img_size: int, crop_pct: float = 0.875) -> v2.Compose:
+def evaluation_transform(
+    img_size: int,
+    crop_pct: float = 0.875,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> v2.Compose:
     """Short side to img_size / crop_pct pixels (bicubic), centre crop, normalised floats: 256 and 224 on ImageNet."""
     return v2.Compose(
         [
             v2.Resize(round(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
             v2.CenterCrop(img_size),
-            *_to_normalised(),
+            *_to_normalised(mean, std),
         ]
     )
 
@@ -73,6 +79,8 @@ def training_transform(
     min_scale: float = 0.08,
     rand_augment: str = "rand-m9-mstd0.5-inc1",
     random_erase: float = 0.25,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ):
     """PIL image -> normalised floats (3, S, S), by a name of `AUGMENTS`.
 
@@ -81,6 +89,7 @@ def training_transform(
         min_scale: smallest share of the image's area that a resized crop may have.
         rand_augment: timm's name of the policy.
         random_erase: probability that a rectangle is replaced by noise.
+        mean, std: of the three channels of pixels from 0 to 1.
     """
     if augment not in AUGMENTS:
         raise UserError(f"unknown dataset.augment {augment!r}: choose from {', '.join(AUGMENTS)}")
@@ -97,22 +106,22 @@ def training_transform(
             re_prob=random_erase,
             re_mode="pixel",
             re_count=1,
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
+            mean=mean,
+            std=std,
         )
     bicubic = InterpolationMode.BICUBIC
     if augment == "resized_crop":
         crop = [v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=bicubic)]
     else:
         crop = [v2.Resize(img_size, interpolation=bicubic), v2.RandomCrop(img_size)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *_to_normalised()])
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *_to_normalised(mean, std)])
 
 
-def _to_normalised() -> list:
+def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list:
     return [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        v2.Normalize(mean, std),
     ]
 
 
@@ -126,6 +135,7 @@ class LabelledImages(Dataset):
         augment: a name of `AUGMENTS`; None for the evaluation transform.
         crop_pct: share of the resized image that evaluation's centre crop covers, along a side.
         seed: of the run.
+        mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
         **augmentation: further arguments of `training_transform`.
 
     An item is asked for by index, or by (epoch, index) where it is random, and is a dict of `image`, float
@@ -142,6 +152,8 @@ class LabelledImages(Dataset):
         augment: str | None = None,
         crop_pct: float = 0.875,
         seed: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **augmentation,
     ):
         paths, labels, self.classes = find_labelled(root, split)
@@ -149,8 +161,11 @@ class LabelledImages(Dataset):
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed
         plain = augment in (None, "none")
+        statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
         self.transform = (
-            evaluation_transform(img_size, crop_pct) if plain else training_transform(img_size, augment, **augmentation)
+            evaluation_transform(img_size, crop_pct, **statistics)
+            if plain
+            else training_transform(img_size, augment, **augmentation, **statistics)
         )
 
     def __len__(self) -> int:

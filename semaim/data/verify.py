@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from semaim.data.categories import Categories
 from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_words
 from semaim.errors import UserError
 
@@ -73,8 +74,8 @@ def _outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 @_uncollected()
-def check_coco_file(ann: StrPath, images: StrPath) -> None:
-    """Raise `UserError` for what would break a training on this annotation file, without opening an image.
+def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
+    """The categories of an annotation file; `UserError` for what would break a training on it. Opens no image.
 
     Args:
         ann: COCO's annotation file.
@@ -86,7 +87,8 @@ def check_coco_file(ann: StrPath, images: StrPath) -> None:
     try:
         sizes = {record["id"]: (record["width"], record["height"]) for record in document["images"]}
         names = [record["file_name"] for record in document["images"]]
-        categories = {record["id"] for record in document["categories"]}
+        categories = {record["id"]: place for place, record in enumerate(document["categories"])}
+        called = [record["name"] for record in document["categories"]]
         distinct = len({record["id"] for record in records})
         unknown = [record for record in records if record["category_id"] not in categories]
         # Annotations of images that are not listed are never read.
@@ -112,6 +114,8 @@ def check_coco_file(ann: StrPath, images: StrPath) -> None:
         fault += f"{size_words(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
     if fault:
         raise UserError(f"{ann}: {fault}; {hint}")
+    labels = [categories[record["category_id"]] for record in records]
+    return Categories(str(ann), called, list(categories), labels, [record["image_id"] for record in records])
 
 
 def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool = False) -> Report:

@@ -7,15 +7,20 @@ compat.install()  # before mmdet, which imports mmcv's operators
 import mmdet.datasets  # noqa: E402, F401  registers what configs name
 import mmdet.evaluation  # noqa: E402, F401
 import mmdet.models  # noqa: E402, F401
-from mmdet.registry import METRICS, MODELS, TASK_UTILS  # noqa: E402
+from mmdet.registry import METRICS, MODELS, TASK_UTILS, TRANSFORMS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
 from semaim.detection.cascade import ViTDetCascade  # noqa: E402
 from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN, ViTDetRoIHead  # noqa: E402
+from semaim.detection.initial import ViTDetBoxHead, ViTDetMaskHead  # noqa: E402
 from semaim.detection.matching import BestOverlapAssigner, BoxCoder  # noqa: E402
 from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
 from semaim.detection.padding import SquarePadding  # noqa: E402
+from semaim.detection.released import foreign_weights  # noqa: E402
+from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
+
+__all__ = ["foreign_weights"]
 
 MODELS.register_module(module=SquarePadding)
 MODELS.register_module(module=ViTDet)
@@ -26,11 +31,12 @@ MODELS.register_module(module=PreciseRoIExtractor)
 MODELS.register_module(module=PreciseSyncBN)
 MODELS.register_module(module=ViTDetRoIHead)
 MODELS.register_module(module=ViTDetCascade)
+MODELS.register_module(module=ViTDetBoxHead)
+MODELS.register_module(module=ViTDetMaskHead)
 TASK_UTILS.register_module(module=BestOverlapAssigner)
 TASK_UTILS.register_module(module=BoxCoder)
 METRICS.register_module(module=FasterCocoMetric)
+TRANSFORMS.register_module(module=PillowResize)
+TRANSFORMS.register_module(module=ResizeScale)
+TRANSFORMS.register_module(module=FixedSizeCrop)
 MODELS.register_module(name="LN2d", module=LayerNorm2d)
-
-
-def foreign_names(state: dict) -> None:
-    """A whole detector's weights under our names; None, as no file of other names is known."""

@@ -21,6 +21,7 @@ from mmengine.registry import (
 )
 
 from semaim.errors import UserError, nearest
+from semaim.normalisation import of_config
 
 #: Keys of a `type` that its builder takes, not the class itself.
 BUILDER_KEYS = {"type", "constructor", "paramwise_cfg", "priority"}
@@ -64,6 +65,7 @@ KEYS = {
     "fsdp": "divide weights, gradients and optimizer state among the processes",
     "work_dir": "where the run writes",
     "cfg_options": "the changes of the command line, as results.json keeps them",
+    "statistics_from": "where the images' mean and standard deviation came from, as results.json keeps it",
     "origin": "where weights and code came from, as results.json keeps it",
 }
 
@@ -72,6 +74,7 @@ DENSE_KEYS = {
     "train_dataset": "the data set trained on, as in mmdet and mmseg",
     "val_dataset": "the data set validated on",
     "val_evaluator": "the metric",
+    "keep_classes": "of a COCO file's categories those that are detected; the others are left out, and counted",
     "base_batch_size": "images that base_lr belongs to",
     "test_pipeline": "how an image is prepared for prediction",
     "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
@@ -102,6 +105,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
         raise UserError(f"--cfg-options: {error}") from None
     check_keys(cfg)
     cfg.cfg_options = {**cfg.get("cfg_options", {}), **(options or {})}
+    of_config(cfg)  # raises for what are no statistics
     return cfg
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -18,13 +18,14 @@ from semaim import checkpoint
 from semaim.data.folder import EndlessBatches
 from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
-from semaim.data.verify import check_coco_file
+from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
@@ -68,7 +69,7 @@ class SeededImages(Dataset):
 
 
 def enter(cfg: Config) -> None:
-    """Register what configs of the scope name; `UserError` where its packages are missing."""
+    """Register what configs of the scope name, and keep the chosen classes; `UserError` where packages are missing."""
     try:
         importlib.import_module(SCOPES[cfg.default_scope])
     except ImportError as error:
@@ -76,6 +77,8 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
+    if cfg.get("keep_classes"):
+        keep_classes(cfg)
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -88,6 +91,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
     enter(cfg)
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+    choose(cfg, cfg.get("pretrained"))
     if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
         raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
     train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
@@ -126,9 +130,8 @@ def build(config: dict, registry, what: str):
 def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
     """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
     for split in splits:
-        if cfg[split].type == "CocoDataset":
-            root = Path(cfg[split].data_root)
-            check_coco_file(root / cfg[split].ann_file, root / cfg[split].data_prefix["img"])
+        check_classes(cfg, split)
+    build(validation(cfg, "val")["val_evaluator"], METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
     for images in sets:
         if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
@@ -164,7 +167,7 @@ def validation(cfg: Config, split: str) -> dict:
         "dataset": cfg.val_dataset,
     }
     evaluator = dict(cfg.val_evaluator)
-    if evaluator["type"] == "CocoMetric":
+    if takes(registered(cfg, METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
         evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)
     loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
     return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator}
@@ -246,6 +249,7 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
         warnings.filterwarnings("ignore", message=message)
     torch.manual_seed(cfg.seed)
+    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
     train, val = build_data(cfg)
     loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
     cfg.optim_wrapper.optimizer.lr = plan.lr
@@ -270,13 +274,17 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         runner.logger.warning(told)
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
+    log(f"images normalised with {statistics}")
     if resume_from is None and cfg.get("pretrained"):
         log(str(load_encoder(model.backbone, cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
+    counts = left_out(cfg, "train_dataset", "val_dataset")
+    for line in in_words(counts):
+        log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps)
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps, **counts)
     return runner
 
 
@@ -285,6 +293,7 @@ def check_test(cfg: Config, weights: str | None) -> None:
     if not weights:
         raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
     enter(cfg)
+    settle(cfg, weights)
     load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
@@ -295,7 +304,8 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     """Measure a trained detector or segmentor on the validation images."""
     world = join()
     enter(cfg)
-    train, val = build_data(cfg)
+    statistics = settle(cfg, weights)
+    (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
     if cfg.get("tta"):
         averaged(cfg)
@@ -304,33 +314,43 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
     load_whole(model, weights, runner.logger.info)
+    counts = left_out(cfg, "val_dataset")
+    for line in in_words(counts):
+        runner.logger.info(line)
+    runner.logger.info(f"images normalised with {statistics}")
     metrics = figures(cfg, runner.test())
     stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, len(train), len(val), weights, data=cfg.val_dataset.data_root, stage=stage)
+    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, stage=stage, **counts)
     return metrics
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without times, and without CocoMetric's of each class, whose table is in the log.
+    """The metrics without times, and without COCO's of each class, whose table is in the log.
 
-    CocoMetric gives nothing where nothing at all was detected; that is an AP of 0.
+    COCO's metrics give nothing where nothing at all was detected; that is an AP of 0.
     """
     kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
-    if not kept and cfg.default_scope == "mmdet":
-        return {f"coco/{metric}_mAP": 0.0 for metric in cfg.val_evaluator.metric}
+    if kept:
+        return kept
+    kind = registered(cfg, METRICS, cfg.val_evaluator.type, "val_evaluator")
+    if takes(kind, "ann_file"):
+        asked = cfg.val_evaluator.get("metric", "bbox")
+        prefix = cfg.val_evaluator.get("prefix") or kind.default_prefix
+        return {f"{prefix}/{name}_mAP": 0.0 for name in ([asked] if isinstance(asked, str) else asked)}
     return kept
 
 
 def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
-    """A trained detector's or segmentor's weights, ours or mm's, all of them; `UserError` where they do not fit."""
+    """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
+
+    Files of ours and of mm's, and those whose names the scope's package knows: detectron2's whole ViTDet detectors,
+    mmseg's UperNet on MAE.
+    """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
     package = importlib.import_module(SCOPES[DefaultScope.get_current_instance().scope_name])
-    try:
-        renamed = package.foreign_names(weights)
-    except UserError as error:
-        raise UserError(f"{path} does not fit this config: {error}") from None
-    weights = renamed or weights
+    if (renamed := package.foreign_weights(content, model, path)) is not None:
+        weights = renamed
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
@@ -338,8 +358,8 @@ def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
         name = (wrong + missing + extra)[0]
         shapes = f" ({tuple(weights[name].shape)}, in the model {tuple(own[name].shape)})" if name in wrong else ""
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing, {len(wrong)} are of another shape,"
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
             f" {len(extra)} are not read, such as {name}{shapes}: test with the config of its training"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    log(f"loaded {len(own)} tensors from {path}" + (", renamed" if renamed else ""))
+    log(f"loaded {len(own)} tensors from {path}")

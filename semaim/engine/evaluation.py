@@ -18,8 +18,9 @@ from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
-from semaim.engine.training import build_datasets, load_pretrained
+from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
 
@@ -105,12 +106,14 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
         raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
     if weights != RANDOM:
         checkpoint.read(weights)
+    choose(cfg, None if weights == RANDOM else weights)
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     """k-NN or the fast probe."""
     device = torch.device(get_device())
     log = logger_of(cfg).info
+    statistics = settle(cfg, None if weights == RANDOM else weights)
     train, val = build_datasets(cfg)
     record_origin(cfg, None if weights == RANDOM else weights)
     model: NetworkModel = MODELS.build({**cfg.model, "compile": cfg.compile})
@@ -118,6 +121,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
         log("random weights: the encoder as it is initialised")
     else:
         log(str(load_pretrained(model.network, weights)))
+    log(f"images normalised with {statistics}")
     model.to(device).eval()
 
     def encode(images: Tensor) -> Tensor:
@@ -167,10 +171,11 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
     if head is None:
         raise UserError(f"{weights} has no classifier: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
-    cfg.model.network.num_classes = None
     record_origin(cfg, weights, whole=True)
-    train, val = build_datasets(cfg)
+    statistics = settle(cfg, weights)
+    val = build_validation(cfg)
     classes = val.classes
+    cfg.model.network.num_classes = len(classes)
     if len(head) != len(classes):
         raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(classes)}")
     if found.classes and list(found.classes) != classes:
@@ -193,13 +198,14 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     model = getattr(runner.model, "module", runner.model)
     report = checkpoint.load(model.network, weights)
     runner.logger.info(str(report))
+    runner.logger.info(f"images normalised with {statistics}")
     if report.missing:
         raise UserError(
             f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
             " config of its training"
         )
     metrics = runner.test()
-    write_results(cfg, metrics, len(train), len(val), weights, stage="Classification")
+    write_results(cfg, metrics, None, len(val), weights, stage="Classification")
     return metrics
 
 

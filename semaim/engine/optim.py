@@ -1,16 +1,22 @@
 """One optimizer constructor for all tasks: weight decay by parameter, learning rate by depth."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import timm.optim
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 
-from semaim.errors import UserError
+from semaim.errors import UserError, nearest
+
+#: What weight decay acts on: weights of two dimensions and more, as in MAE and SemAIM; all but PyTorch's norms, as in
+#: ViTDet-B and -L; all, as in ViTDet-H.
+DECAYS = ("matrices", "all but norms", "all")
 
 
 def group_parameters(
@@ -20,6 +26,8 @@ def group_parameters(
     layer_decay: float = 1.0,
     depth_of: Callable[[str], tuple[int, int]] | None = None,
     undecayed: Iterable[str] = (),
+    decay: str = "matrices",
+    norms: Container[str] = (),
 ) -> list[dict]:
     """Optimizer groups, equal ones merged.
 
@@ -29,25 +37,34 @@ def group_parameters(
         layer_decay: learning rate of a layer over that of the layer above it.
         depth_of: name -> (layer, layers), layer 0 being the embeddings and layer `layers` - 1 the head; the
             learning rate is scaled by layer_decay ** (layers - 1 - layer). Needed where `layer_decay` is not 1.
-        undecayed: last parts of names without weight decay, besides all biases and one-dimensional parameters.
+        undecayed: last parts of names without weight decay, whatever `decay` says.
+        decay: one of `DECAYS`; "matrices" leaves out all biases and one-dimensional parameters.
+        norms: names of the parameters of norms, for "all but norms".
 
     Returns:
         Groups with `params`, `names`, `lr`, `lr_scale` and `weight_decay`; the highest rates first.
     """
+    if decay not in DECAYS:
+        raise UserError(f"paramwise_cfg.decay is {decay!r}: {nearest(str(decay), DECAYS)}")
     undecayed = set(undecayed)
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
         last = name.rpartition(".")[2]
-        decay = 0.0 if parameter.ndim <= 1 or last == "bias" or last in undecayed else weight_decay
+        left_out = {
+            "matrices": parameter.ndim <= 1 or last == "bias",
+            "all but norms": name in norms,
+            "all": False,
+        }
+        decayed = 0.0 if left_out[decay] or last in undecayed else weight_decay
         scale = 1.0
         if layer_decay != 1:
             layer, layers = depth_of(name)
             scale = layer_decay ** (layers - 1 - layer)
         group = groups.setdefault(
-            (scale, decay),
-            {"params": [], "names": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
+            (scale, decayed),
+            {"params": [], "names": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decayed},
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -72,6 +89,28 @@ def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:
         return encoder.get_layer_depth(name[len(prefix) :]) if name.startswith(prefix) else (layers - 1, layers)
 
     return depth_of
+
+
+def norm_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of PyTorch's norms.
+
+    Not of `LayerNorm2d`, which normalises the channels of maps: detectron2 has a class of its own in its place, which
+    its rule for norms does not know.
+    """
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # _NormBase: batch and instance norms
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, norms) and not isinstance(module, LayerNorm2d)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, **rules) -> list[dict]:
+    """`group_parameters` of a whole model, which is asked for its layers and norms; `rules`: undecayed, decay."""
+    depth_of = layer_depths(model) if layer_decay != 1 else None
+    norms = norm_parameters(model)
+    return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
 
 
 def fuse(optimizer: dict) -> dict:
@@ -108,20 +147,14 @@ class LateOptimWrapper(OptimWrapper):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
-    """Builds the optimizer from `group_parameters`; arguments of it but the first three go into `paramwise_cfg`."""
+    """Builds the optimizer from `group_model`; `paramwise_cfg` holds its layer_decay, undecayed and decay."""
 
     def __call__(self, model: nn.Module):
         """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
         model = getattr(model, "module", model)
         wrapper, optimizer = dict(self.optim_wrapper_cfg), dict(self.optimizer_cfg)
         paramwise = self.paramwise_cfg or {}
-        groups = group_parameters(
-            model.named_parameters(),
-            optimizer["lr"],
-            optimizer.get("weight_decay", 0.0),
-            depth_of=layer_depths(model) if paramwise.get("layer_decay", 1) != 1 else None,
-            **paramwise,
-        )
+        groups = group_model(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), **paramwise)
         if is_main_process():
             for group in groups:
                 count = sum(parameter.numel() for parameter in group["params"])

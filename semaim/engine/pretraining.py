@@ -1,10 +1,12 @@
 """Pretraining networks, SemAIM and MAE, under mmengine's runner: built from a config, with their teachers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from timm import create_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
@@ -13,12 +15,18 @@ from semaim.data.folder import PretrainImages
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
+from semaim.normalisation import Statistics, of_run
 
 DATASETS.register_module(module=PretrainImages)
 
 
 def build_teacher(
-    name: str, weights: str | None = None, project: bool = False, normalisation: str = "teacher"
+    name: str,
+    weights: str | None = None,
+    project: bool = False,
+    normalisation: str = "teacher",
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Teacher:
     """A frozen timm model as guide.
 
@@ -27,7 +35,7 @@ def build_teacher(
             network is built: which activation a CLIP has is not seen in its weights.
         weights: a local file (.safetensors, or .pth of tensors only), of timm's or OpenAI's names; None fetches them
             from the hub.
-        project, normalisation: as for `Teacher`.
+        project, normalisation, mean, std: as for `Teacher`.
     """
     if weights and not Path(weights).is_file():
         raise UserError(f"no such file of teacher weights: {weights}")
@@ -46,7 +54,7 @@ def build_teacher(
             " Hugging Face hub elsewhere and give it: --cfg-options model.network.guide.weights=FILE"
         ) from None
     try:
-        return Teacher(network, project, normalisation)
+        return Teacher(network, project, normalisation, tuple(mean), tuple(std))
     except ValueError as error:
         raise UserError(f"teacher {name}: {error}") from None
 
@@ -124,10 +132,21 @@ class Pretraining(NetworkModel):
 
     Args:
         network, precision, compile: as for `NetworkModel`.
+        mean, std: that images are normalised with, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
-    def __init__(self, network: dict, precision: str = "bf16", compile: bool = False):
-        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages"})
+    def __init__(
+        self,
+        network: dict,
+        precision: str = "bf16",
+        compile: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
+        if isinstance(network.get("guide"), dict):  # it sees the same images
+            network = {**network, "guide": {**network["guide"], **statistics}}
+        super().__init__(network, precision, compile, data_preprocessor={"type": "NormaliseImages", **statistics})
 
     def describe(self) -> str:
         """What is predicted, and how, in a line."""
@@ -151,7 +170,7 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     The config in the file is data from elsewhere: it names sizes and options, never what else to build.
 
     Args:
-        checkpoint: with the run's `config` and `model`.
+        checkpoint: with the run's `config`, which has the statistics of its images, and `model`.
         options: keys of the config to change, as `--cfg-options` gives them.
     """
     if not checkpoint.get("config"):
@@ -162,8 +181,9 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     kinds = (model.pop("type", None), model.get("network", {}).get("type"))
     if kinds not in (("Pretraining", "SemAIM"), ("Pretraining", "MAE")):
         raise UserError(f"the checkpoint's config builds {kinds[0]} of {kinds[1]}, not SemAIM pretraining or MAE's")
+    statistics = of_run(checkpoint["config"]) or Statistics()
     try:
-        built = Pretraining(**{**model, "compile": False})
+        built = Pretraining(**{**model, "compile": False, "mean": statistics.mean, "std": statistics.std})
         built.network.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

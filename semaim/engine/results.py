@@ -14,6 +14,7 @@ from mmengine.dist import get_world_size, is_main_process
 from semaim import __version__
 from semaim.engine.checkpointing import FORMAT
 from semaim.models.vit import SIZES
+from semaim.normalisation import of_config
 from semaim.safe_reading import read_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
@@ -26,14 +27,15 @@ EVALUATIONS = {"NearestNeighbours": "k-NN", "FastProbe": "fast linear probe"}
 
 
 def write_results(
-    cfg: Config, metrics: dict, train_images: int, val_images: int, checkpoint: str | None, **more
+    cfg: Config, metrics: dict, train_images: int | None, val_images: int, checkpoint: str | None, **more
 ) -> None:
     """Write `results.json`, on the main process.
 
     Args:
         cfg: of the run; names the work folder; `record_origin` has told it where weights and code came from.
         metrics: name -> number.
-        train_images, val_images: how many were trained (or searched) and evaluated on.
+        train_images, val_images: how many were trained (or searched) and evaluated on; None for as many as the
+            measured checkpoint says that it was trained on.
         checkpoint: whose encoder was measured; None for random weights.
         **more: further plain values; `data`, where it is not `cfg.dataset.root`.
     """
@@ -41,6 +43,7 @@ def write_results(
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     origin = dict(cfg.get("origin") or {})
+    trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     results = {
         "config": origin.pop("config", None) or config_name(cfg),
@@ -51,8 +54,9 @@ def write_results(
         "checkpoint": checkpoint,
         **origin,
         "data": str(more.pop("data", None) or cfg.dataset.root),
-        "train_images": train_images,
+        "train_images": trained_on if train_images is None else train_images,
         "val_images": val_images,
+        **statistics_of(cfg),
         "seed": cfg.seed,
         "cfg_options": {**trained_with, **(cfg.get("cfg_options") or {})},
         **more,
@@ -66,6 +70,12 @@ def write_results(
     partial = folder / ".results.partial"
     partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
     os.replace(partial, folder / "results.json")
+
+
+def statistics_of(cfg: Config) -> dict:
+    """mean, std of pixels from 0 to 1 that `normalisation.settle` has left in the config, and where they are from."""
+    found = of_config(cfg)
+    return {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
 
 
 def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:
@@ -91,7 +101,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     Args:
         path: the checkpoint.
         same: it belongs to the run itself; else a fine-tuned one is of another method than what it was made of.
-        trained: also its own length, epochs or iterations, and its own cfg_options.
+        trained: also its own length, epochs or iterations, its number of images, and its own cfg_options.
     """
     content = _mapping(read_file(path))
     config = _mapping(content.get("config"))
@@ -113,6 +123,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     if trained:
         dense = config.get("default_scope") != "mmengine"
         origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
+        origin["train_images"] = _whole(content.get("images"))
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
 

@@ -20,6 +20,7 @@ from semaim.engine.results import record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
+from semaim.normalisation import choose, settle
 
 #: Parts of a classifier that no pretrained encoder has, or that a pooled one does not read.
 NEW_IN_CLASSIFIERS = ("head", "fc_norm")
@@ -31,9 +32,8 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
     if cfg.model.type == "Pretraining":
         sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
         return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
-    common = {**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed}
-    train = DATASETS.build({**common, "split": "train"})
-    val = DATASETS.build({**common, "split": "val", "augment": None})
+    train = DATASETS.build({**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"})
+    val = build_validation(cfg)
     check_classes(train.classes, val.classes, cfg.dataset.root)
     if network.num_classes is None:
         network.num_classes = len(train.classes)
@@ -43,6 +43,12 @@ def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
             " model.network.num_classes=None to take as many as there are"
         )
     return train, val
+
+
+def build_validation(cfg: Config) -> Dataset:
+    """The validation images of labelled data, as they are measured on."""
+    img_size = cfg.model.network.img_size
+    return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
 
 
 def plan_run(cfg: Config, processes: int) -> BatchPlan:
@@ -57,11 +63,20 @@ def plan_run(cfg: Config, processes: int) -> BatchPlan:
     plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
     if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
         raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
+    choose(cfg, cfg.get("pretrained"))
     train, _ = build_datasets(cfg)
     ResumableBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained") and processes > 1:  # a single process says itself what is wrong
         load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained)
     return plan
+
+
+def model_config(cfg: Config) -> dict:
+    """`cfg.model` as it is built: with `compile`, and with the statistics of images that come as pixels."""
+    config = {**cfg.model, "compile": cfg.compile}
+    if cfg.model.type == "Pretraining":
+        config |= {"mean": cfg.dataset.get("mean"), "std": cfg.dataset.get("std")}
+    return config
 
 
 def load_pretrained(network: torch.nn.Module, path: str) -> checkpoint.LoadReport:
@@ -83,6 +98,7 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
     torch.manual_seed(cfg.seed)
 
+    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
     images, val = build_datasets(cfg)
     loader = training_loader(images, plan, cfg.seed, cfg.num_workers)
     epochs, per_epoch = cfg.train_cfg.max_epochs, len(loader)
@@ -105,7 +121,7 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         }
     record_origin(cfg, cfg.get("pretrained"), resume_from)
     runner = SeededRunner(
-        model={**cfg.model, "compile": cfg.compile},
+        model=model_config(cfg),
         work_dir=cfg.work_dir,
         train_dataloader=loader,
         train_cfg=cfg.train_cfg,
@@ -134,6 +150,7 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         f" {round(steps * warm):,} steps, then cosine to {cfg.param_scheduler.get('min_lr', 0):g}"
     )
     log(model.describe())
+    log(f"images normalised with {statistics}")
     log(
         f"{trained:,} trained weights; {len(images):,} images in {images.root}"
         + (f", {len(val):,} to validate on" if val is not None else "")

@@ -112,6 +112,8 @@ class SegmentationViT(VisionTransformer):
         **encoder: of `VisionTransformer`.
     """
 
+    resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
+
     def __init__(
         self,
         size: str = "base",

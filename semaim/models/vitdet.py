@@ -146,6 +146,8 @@ class ViTDet(VisionTransformer):
         **encoder: of `VisionTransformer`.
     """
 
+    resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
+
     def __init__(
         self,
         size: str = "base",

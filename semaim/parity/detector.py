@@ -4,10 +4,16 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from semaim.parity.cases import Case, CaseReport
+from semaim.parity.detector_recipe import check_keys, check_resize
 from semaim.parity.detector_runs import check_test, check_train
 
 #: what the cases of a kind hold, among their scalars or beside them -> their checks
-CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {"detections": check_test, "losses": check_train}
+CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
+    "detections": check_test,
+    "losses": check_train,
+    "resize_scale_sizes_target_1024": check_resize,
+    "optimizer": check_keys,
+}
 
 
 def check(case: Case, report: CaseReport) -> None:

@@ -10,8 +10,8 @@ import mmseg.models  # noqa: E402, F401
 from mmseg.registry import MODELS  # noqa: E402
 
 from semaim.models.segvit import SegmentationViT  # noqa: E402
-from semaim.segmentation.mmseg_names import foreign_names  # noqa: E402
+from semaim.segmentation.mmseg_names import foreign_weights  # noqa: E402
 
-__all__ = ["foreign_names"]
+__all__ = ["foreign_weights"]
 
 MODELS.register_module(module=SegmentationViT)

@@ -1,0 +1,99 @@
+"""The classes of a detector's config, and the categories of its annotation files: the same, or those it keeps."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.registry import DATASETS, Registry
+
+from semaim.data.categories import Categories, check_categories
+from semaim.data.verify import check_coco_file
+from semaim.errors import UserError
+
+
+def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> type:
+    """The class of a type in a config; `UserError` where there is none."""
+    with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
+        found = kind if isinstance(kind, type) else scoped.get(kind)
+    if found is None:
+        raise UserError(f"{what}: unknown type {kind!r}")
+    return found
+
+
+def takes(kind: type, argument: str) -> bool:
+    """Whether a class, or one that it is derived from, has an argument of that name."""
+    return any(argument in inspect.signature(base.__init__).parameters for base in kind.__mro__)
+
+
+def reads_coco(kind: type) -> bool:
+    """Whether a data set reads COCO's annotation files as mmdet's `CocoDataset` does, of which LVIS's is one too."""
+    reader = next((base for base in kind.__mro__ if "load_data_list" in vars(base)), object)
+    return "COCOAPI" in vars(reader)
+
+
+def classes_of(cfg: Config, split: str) -> list[str]:
+    """The classes of a split: the config's, else the data set's own."""
+    kind = registered(cfg, DATASETS, cfg[split].type, split)
+    return list(kind._load_metainfo(cfg[split].get("metainfo")).get("classes", ()))
+
+
+def heads_of(cfg: Config) -> list[dict]:
+    """The parts of a detector's config that predict a class."""
+    parts = cfg.model, cfg.model.get("roi_head") or {}
+    heads = [part.get(name) for part in parts for name in ("bbox_head", "mask_head")]
+    heads = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
+    return [head for head in heads if head and "num_classes" in head]
+
+
+def keep_classes(cfg: Config) -> None:
+    """Change the config so that only its `keep_classes` are detected: classes of both data sets, sizes of the heads."""
+    asked = [cfg.keep_classes] if isinstance(cfg.keep_classes, str) else list(cfg.keep_classes)
+    for split in ("train_dataset", "val_dataset"):
+        if not reads_coco(registered(cfg, DATASETS, cfg[split].type, split)):
+            raise UserError(f"keep_classes: it is for COCO's files, {split} is a {cfg[split].type}")
+        # A command line loses the blanks in names.
+        known = {name.replace(" ", ""): name for name in classes_of(cfg, split)}
+        kept = tuple(known.get(name.replace(" ", ""), name) for name in asked)
+        cfg[split].metainfo = {**cfg[split].get("metainfo", {}), "classes": kept}
+    for head in heads_of(cfg):
+        head["num_classes"] = len(asked)
+
+
+def check_classes(cfg: Config, split: str) -> None:
+    """`UserError` where a COCO file's categories, the split's classes and the model's heads are not of one mind."""
+    found = read_categories(cfg, split)
+    if found is None:
+        return
+    classes = classes_of(cfg, split)
+    check_categories(found, classes, chosen=bool(cfg.get("keep_classes")))
+    for head in heads_of(cfg):
+        if head["num_classes"] != len(classes):
+            text = f"{split} has {len(classes)} classes, the model's {head['type']} {head['num_classes']}"
+            raise UserError(f"{text}: set its num_classes")
+
+
+def read_categories(cfg: Config, split: str) -> Categories | None:
+    """The categories of a split's annotation file, which is checked; None for other data sets than COCO's."""
+    data = cfg[split]
+    if not reads_coco(registered(cfg, DATASETS, data.type, split)):
+        return None
+    root = Path(data.get("data_root") or "")
+    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"])
+
+
+def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
+    """What `keep_classes` leaves out of the splits, for results.json and the log of the main process."""
+    if not cfg.get("keep_classes") or not is_main_process():
+        return {}
+    return {"left_out": {split: read_categories(cfg, split).left_out(classes_of(cfg, split)) for split in splits}}
+
+
+def in_words(counts: Mapping[str, dict]) -> list[str]:
+    """Lines of the log for `left_out`."""
+    return [
+        f"keep_classes leaves out of {split}: {part['categories']} of {part['of_categories']} categories,"
+        f" {part['annotations']:,} of {part['of_annotations']:,} annotations; {part['images']:,} images have no others"
+        for split, part in counts.get("left_out", {}).items()
+    ]

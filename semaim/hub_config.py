@@ -1,0 +1,53 @@
+"""What stands beside a weights file: the config.json of timm and of the Hugging Face hub."""
+
+import json
+import os
+from pathlib import Path
+
+from semaim.errors import UserError
+
+#: Files that a folder's config.json belongs to, by their names without ending, as timm looks for them.
+WEIGHTS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+ENDINGS = (".safetensors", ".bin", ".pth", ".pt")  #: of files of weights
+
+
+def beside(path: str | os.PathLike) -> dict | None:
+    """The config that belongs to a weights file, or None.
+
+    NAME.json where it is there; else the folder's config.json, where the file has a name of `WEIGHTS` or is the only
+    file of weights in its folder. A json without an `architecture` is no config of timm's.
+
+    Returns:
+        dict with `architecture` (str), `model_args` (dict, may be empty), `pretrained_cfg` (dict: `mean`, `std` and
+        more) and what else it holds. timm's older configs, a pretrained_cfg alone, are brought to this form.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    path = Path(path)
+    file = path.with_suffix(".json")
+    if not file.is_file() or file.name == "config.json":
+        file = path.with_name("config.json")
+        if not file.is_file() or (path.stem not in WEIGHTS and _others(path)):
+            return None
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # also of bytes that are no text
+        raise UserError(f"cannot read {file}, which stands beside {path.name}: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
+    if "pretrained_cfg" not in config:
+        kept = ("architecture", "num_features", "num_classes", "model_args")
+        told = {name: value for name, value in config.items() if name not in ("architecture", "model_args")}
+        config = {name: config[name] for name in kept if name in config} | {"pretrained_cfg": told}
+    for name in ("model_args", "pretrained_cfg"):
+        if config.get(name) is None:
+            config[name] = {}
+        if not isinstance(config[name], dict):
+            raise UserError(f"{file}: {name} is no mapping but {config[name]!r}")
+    return config
+
+
+def _others(path: Path) -> bool:
+    """Whether other files of weights stand in the folder."""
+    return any(other != path and other.suffix in ENDINGS for other in path.parent.iterdir())

@@ -1,0 +1,151 @@
+"""Mean and standard deviation of the pixels that a network sees: an encoder's own, a config's, or ImageNet's.
+
+An encoder computes with images as it was trained on them, so a file that holds its statistics decides those of every
+stage that starts from it or measures it, unless the config sets others. Numbers are of pixels from 0 to 1 here and in
+`dataset.mean` and `dataset.std`; of 0 to 255, as in mm, in a detector's or segmentor's `model.data_preprocessor`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from semaim import hub_config
+from semaim.engine.checkpointing import FORMAT
+from semaim.errors import UserError
+from semaim.safe_reading import read_file
+
+Triple = tuple[float, float, float]
+
+DIGITS = 8  #: kept when one range is brought to the other: 123.675 / 255 is 0.485 again
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of the three channels, of pixels from 0 to 1, and in words where they are from."""
+
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    std: Triple = IMAGENET_DEFAULT_STD
+    origin: str = "ImageNet's"
+
+    def __str__(self) -> str:
+        """As a line of the log goes on after "images normalised with"."""
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        return f"mean ({mean}), std ({std}), {self.origin}"
+
+    def same(self, other: "Statistics") -> bool:
+        """Whether the numbers are the same."""
+        return (self.mean, self.std) == (other.mean, other.std)
+
+    def scaled(self, scale: int) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of pixels from 0 to `scale`."""
+        parts = self.mean, self.std
+        mean, std = ([v if scale == 1 else round(v * scale, DIGITS) for v in values] for values in parts)
+        return mean, std
+
+    @classmethod
+    def checked(cls, mean: Any, std: Any, scale: int, where: str, origin: str) -> "Statistics":
+        """From numbers of anywhere, of pixels from 0 to `scale`; `UserError` where they are no statistics."""
+        least = scale / 255  # a spread of less than a grey level is one of pixels of another range
+        kinds = (("mean", mean, 0, f"from 0 to {scale}"), ("std", std, least, f"above 0, for pixels from 0 to {scale}"))
+        found = []
+        for name, values, smallest, range_ in kinds:
+            listed = list(values) if isinstance(values, list | tuple) else []
+            right = [isinstance(v, int | float) and not isinstance(v, bool) and smallest <= v <= scale for v in listed]
+            if len(listed) != 3 or not all(right):
+                raise UserError(f"{where}.{name} is {values!r}: give three numbers {range_}")
+            found.append(tuple(float(v) if scale == 1 else round(v / scale, DIGITS) for v in listed))
+        return cls(*found, origin)
+
+
+def of_file(path: str | os.PathLike) -> Statistics | None:
+    """The statistics that a checkpoint holds, or that stand beside it; None where it holds none."""
+    path = Path(path)
+    return of_content({} if path.suffix == ".safetensors" else read_file(path), path)
+
+
+def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
+    """As `of_file`, of a file whose content is read already: of our runs' configs, `pretrained_cfg`, config.json."""
+    path, content = Path(path), _mapping(content)
+    if content.get("format") == FORMAT and (found := of_run(_mapping(content.get("config")), path)):
+        return found
+    beside = hub_config.beside(path) or {}
+    for told, origin in (
+        (_mapping(content.get("pretrained_cfg")), f"from pretrained_cfg in {path.name}"),
+        (_mapping(beside.get("pretrained_cfg")), f"from the config beside {path.name}"),
+    ):
+        if told.get("mean") is not None or told.get("std") is not None:
+            return Statistics.checked(told.get("mean"), told.get("std"), 1, f"{path}: pretrained_cfg", origin)
+    return None
+
+
+def of_run(config: Mapping, path: str | os.PathLike = "the checkpoint") -> Statistics | None:
+    """The statistics in the config that a run of ours has saved; None in older ones, whose were ImageNet's."""
+    for holder, scale, name in (
+        (config.get("dataset"), 1, "dataset"),
+        (_mapping(config.get("model")).get("data_preprocessor"), 255, "model.data_preprocessor"),
+    ):
+        if (held := _mapping(holder)).get("mean") is not None:
+            origin = f"from the config in {Path(path).name}"
+            return Statistics.checked(held["mean"], held.get("std"), scale, f"{path}: {name}", origin)
+    return None
+
+
+def place_of(cfg: Config) -> tuple[Any, int, str]:
+    """The part of a config that holds the statistics, the range of its pixels, and its name."""
+    if "dataset" in cfg:
+        return cfg.dataset, 1, "dataset"
+    model = cfg.model.get("module") or cfg.model  # of several predictions
+    if model.get("data_preprocessor") is None:
+        raise UserError("the config's model has no data_preprocessor: images would not be normalised")
+    return model.data_preprocessor, 255, "model.data_preprocessor"
+
+
+def of_config(cfg: Config) -> Statistics | None:
+    """The statistics that a config sets itself; None where it leaves them to the encoder.
+
+    `settle` has noted in `cfg.statistics_from` whose they are. Without that, a preprocessor with ImageNet's says
+    nothing, as all of our configs have them, but on the command line it does.
+
+    Raises:
+        UserError: they are none, or only one of the two is set.
+    """
+    place, scale, name = place_of(cfg)
+    mean, std = place.get("mean"), place.get("std")
+    given = {part for part in ("mean", "std") if f"{name}.{part}" in (cfg.get("cfg_options") or {})}
+    if (mean is None) != (std is None) or len(given) == 1:
+        one, other = ("std", "mean") if mean is None or given == {"std"} else ("mean", "std")
+        raise UserError(f"{name}.{one} is set and {name}.{other} is not: set both")
+    if mean is None:
+        return None
+    origin = f"as {name}.mean and {name}.std say"
+    found = Statistics.checked(mean, std, scale, name, origin)
+    if given or cfg.get("statistics_from") is None and (scale == 1 or not found.same(Statistics())):
+        return found
+    origin = cfg.get("statistics_from")
+    return origin and Statistics(found.mean, found.std, origin)
+
+
+def choose(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
+    """The config's own statistics, else those of the weights it starts from, resumes or measures, else ImageNet's."""
+    if found := of_config(cfg):
+        return found
+    found = of_file(weights) if weights else None
+    return found or Statistics(origin=f"ImageNet's, as {Path(weights).name} holds none" if weights else "ImageNet's")
+
+
+def settle(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
+    """`choose`, and write them into the config: what is built of it normalises so, and checkpoints keep it."""
+    found = choose(cfg, weights)
+    place, scale, _ = place_of(cfg)
+    place.mean, place.std = found.scaled(scale)
+    cfg.statistics_from = found.origin
+    return found
+
+
+def _mapping(value: object) -> Mapping:
+    return value if isinstance(value, Mapping) else {}

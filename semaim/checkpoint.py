@@ -8,9 +8,9 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from semaim import __version__
+from semaim import __version__, hub_config, same_network
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES, VisionTransformer
 from semaim.normalisation import Statistics, of_content
 from semaim.safe_reading import read_file
+from semaim.same_network import ENCODER, kinds
 
 #: Parts of a block in mmpretrain (left) and ours.
 MMPRETRAIN_BLOCK = (
@@ -68,8 +69,7 @@ MMPRETRAIN = (
 #: Their head has a name of its own in each classifier: of the class token, of the mean of the patches, of a probe.
 MMPRETRAIN_HEADS = (("head.layers.head", "head"), ("head.fc", "head"), ("head.layers.head", "head.1"))
 
-#: What an encoder, a classifier and MAE's decoder consist of; all else is a neck or a head of another task.
-ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+#: What a classifier and MAE's decoder consist of besides the encoder; all else is a neck or a head of another task.
 CLASSIFIER = ("fc_norm", "head")
 MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred")
 
@@ -109,21 +109,38 @@ class Checkpoint:
     config: dict | None = None  #: of a run of ours
     classes: list[str] | None = None
     statistics: Statistics | None = None  #: of the images it was trained on, where the file or one beside it tells
+    beyond: list[str] = field(default_factory=list)  #: of `other`, what the encoder computes with and we have not
+    told: dict | None = None  #: by whom timm's network is named: `architecture`, `model_args`
+
+    @property
+    def ours(self) -> bool:
+        """Whether a run of this suite wrote the file: what stands beside its encoder is its decoder or head."""
+        return bool(self.config)
+
+    @cached_property
+    def theirs(self) -> nn.Module | str | None:
+        """timm's network that the file, or the config.json beside it, names, or why there is none; None if none is."""
+        return self.told and same_network.timm_model(self.told)
 
     @property
     def network(self) -> dict:
-        """What the config of a run of ours tells of the network."""
-        return ((self.config or {}).get("model") or {}).get("network") or {}
+        """What the config of a run of ours tells of the network, or of a detector's or segmentor's backbone."""
+        model = (self.config or {}).get("model") or {}
+        if backbone := model.get("backbone"):  # its img_size is that of the crops, not of the position table
+            return {**backbone, "img_size": backbone.get("pretrain_img_size")}
+        return model.get("network") or {}
 
     @property
     def sizes(self) -> dict:
         """Sizes of the encoder, as `VisionTransformer` takes them; see `sizes_of`."""
-        return sizes_of(self.state, self.network)
+        heads = same_network.heads_of(self.theirs) if isinstance(self.theirs, nn.Module) else None
+        return sizes_of(self.state, self.network or (heads and {"size": None, "num_heads": heads}))
 
     @property
     def heads_guessed(self) -> bool:
         """Whether neither a config nor a published model of these sizes tells the number of heads."""
-        return not self.network and _preset(self.sizes) is None
+        named = isinstance(self.theirs, nn.Module) and same_network.heads_of(self.theirs)
+        return not self.network and not named and _preset(self.sizes) is None
 
 
 def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dict:
@@ -169,7 +186,12 @@ def describe(sizes: Mapping) -> str:
 
 def read(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint of any dialect; `UserError` if it holds no plain ViT encoder."""
-    path, content = Path(path), read_file(path)
+    path = Path(path)
+    return recognise(path, read_file(path), hub_config.beside(path))
+
+
+def recognise(path: Path, content: Any, told: dict | None = None) -> Checkpoint:
+    """The checkpoint that a file's content is; `told` is the config.json beside it, see `hub_config.beside`."""
     place, weights = _find_weights(content)
     names = [name for name in weights if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", name)]
     names = [name for name in names if not re.search(r"(^|\.)ema\.", name)]
@@ -182,8 +204,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     other = [name for name in weights if not name.startswith(prefix)]
     dialect = next(name for name, is_it in RECOGNISED if is_it(content, place, prefix, state))
+    beyond = []
     if "patch_embed.projection.weight" in state:
         state, other = _from_mmpretrain(weights, prefix)
+        named = [(name, name[len(prefix) :].partition(".")[0]) for name in other if name.startswith(prefix)]
+        beyond = [name for name, first in named if first != "neck" and not same_network.APART.fullmatch(first)]
     other += [name for name in state if name.startswith("ema.")]
     state = {name: tensor for name, tensor in state.items() if not name.startswith("ema.")}
     for name, dimensions in (("patch_embed.proj", 4), ("blocks.0.attn.qkv", 2), ("blocks.0.mlp.fc1", 2)):
@@ -193,7 +218,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     tellers = [told for told in (content, content.get("meta")) if isinstance(told, Mapping)]
     epoch = next((told["epoch"] for told in tellers if isinstance(told.get("epoch"), int)), None)
     statistics = of_content(content, path)
-    return Checkpoint(path, dialect, state, other, epoch, ours.get("config"), ours.get("classes"), statistics)
+    if told is None and isinstance(content.get("arch"), str) and timm.is_model(content["arch"]):
+        told = {"architecture": content["arch"]}  # of timm's own training
+    return Checkpoint(
+        path, dialect, state, other, epoch, ours.get("config"), ours.get("classes"), statistics, beyond, told
+    )
 
 
 def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
@@ -255,6 +284,53 @@ class LoadReport:
     new: list[str] = field(default_factory=list)  #: of the model, expected to be in no file
     missing: list[str] = field(default_factory=list)  #: of the model, and should have been there
     unexpected: list[str] = field(default_factory=list)  #: of the file, and not of the model
+    unread: list[str] = field(default_factory=list)  #: of these, what the file's encoder computes with
+    differs: list[str] = field(default_factory=list)  #: what the file's encoder computes otherwise, in words
+
+    @property
+    def lacking(self) -> list[str]:
+        """What the model's encoder computes with and the file lacks."""
+        return same_network.lacking(self.missing)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model's encoder computes what that of the file does."""
+        return not (self.unread or self.lacking or self.differs)
+
+    @property
+    def partly(self) -> str:
+        """How the model's encoder is another than that of the file, in words; nothing where it is the same."""
+        told = [f"{len(self.unread)} of the file's tensors not read"] if self.unread else []
+        told += [f"{len(self.lacking)} of the encoder's not in the file"] if self.lacking else []
+        return ", ".join(told + self.differs)
+
+    def refuse(self) -> None:
+        """`UserError` that names what keeps the model from computing what the file's encoder does."""
+        told = [f"it computes with {kinds(self.unread)}, which ours does not read"] if self.unread else []
+        told += [f"it lacks {kinds(self.lacking)}, which ours computes with"] if self.lacking else []
+        if told := told + self.differs:
+            raise UserError(
+                f"{self.path} holds another network's encoder: {'; '.join(told)} (--allow-partial loads what fits, and"
+                " the results say so)"
+            )
+
+    def summary(self) -> dict:
+        """Plain values for results.json: numbers of tensors, and their kinds."""
+
+        def listed(names: list[str]) -> list[str]:
+            return kinds(names).split(", ") if names else []
+
+        left = [name for name in self.unexpected if name not in self.unread]
+        return {
+            "dialect": self.dialect,
+            "matched": len(self.matched),
+            "resized": list(self.resized),
+            "new": listed(self.new),
+            "left": grouped(left).split(", ") if left else [],
+            "unread": listed(self.unread),
+            "missing": listed(self.missing),
+            "differs": list(self.differs),
+        }
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.matched)} tensors from {self.path} ({self.dialect})"]
@@ -262,14 +338,15 @@ class LoadReport:
             lines.append(f"resized: {', '.join(self.resized)}")
         if self.new:
             lines.append(f"new, not from the file: {kinds(self.new)}")
-        computing = [name for name in self.unexpected if name.split(".")[0] in ("blocks", "patch_embed")]
-        left = [name for name in self.unexpected if name not in computing]
+        left = [name for name in self.unexpected if name not in self.unread]
         if left:
             lines.append(f"left in the file: {grouped(left)}")
-        if computing:
-            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {kinds(computing)}")
+        if self.unread:
+            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {kinds(self.unread)}")
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
+        if self.differs:
+            lines.append(f"OTHERWISE in the encoder of the file: {'; '.join(self.differs)}")
         return "\n    ".join(lines)
 
 
@@ -278,13 +355,9 @@ def grouped(names: Iterable[str]) -> str:
     return kinds(name.split(".")[0] for name in names)
 
 
-def kinds(names: Iterable[str]) -> str:
-    """Names without the numbers of their blocks, with counts."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
-
-
-def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = ()) -> LoadReport:
+def load(
+    model: nn.Module, path: str | os.PathLike | Checkpoint, expected: tuple[str, ...] = (), partial: bool = False
+) -> LoadReport:
     """Load a checkpoint of any dialect into a model with our names.
 
     Position tables are resized to the model's `grid` by its `resample_positions` (timm's if it has none), tables of
@@ -293,22 +366,38 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
-        path: the checkpoint.
+        path: the checkpoint, or what `read` found in it.
         expected: parts of names that are new in this model, such as "head" or "rel_pos_h".
+        partial: load what fits of an encoder that computes with more, less or otherwise than the model's.
 
     Raises:
-        UserError: the file holds no ViT, or one of other sizes.
+        UserError: the file holds no ViT, or one of other sizes, or, unless `partial`, one that is another network.
     """
-    found = read(path)
+    report, state = fit(model, path if isinstance(path, Checkpoint) else read(path), expected, partial)
+    load_whole_state(model, state, strict=False)
+    return report
+
+
+def fit(
+    model: nn.Module, found: Checkpoint, expected: tuple[str, ...] = (), partial: bool = False
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """What `load` would load: its report, and the tensors as the model takes them. The model is looked at alone."""
     own, state = model.state_dict(), dict(found.state)
     _check_sizes(model, own, found)
     report = LoadReport(found.path, found.dialect)
+    pooled, reads_norm = hasattr(model, "pool") or "norm.weight" in own, "norm.weight" in own
+    report.unread = same_network.unread(state, own, pooled, found.ours) + found.beyond
+    report.missing = [name for name in own if name not in state and not set(expected) & set(name.split("."))]
+    report.differs = _differences(found, getattr(model, "num_heads", None), reads_norm)
+    if not partial:
+        report.refuse()
+    grid = getattr(model, "grid", None)
     for name, tensor in list(state.items()):
         if name not in own:
             continue
-        fitted, grid = None, getattr(model, "grid", None)
+        fitted = None
         if name == "pos_embed" and grid and (tensor.shape != own[name].shape or _told_grid(found) not in (None, grid)):
-            fitted = _fit_positions(tensor, own[name], model, found)
+            fitted = _fit_positions(tensor, own[name], model, found, partial)
         elif tensor.shape == own[name].shape:
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
@@ -321,16 +410,33 @@ def load(model: nn.Module, path: str | os.PathLike, expected: tuple[str, ...] = 
             continue
         if fitted is None:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the model"
-            raise UserError(f"{path} does not fit the model: {name} is {shapes}")
+            raise UserError(f"{found.path} does not fit the model: {name} is {shapes}")
         report.resized.append(f"{name} {tuple(tensor.shape)} -> {tuple(fitted.shape)}")
         state[name] = fitted
     report.matched = [name for name in state if name in own]
     report.unexpected += [name for name in state if name not in own] + found.other
+    report.missing = []
     for name in own:
         if name not in state:
             (report.new if set(expected) & set(name.split(".")) else report.missing).append(name)
-    load_whole_state(model, {name: state[name] for name in report.matched}, strict=False)
-    return report
+    return report, {name: state[name] for name in report.matched}
+
+
+def _differences(found: Checkpoint, heads: int | None, reads_norm: bool) -> list[str]:
+    """What no tensor's name tells; see `same_network`."""
+    if isinstance(found.theirs, str):
+        return [found.theirs]
+    told = []
+    if found.theirs is not None:
+        told = same_network.told_differences(found.theirs, found.sizes, reads_norm)
+    elif "cls_token" not in found.state and found.dialect in ("timm", "mae", "semaim", "mmpretrain", "DINO"):
+        # A detector's encoder has dropped it; else it never had one.
+        if not found.ours and not any(name.endswith(("rel_pos_h", "rel_pos_w")) for name in found.state):
+            told = ["it does not tell its activation, and encoders without a class token have GELU (SigLIP) or its tanh"
+                    " form (SigLIP 2): put timm's config.json beside a .safetensors"]  # fmt: skip
+    if heads and not found.heads_guessed and heads != found.sizes["num_heads"]:
+        told.append(f"it has {found.sizes['num_heads']} heads, ours {heads}")
+    return told
 
 
 def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint) -> None:
@@ -366,31 +472,38 @@ def _told_grid(found: Checkpoint) -> tuple[int, int] | None:
     return _grid(found.sizes) if found.network.get("img_size") else None
 
 
-def _fit_positions(table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint) -> Tensor:
-    """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it."""
+def _fit_positions(
+    table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint, partial: bool = False
+) -> Tensor:
+    """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it.
+
+    With `partial`, rows of other tokens between the class token's and the patches' are left out.
+    """
     old, grid = _grid(found.sizes), model.grid
     resample = getattr(model, "resample_positions", VisionTransformer.resample_positions)
     length, prefix = old[0] * old[1], own.shape[1] - grid[0] * grid[1]
-    if table.shape[1] not in (length, length + 1):
-        rows = f"{table.shape[1]} rows"
+    if table.ndim != 3 or table.shape[1] not in (length, length + 1) and not (partial and table.shape[1] > length):
+        rows = f"{table.shape[1]} rows" if table.ndim == 3 else f"shape {tuple(table.shape)}"
         raise UserError(f"{found.path}: a position table of {rows} is none of {old[0]} x {old[1]} patches")
     patches = resample(table[:, -length:].float(), old, grid).to(table.dtype)
     if not prefix:
         return patches
-    first = table[:, :1] if table.shape[1] > length else own[:, :1].to(table)
+    # Without a row of its own the class token has no position (timm's no_embed_class).
+    first = table[:, :1] if table.shape[1] > length else torch.zeros_like(table[:, :1])
     return torch.cat([first, patches], dim=1)
 
 
 # Writing
 
 
-def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[str]:
+def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: bool = False) -> list[str]:
     """Write a checkpoint in another dialect; returns the names that it leaves out.
 
     Args:
         path: a checkpoint of any dialect.
         out: .pth, or for timm also .safetensors.
         to: one of `DIALECTS`. Weights are the same to the last bit.
+        partial: write what is a plain ViT's of an encoder that computes with more, less or otherwise.
     """
     if to not in DIALECTS:
         raise UserError(f"unknown dialect {to!r}: {nearest(to, DIALECTS)}")
@@ -400,6 +513,9 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[st
         raise UserError(f"{out} is the checkpoint itself: name another file")
     if out.suffix == ".safetensors" and to != "timm":
         raise UserError(f"{out}: .safetensors holds tensors only, {to} more: name a .pth")
+    report = plain_report(found, keeps_all=to == "semaim")
+    if not partial:
+        report.refuse()
     parts = (*ENCODER, *CLASSIFIER, *WRITTEN[to])
     state = {name: t.contiguous() for name, t in found.state.items() if "*" in parts or name.split(".")[0] in parts}
     if to == "semaim":
@@ -424,6 +540,27 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str) -> list[st
     return [name for name in found.state if name not in state] + found.other
 
 
+def plain_report(found: Checkpoint, keeps_all: bool = False) -> LoadReport:
+    """What keeps a file's encoder from being a plain ViT as `VisionTransformer` is; see `LoadReport.refuse`.
+
+    Args:
+        found: the file.
+        keeps_all: its further tensors are kept too: those of our dense backbones, which read them, are no loss.
+    """
+    blocks = (f"blocks.{n}.{part}" for n in range(found.sizes["depth"]) for _, part in MMPRETRAIN_BLOCK)
+    own = ["cls_token", "pos_embed"]
+    own += [f"{part}.{kind}" for part in ("patch_embed.proj", *blocks) for kind in ("weight", "bias")]
+    dense = {"rel_pos_h", "rel_pos_w", *(same_network.DENSE if found.ours else ())} if keeps_all else set()
+    kept = {name for name in found.state if name.rpartition(".")[2] in dense}
+    report = LoadReport(found.path, found.dialect)
+    known = {*own, "norm.weight", "norm.bias"} | kept
+    report.unread = same_network.unread(found.state, known, True, found.ours) + found.beyond
+    detector = any(name.endswith("rel_pos_h") for name in kept)  # has dropped the class token
+    report.missing = [name for name in own if name not in found.state and not (detector and name == "cls_token")]
+    report.differs = _differences(found, None, "norm.weight" in found.state)
+    return report
+
+
 def _save_tensors(state: dict[str, Tensor], out: Path) -> None:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -444,10 +581,15 @@ TIMM = {(size, (16, 16)): f"vit_{size}_patch16_224" for size in ("tiny", "small"
 }
 
 
-def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
+def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = False) -> str:
     """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
 
     A linear probe's batch normalisation goes into its head: W / sqrt(var + eps), and b less that times the mean.
+
+    Args:
+        path: a checkpoint of any dialect.
+        folder: made where it is not there.
+        partial: leave out what the encoder computes with beyond a plain ViT.
 
     Returns:
         The architecture in timm.
@@ -457,8 +599,12 @@ def export(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     weights = folder / "model.safetensors"
     if weights.exists() and weights.samefile(path):
         raise UserError(f"{weights} is the checkpoint itself: name another folder")
+    report = plain_report(found)
+    if not partial:
+        report.refuse()
     parts = (*ENCODER, *CLASSIFIER)
-    state = {name: tensor.contiguous() for name, tensor in found.state.items() if name.split(".")[0] in parts}
+    kept = [name for name in found.state if name.split(".")[0] in parts and name not in report.unread]
+    state = {name: found.state[name].contiguous() for name in kept}
     if "head.1.weight" in state:
         state = _fold_probe(state)
     if "fc_norm.weight" in state:  # then nothing reads the other
@@ -524,12 +670,13 @@ def _fold_probe(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def inspect(path: str | os.PathLike) -> str:
-    """What a checkpoint is, and what our consumers take from it."""
+    """What a checkpoint is, and what our consumers take from it, or why they refuse it."""
+    from semaim.consumers import verdicts  # which imports this module
+
     found = read(path)
     state, sizes = found.state, found.sizes
     encoder = [name for name in state if name.split(".")[0] in ENCODER]
     parts = [name for name in state if name not in encoder]
-    maps = [name for name in encoder if name.split(".")[0] != "norm" and name != "cls_token"]
     rows = [
         ("file", f"{found.path}, {found.path.stat().st_size / 2**20:.1f} MiB"),
         ("dialect", found.dialect),
@@ -545,14 +692,10 @@ def inspect(path: str | os.PathLike) -> str:
     if head := next((name for name in ("head.weight", "head.1.weight") if name in state), None):
         named = ", ".join(map(str, (found.classes or [])[:3])) + (", ..." if len(found.classes or []) > 3 else "")
         rows.append(("classes", f"{len(state[head])}" + (f": {named}" if named else "")))
-    pooled = "class token" if "norm.weight" in state else "mean of the patches"
-    rows += [
-        (
-            "classification",
-            f"{len(encoder)} tensors of the encoder; the final norm only where the class token is pooled",
-        ),
-        ("detection", f"{len(maps)} tensors; not the class token, its row of the position table, the final norm"),
-        ("segmentation", f"{len(maps) + 1} tensors; not the final norm"),
-        ("k-NN, probes", f"{pooled}"),
-    ]
+    rows += verdicts(found)
+    try:
+        plain_report(found).refuse()
+        rows.append(("convert, export", "as a plain ViT"))
+    except UserError as error:
+        rows.append(("convert, export", f"refused: {error}"))
     return "\n".join(f"{name:15} {value}" for name, value in rows)

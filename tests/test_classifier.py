@@ -1,20 +1,25 @@
 """The classifier: timm's logits for timm's weights, a probe that trains its head alone, losses, accuracy, groups."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
 from torch import nn
 
 from semaim.engine.classification import ClassAccuracy, Classification
+from semaim.engine.config import load_config
 from semaim.engine.optim import Lars, layer_depths
+from semaim.engine.training import load_pretrained
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.vit import VisionTransformer
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8}
 
 
@@ -40,6 +45,36 @@ def test_logits_are_timms(pool, size):
         torch.testing.assert_close(
             ours.features(images), theirs.forward_head(theirs.forward_features(images), pre_logits=True)
         )
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_the_two_protocols_of_knn_are_timms_class_token_and_its_mean_under_a_fresh_norm(size, tmp_path):
+    torch.manual_seed(0)
+    trained = VisionTransformer(**SMALL)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    torch.save({"model": trained.state_dict()}, tmp_path / "encoder.pth")
+    images, found = torch.randn(2, 3, 32, 32), {}
+    for name, pool, words in (
+        (f"knn/vit_{size}", "token", "class token"),
+        (f"knn/vit_{size}_semaim", "avg", "mean of the patches, layer norm"),
+    ):
+        theirs = timm.models.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0, global_pool=pool
+        )
+        read = theirs.load_state_dict(trained.state_dict(), strict=False)  # a fresh norm has weight 1 and bias 0
+        extra = {"fc_norm.weight", "fc_norm.bias"} if pool == "avg" else set()
+        assert set(read.missing_keys) == extra
+        cfg = load_config(ROOT / f"semaim/configs/{name}.py")
+        assert cfg.model.network.size == size
+        ours = MODELS.build({**cfg.model, "network": {**cfg.model.network, **SMALL}}).network
+        report = load_pretrained(ours, str(tmp_path / "encoder.pth"))
+        assert set(report.missing) <= extra and ours.pooling == words
+        with torch.no_grad():
+            found[pool] = ours.eval().features(images)
+            torch.testing.assert_close(found[pool], theirs.eval()(images), atol=1e-5, rtol=1e-5)
+    assert (found["token"] - found["avg"]).abs().max() > 0.1
 
 
 def test_a_probe_trains_its_head_alone():

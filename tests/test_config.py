@@ -69,6 +69,12 @@ def test_the_evaluation_configs_are_the_official_recipes():
     cfg = load_config(CONFIGS / "linear/vit_base_90e_mae.py")
     assert cfg.total_batch_size == 16384 and cfg.base_lr * 16384 / 256 == pytest.approx(6.4)
     assert cfg.optim_wrapper.optimizer.type == "LARS" and cfg.dataset.augment == "resized_crop"
+    for size in ("base", "large"):  # DINO's eval_knn.py, and SemAIM's main_knn.py with --global_pool
+        for name, pool, norm, ks in (("", "cls", None, (10, 20, 100, 200)), ("_semaim", "avg", True, (10, 20, 30))):
+            cfg = load_config(CONFIGS / f"knn/vit_{size}{name}.py")
+            network = cfg.model.network
+            assert (network.size, network.pool, network.get("fc_norm")) == (size, pool, norm)
+            assert cfg.evaluation == {"type": "NearestNeighbours", "ks": ks, "temperature": 0.07}
     cfg = load_config(CONFIGS / "pretrain/mae_vit_base_800e.py")
     assert cfg.total_batch_size == 4096 and cfg.base_lr * 4096 / 256 == pytest.approx(2.4e-3)
     assert cfg.optim_wrapper.clip_grad is None and cfg.param_scheduler.warmup_epochs == 40

@@ -140,7 +140,7 @@ def test_knn_and_fast_probe(labelled, pretrained, tmp_path):
     first = results(tmp_path / "out")
     assert set(first["metrics"]) == {"knn3_top1", "knn3_top5", "knn10_top1", "knn10_top5"}
     assert first["checkpoint"] == str(pretrained) and first["train_images"] == 40 and first["val_images"] == 10
-    assert "40 x" not in done.stderr and "k-NN, k =  3" in done.stdout
+    assert "40 x" not in done.stderr and "k-NN, k =   3" in done.stdout and first["features"] == "class token"
 
     # Features of the same weights and images are read, not extracted again; two processes find the same.
     features = tmp_path / "out/features/train/features.npy"
@@ -151,6 +151,18 @@ def test_knn_and_fast_probe(labelled, pretrained, tmp_path):
     shutil.rmtree(tmp_path / "out")
     done = tool("dist_test.sh", CONFIG.format("knn"), pretrained, 2, *arguments, *knn)
     assert done.returncode == 0 and results(tmp_path / "out")["metrics"] == first["metrics"], done.stderr
+
+    # Another pooling, other features; a k beyond the training images is left out, and one at least remains.
+    made = features.stat().st_mtime_ns
+    normed = {"model.network.pool": "avg", "model.network.fc_norm": True}
+    few = options(**normed, **{"evaluation.ks": "10,41,200"})
+    done = tool("test.py", CONFIG.format("knn"), pretrained, *arguments, *few)
+    assert done.returncode == 0 and "k = 41, 200 left out, there are 40 training images" in done.stdout, done.stderr
+    again = results(tmp_path / "out")
+    assert set(again["metrics"]) == {"knn10_top1", "knn10_top5"} and features.stat().st_mtime_ns != made
+    assert again["features"] == "mean of the patches, layer norm"
+    none = options(**normed, **{"evaluation.ks": "50,41"})
+    one_line(tool("test.py", CONFIG.format("knn"), pretrained, *arguments, *none), "k = 41 neighbours of 40")
 
     # Other weights, other features.
     made = features.stat().st_mtime_ns

@@ -18,7 +18,7 @@ import pytest
 from semaim.errors import UserError
 from semaim.results import STATUSES, load_published
 from semaim.results.formats import FORMATS
-from semaim.results.runs import METRICS, find_results
+from semaim.results.runs import find_results, reported
 from semaim.results.table import HEADER, NOTHING, at_a_glance, comparable, make_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,6 +261,20 @@ def test_of_the_neighbours_twenty(works, tmp_path):
     assert [key for key in cells(works) if key[0] == "k-NN"] == [("k-NN", "top-1, k = 20")]
     write(tmp_path / "few/a", NEIGHBOURS, metrics={"knn5_top1": 30.0, "knn10_top1": 31.0})
     assert set(cells(tmp_path / "few")) == {("k-NN", "top-1, k = 5"), ("k-NN", "top-1, k = 10")}
+    write(tmp_path / "many/a", NEIGHBOURS, metrics={"knn200_top1": 30.0, "knn200_top5": 60.0, "knn1_top1": 31.0})
+    assert set(cells(tmp_path / "many")) == {("k-NN", "top-1, k = 1"), ("k-NN", "top-1, k = 200")}
+
+
+def test_other_features_are_another_metric(tmp_path):
+    """The class token and the mean of the patches are two protocols: two columns, not two figures of one."""
+    for name in ("class token", "mean of the patches, layer norm"):
+        for method in ("SemAIM", "MAE"):
+            write(tmp_path / method / name, NEIGHBOURS, method=method, features=name)
+    metrics = ["top-1, k = 20", "top-1, k = 20, mean of the patches, layer norm"]
+    assert [metric for _, metric in cells(tmp_path)] == metrics
+    header, *lines = at_a_glance(make_table([tmp_path], CATALOGUE))
+    assert [column.split(": ")[1] for column in header[-2:]] == metrics
+    assert all(figure == "33.42" for line in lines for figure in line[-2:])
 
 
 def test_a_diverged_run_is_shown(tmp_path):
@@ -334,6 +348,33 @@ def test_figures_that_are_alike_are_compared(tmp_path):
     assert beside == {67.8: pytest.approx(-0.8), 67.1: pytest.approx(-0.1)}
     (row,) = found["segmentation", "mIoU"]
     assert row.published.value == 48.13 and row.difference == pytest.approx(-0.13)
+
+
+SIX = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "metric", "beside"),
+    [
+        ("mae_upernet.py", {}, "mIoU", 48.13),
+        ("mae_upernet.py", {"stage": "test"}, "mIoU", 48.13),
+        ("mae_upernet.py", {"stage": "test, several scales and flipped", "scales": SIX}, "mIoU, 6 scales and", 48.70),
+        ("semaim_upernet_ms.py", {"stage": "test, several scales and flipped", "scales": SIX}, "mIoU, 6 scales", 48.70),
+        ("mae_upernet.py", {"scales": [1.0, 1.25, 1.5, 1.75, 2.0, 3.0]}, "mIoU, 6 scales and flipped", None),
+        ("mae_upernet.py", {"scales": [1.0, 1.25, 1.5]}, "mIoU, 3 scales and flipped", None),
+        ("mae_upernet.py", {"stage": "test, several scales and flipped"}, "mIoU, several scales and flipped", None),
+        ("mae_upernet.py", {"classes": 150, "classes_evaluated": 150}, "mIoU", 48.13),
+        ("mae_upernet.py", {"classes": 150, "classes_evaluated": 149}, "mIoU", None),
+    ],
+)
+def test_several_scales_stand_beside_several_scales_alone(tmp_path, config, changes, metric, beside):
+    segmentor = {key: value for key, value in WHOLE.items() if key not in ("task", "epochs")}
+    segmentor |= {"method": "MAE", "pretrain_epochs": 1600, "iterations": 160000, "metrics": {"mIoU": 48.5}}
+    write(tmp_path / "a", {**segmentor, "config": config, "train_images": 20210, "val_images": 2000, **changes})
+    ((section, (row,)),) = cells(tmp_path).items()
+    assert section[1].startswith(metric) and (section[1] == "mIoU") == (metric == "mIoU")
+    assert (row.published and row.published.value) == beside
+    assert row.cell.remarks == (() if beside else ("mean over 149 of 150 classes",) if metric == "mIoU" else (NOTHING,))
 
 
 @pytest.mark.parametrize(
@@ -433,9 +474,8 @@ def expected_of(row):
         words |= {"Method": f.method, "Backbone": f.backbone, "Metric": f.metric, "Task": f"{f.task}, {f.data}"}
     if row.cell:
         files = [json.loads((Path(run.folder) / "results.json").read_text()) for run in row.cell.runs]
-        name, factor = next(
-            (n, METRICS[n][2]) for n in files[0]["metrics"] if n in METRICS and METRICS[n][1] == row.section[1]
-        )
+        known = reported(files[0]["metrics"])
+        name, factor = next((n, factor) for n, (_, metric, factor) in known.items() if metric == row.section[1])
         values = [file["metrics"][name] * factor for file in files]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         words["Ours"] = f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"

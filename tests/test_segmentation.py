@@ -122,6 +122,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "batch normalisation sees 2 images at a time, not the 4 of a step" in done.stdout
     assert "loaded 52 tensors" in done.stdout and "MISSING" not in done.stdout
+    assert "labels of train_dataset: 12 maps, " in done.stdout and "labels of val_dataset: 3 maps, " in done.stdout
     assert "from the file: blocks.*.gamma_1 (4), blocks.*.gamma_2 (4), blocks.*.attn.rel_bias (4)\n" in done.stdout
     assert read_checkpoint(whole / "latest.pth")["classes"] == [*CLASSES, "background"]
 
@@ -138,6 +139,8 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
     assert done.returncode == 0, done.stderr[-3000:]
     measured = results(whole)["metrics"]
     assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6) and "mIoU" in measured
+    for folder in (whole, out):
+        assert results(folder)["classes"] == 21 and 2 <= results(folder)["classes_evaluated"] <= 21
 
     (parts / "results.json").unlink()  # cut in its last validation, a run does that when it is resumed
     done = tool("train.py", SCENES, *places, "--work-dir", parts, "--resume", *options())
@@ -151,6 +154,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tm
         done = tool("dist_test.sh", *arguments, *options())
         assert done.returncode == 0, done.stderr[-3000:]
         both[processes] = results(out)["metrics"]
+        assert results(out)["scales"] == list(load_config(ROOT / SCENES).tta_ratios)
     assert both[1] == pytest.approx(both[2], abs=1e-6) and both[1].keys() == measured.keys()
     assert both[1] != measured
 

@@ -240,7 +240,8 @@ def test_a_released_file_is_told_from_a_pretrained_encoder(released):
     assert {"blocks.0.attn.rel_bias", "blocks.11.gamma_2"} <= found.state.keys()
     assert "mmseg segmentor" in checkpoint.inspect(released)
     model = Classifier(0, "avg", embed_dim=24, num_heads=4, img_size=64)
-    assert "NOT TAKEN" in str(checkpoint.load(model, released, ("fc_norm",)))
+    with pytest.raises(UserError, match="another network's encoder: it computes with .*rel_bias"):
+        checkpoint.load(model, released, ("fc_norm",))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_scenes_are_clean(clean):
         assert not report.problems and not report.warnings
         assert f"{count} images" in str(report) and str(report).endswith("nothing wrong")
     report = verify_ade20k(clean / "ade", BACKGROUND, workers=2)
-    assert not report.problems and not report.warnings
+    few = {"classes that never occur", "validated on, but never trained"}  # in 20 scenes
+    assert not report.problems and report.warnings.keys() <= few
     assert "training: 16 pairs" in str(report) and "validation: 4 pairs" in str(report)
 
 
@@ -319,7 +320,7 @@ def test_tool_on_clean_and_damaged_data(folder, tmp_path):
     done = run("coco", folder / "coco", "--ann", "annotations/instances_val2017.json", "--images", "val2017")
     assert done.returncode == 0 and done.stdout.count("nothing wrong") == 1
     done = run("ade20k", folder / "ade", "--classes", BACKGROUND, "--no-reduce-zero-label")
-    assert done.returncode == 1 and "reduce_zero_label looks wrong" in done.stdout
+    assert done.returncode == 1 and "do the classes count from 1?" in done.stdout
 
 
 def test_tool_says_what_is_missing(clean, tmp_path):

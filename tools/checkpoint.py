@@ -28,6 +28,8 @@ def parse_args() -> argparse.Namespace:
     export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
     export.add_argument("file")
     export.add_argument("folder", metavar="DIR")
+    for command in (convert, export):
+        command.add_argument("--allow-partial", action="store_true", help="write what is a plain ViT's of another one")
     return parser.parse_args()
 
 
@@ -45,14 +47,17 @@ def main() -> int:
     if args.command == "inspect":
         print(checkpoint.inspect(args.file))
     elif args.command == "convert":
-        left = (convert_detector if args.to == "mmdet" else checkpoint.convert)(args.file, args.out, args.to)
+        if args.to == "mmdet":
+            left = convert_detector(args.file, args.out, args.to)
+        else:
+            left = checkpoint.convert(args.file, args.out, args.to, args.allow_partial)
         print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoint.grouped(left)}" if left else ""))
         statistics = checkpoint.read(args.file).statistics if args.to == "timm" else None
         if statistics and not statistics.same(Statistics()):
             print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
             print(f"    tools/checkpoint.py export {args.file} DIR")
     else:
-        architecture = checkpoint.export(args.file, args.folder)
+        architecture = checkpoint.export(args.file, args.folder, args.allow_partial)
         print(f"wrote {args.folder}, a {architecture} of timm, opened by")
         print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
         found = checkpoint.read(args.file)

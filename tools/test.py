@@ -25,6 +25,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
     parser.add_argument(
+        "--allow-partial", action="store_true",
+        help="load what fits of an encoder that is another network; results.json and the table say so",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
     )
     parser.add_argument(
@@ -50,6 +54,8 @@ def main() -> int:
     if args.data_root:
         set_data_root(cfg, args.data_root)
     weights = args.checkpoint or args.pretrained
+    if args.allow_partial:
+        cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     return command(lambda processes: check(cfg, weights), lambda: work(cfg, weights), args.gpus)
 

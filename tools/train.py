@@ -26,6 +26,10 @@ def parse_args() -> argparse.Namespace:
         "--resume", nargs="?", const="auto", metavar="FILE", help="go on from FILE or the work folder's newest"
     )
     parser.add_argument(
+        "--allow-partial", action="store_true",
+        help="load what fits of an encoder that is another network; results.json and the table say so",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
     )
     parser.add_argument(
@@ -49,6 +53,8 @@ def main() -> int:
         set_data_root(cfg, args.data_root)
     if args.pretrained:
         cfg.pretrained = args.pretrained
+    if args.allow_partial:
+        cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
     def prepare(processes: int) -> None:

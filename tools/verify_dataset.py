@@ -34,6 +34,12 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="0 means unlabelled and classes count from 1, as in ADE20K; with --no-, they count from 0",
     )
+    ade.add_argument(
+        "--most-ignored",
+        type=float,
+        metavar="SHARE",
+        help="of a split's pixels that may be unlabelled (any), from 0 to 1",
+    )
     for command in (coco, ade):
         command.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads (%(default)s)")
         command.add_argument("--report", metavar="FILE", help="write what was found as JSON, too")
@@ -43,7 +49,9 @@ def parse_args() -> argparse.Namespace:
 def verify(args: argparse.Namespace) -> list[Report]:
     """Reports of all there is, each printed as soon as it is made."""
     if args.layout == "ade20k":
-        reports = [verify_ade20k(args.root, args.classes, args.reduce_zero_label, args.workers, progress=True)]
+        numbers = {"classes": args.classes, "reduce_zero_label": args.reduce_zero_label}
+        more = {"workers": args.workers, "progress": True, "most_ignored": args.most_ignored}
+        reports = [verify_ade20k(args.root, **numbers, **more)]
         print(reports[0])
         return reports
     if bool(args.ann) != bool(args.images):

@@ -29,5 +29,5 @@ val_dataset = dict(
     pipeline=test_pipeline,
 )
 tta_ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+val_evaluator = dict(type="CountedIoUMetric", iou_metrics=["mIoU"])
 del crop_size

@@ -1,20 +1,20 @@
 """Finds what is wrong with the label maps of a segmentation data set before a training meets them.
 
-`verify_ade20k` reads everything, the images too, and returns a `Report`. `check_pairs` decodes the label maps only: it
-is for the start of a training. Nothing is ever written.
+`verify_ade20k` reads everything, the images too, and returns a `Report`. `count_values` decodes the label maps only: it
+is for the start of a training. What the values mean is judged in label_rules.py. Nothing is ever written.
 """
 
 import os
-from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.label_rules import Labels, errors, limits, warnings
 from semaim.errors import UserError
 
-IGNORED = 255
 LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's names of one channel of 8 or 16 bits in a PNG
 
 
@@ -39,36 +39,47 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-def check_pairs(pairs: list[tuple[StrPath, StrPath]], classes: int, reduce_zero_label: bool) -> None:
-    """Raise `UserError` for what would break a training, or silently spoil it: every label map is decoded.
+def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:
+    """The pixels of each value in every label map, by its file; `UserError` where one cannot be trained on.
 
     Args:
         pairs: (image, label map) files.
-        classes, reduce_zero_label: of `verify_ade20k`.
     """
-    last = classes if reduce_zero_label else classes - 1
+    return _count_values(tuple((*pair, *map(_state, pair)) for pair in pairs))
 
-    def fault(pair: tuple[StrPath, StrPath]) -> str | None:
-        image, label = map(Path, pair)
+
+def _state(path: str) -> tuple[int, int]:
+    """When a file was written, and its size; none where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)  # of both splits: a run of one process asks before it starts, and again for its log
+def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
+    def count(pair: tuple) -> tuple[str | None, dict[int, int]]:
+        image, label = map(Path, pair[:2])
         if not label.is_file():
-            return f"{image} has no label map {label}"
+            return f"{image} has no label map {label}", {}
         note, found = _check_pair((image, label), whole=False)
-        if note:
-            return f"{label.parent}: {note[0]}: {note[1]}"
-        beyond = [value for value in found if value > last and value != IGNORED]
-        if beyond:
-            text = f"{label} holds the value {beyond[0]}; of {classes} classes, with reduce_zero_label="
-            return f"{text}{reduce_zero_label}, the largest is {last}"
-        return None
+        return f"{label.parent}: {note[0]}: {note[1]}" if note else None, found
 
-    faults = [text for text in parallel(fault, pairs, min(32, os.cpu_count() or 1), True, "label maps") if text]
-    if faults:
-        more = f"{len(faults)} of {len(pairs)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
+    results = parallel(count, list(files), min(32, os.cpu_count() or 1), True, "label maps")
+    if faults := [fault for fault, _ in results if fault]:
+        more = f"{len(faults)} of {len(files)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
         raise UserError(f"{faults[0]} ({more})")
+    return {label: found for (_, label, *_), (_, found) in zip(files, results, strict=True)}
 
 
 def verify_ade20k(
-    root: StrPath, classes: int = 150, reduce_zero_label: bool = True, workers: int = 4, progress: bool = False
+    root: StrPath,
+    classes: int = 150,
+    reduce_zero_label: bool = True,
+    workers: int = 4,
+    progress: bool = False,
+    most_ignored: float | None = None,
 ) -> Report:
     """Look at every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
 
@@ -78,6 +89,7 @@ def verify_ade20k(
         reduce_zero_label: whether 0 means unlabelled and classes count from 1, as in ADE20K, or classes count from 0.
         workers: threads.
         progress: show a bar, where the standard error is a terminal.
+        most_ignored: largest share of a split's pixels that may be unlabelled, None for any.
 
     `UserError` where there is nothing to look at.
     """
@@ -85,8 +97,7 @@ def verify_ade20k(
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
     report = Report(str(root))
-    pixels: Counter = Counter()
-    pairs_found, last = 0, classes if reduce_zero_label else classes - 1
+    pairs_found, trained = 0, None
     for split in SPLITS.values():
         images, labels = root / "images" / split, root / "annotations" / split
         if not images.is_dir() and not labels.is_dir():
@@ -103,36 +114,32 @@ def verify_ade20k(
         stems = sorted(pictures & maps)
         pairs_found += len(stems)
         pairs = [(images / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems]
-        results = parallel(_check_pair, pairs, workers, progress, split)
-        for stem, (note, found) in zip(stems, results, strict=True):
+        counts = {}
+        for stem, (note, found) in zip(stems, parallel(_check_pair, pairs, workers, progress, split), strict=True):
             if note:
                 report.problem(note[0], f"{split}/{note[1]}")
-                continue
-            pixels.update(found)
-            beyond = [value for value in found if value > last and value != IGNORED]
-            if beyond:
-                report.problem(f"label value over {last}", f"{split}/{stem}.png: {shortened(list(map(str, beyond)))}")
-            elif not any(value != IGNORED and (value or not reduce_zero_label) for value in found):
-                report.warning("nothing labelled", f"{split}/{stem}.png")
+            else:
+                counts[f"{split}/{stem}.png"] = found
         report.summary.append(f"{split}: {len(stems)} pairs of image and label map")
+        if counts:
+            found = Labels(split, counts, ("",) * classes, split == SPLITS["train"], reduce_zero_label)
+            _judge(report, found, trained, most_ignored)
+            trained = found
     if not pairs_found:
         raise UserError(f"no pairs in {root}: it needs images/training/NAME.jpg and annotations/training/NAME.png")
-    _look_at_values(report, pixels, classes, reduce_zero_label)
     return report
 
 
-def _look_at_values(report: Report, pixels: Counter, classes: int, reduce_zero_label: bool) -> None:
-    values = sorted(value for value in pixels if value != IGNORED)
-    if not values:
-        return
-    first = int(reduce_zero_label)
-    present = sum(first <= value < classes + first for value in values)
-    share = (pixels[IGNORED] + pixels[0] * first) / sum(pixels.values())
-    report.summary.append(f"{present} of {classes} classes occur, {share:.1%} of the pixels are unlabelled")
-    kind = "reduce_zero_label looks wrong"
-    if reduce_zero_label and values[-1] == classes - 1:
-        zero = "0 occurs" if values[0] == 0 else "0 never occurs"
-        text = f"it is on, but the largest value is {classes - 1} and {zero}"
-        report.warning(kind, f"{text}: do the classes count from 0, or are there only {classes - 1}?")
-    elif not reduce_zero_label and values[-1] == classes:
-        report.warning(kind, f"it is off, but values reach {classes}: do the classes count from 1?")
+def _judge(report: Report, labels: Labels, trained: Labels | None, most_ignored: float | None) -> None:
+    """Put into the report what the values of a split are, and what is wrong with them; every map that is."""
+    report.summary += str(labels).split("\n")
+    beyond = "value beyond the classes"
+    for kind, text in errors(labels, most_ignored):
+        if kind != beyond:
+            report.problem(kind, text)
+            continue
+        for name, found in labels.counts.items():
+            if over := labels.beyond(found):
+                report.problem(kind, f"{name}: {shortened(list(map(str, over)))}; {limits(labels, over[0])}")
+    for kind, text in warnings(labels, trained):
+        report.warning(kind, text)

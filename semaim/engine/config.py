@@ -79,6 +79,7 @@ DENSE_KEYS = {
     "test_pipeline": "how an image is prepared for prediction",
     "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
     "tta": "whether it does so without being asked",
+    "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
 }
 
 

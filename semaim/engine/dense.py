@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoint
+from semaim.consumers import load_backbone
 from semaim.data.folder import EndlessBatches
-from semaim.data.label_maps import check_pairs
 from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
 from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
@@ -30,14 +31,8 @@ from semaim.normalisation import choose, settle
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
 
-#: Heads by scope: a file that holds the other task's is no pretrained encoder.
-HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
-
 #: A long side in pixels that no image reaches.
 UNLIMITED = 10**6
-
-#: What no pretrained encoder has.
-NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -103,15 +98,7 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
 
 def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
     """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
-    report = checkpoint.load(backbone, cfg.pretrained, NEW_IN_BACKBONES)
-    for scope, heads in HEADS.items():
-        if scope != cfg.default_scope and any(name.startswith(heads) for name in report.unexpected):
-            task = "detector" if scope == "mmdet" else "segmentor"
-            raise UserError(
-                f"{cfg.pretrained} is a trained {task}, whose encoder computes with more than this one has: start from"
-                " the pretrained checkpoint it was made of"
-            )
-    return report
+    return load_backbone(backbone, cfg.pretrained, cfg.default_scope, cfg.get("allow_partial", False))
 
 
 def build(config: dict, registry, what: str):
@@ -133,12 +120,17 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
         check_classes(cfg, split)
     build(validation(cfg, "val")["val_evaluator"], METRICS, "val_evaluator")
     sets = build_data(cfg, splits)
-    for images in sets:
-        if cfg.default_scope == "mmseg" and images.metainfo.get("label_map") is None:
-            infos = [images.get_data_info(index) for index in range(len(images))]
-            pairs = [(info["img_path"], info["seg_map_path"]) for info in infos]
-            check_pairs(pairs, len(images.metainfo["classes"]), images.reduce_zero_label)
+    describe_data(cfg, dict(zip(splits, sets, strict=True)))
     return sets
+
+
+def describe_data(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+    """What the labels of these splits hold, as lines of a log; `UserError` where they are no good for this config."""
+    if not all("reduce_zero_label" in images.get_data_info(0) for images in sets.values()):
+        return []  # boxes and masks, not label maps
+    from semaim.segmentation.labels import check_labels
+
+    return check_labels(cfg, sets)
 
 
 def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
@@ -276,15 +268,19 @@ def train_dense(cfg: Config, resume_from: str | None = None) -> SeededRunner:
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
     log(f"images normalised with {statistics}")
     if resume_from is None and cfg.get("pretrained"):
-        log(str(load_encoder(model.backbone, cfg)))
+        log(str(record_load(load_encoder(model.backbone, cfg), cfg, runner.cfg)))
     elif resume_from is None:
         log("no --pretrained checkpoint: training starts from random weights")
     counts = left_out(cfg, "train_dataset", "val_dataset")
     for line in in_words(counts):
         log(line)
+    if is_main_process():
+        for line in describe_data(cfg, {"train_dataset": train, "val_dataset": val}):
+            log(line)
     runner.train()
     data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, iterations=steps, **counts)
+    more = {"iterations": steps, **counts, **counted(runner.val_loop)}
+    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, **more)
     return runner
 
 
@@ -294,7 +290,7 @@ def check_test(cfg: Config, weights: str | None) -> None:
         raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
     enter(cfg)
     settle(cfg, weights)
-    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None)
+    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None, cfg.get("allow_partial", False))
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
     check_data(cfg, ("val_dataset",))
@@ -307,21 +303,29 @@ def test_dense(cfg: Config, weights: str) -> dict[str, float]:
     statistics = settle(cfg, weights)
     (val,) = build_data(cfg, ("val_dataset",))
     record_origin(cfg, weights, whole=True)
+    described = describe_data(cfg, {"val_dataset": val}) if is_main_process() else []
     if cfg.get("tta"):
         averaged(cfg)
     runner = runner_of(cfg, world, **validation(cfg, "test"))
     model = runner.model
     while hasattr(model, "module"):  # of other processes, and of several predictions
         model = model.module
-    load_whole(model, weights, runner.logger.info)
+    record_load(load_whole(model, weights, runner.logger.info, cfg.get("allow_partial", False)), cfg)
     counts = left_out(cfg, "val_dataset")
-    for line in in_words(counts):
+    for line in (*described, *in_words(counts), f"images normalised with {statistics}"):
         runner.logger.info(line)
-    runner.logger.info(f"images normalised with {statistics}")
     metrics = figures(cfg, runner.test())
-    stage = "test, several scales and flipped" if cfg.get("tta") else "test"
-    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, stage=stage, **counts)
+    more = {"stage": "test", **counts, **counted(runner.test_loop)}
+    if cfg.get("tta"):
+        more |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
+    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, **more)
     return metrics
+
+
+def counted(loop) -> dict[str, int]:
+    """Over how many classes a metric's last figures are the mean, for results.json; nothing where it does not say."""
+    found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
+    return dict(zip(("classes_evaluated", "classes"), found, strict=False))
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -340,26 +344,42 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
     return kept
 
 
-def load_whole(model: nn.Module, path: str, log: Callable[[str], None]) -> None:
+def load_whole(
+    model: nn.Module, path: str, log: Callable[[str], None], partial: bool = False
+) -> checkpoint.LoadReport:
     """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
 
     Files of ours and of mm's, and those whose names the scope's package knows: detectron2's whole ViTDet detectors,
     mmseg's UperNet on MAE.
+
+    Args:
+        model: the whole model.
+        path: the file.
+        log: is given what was loaded, in words.
+        partial: leave in the file what the model does not read.
     """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
-    package = importlib.import_module(SCOPES[DefaultScope.get_current_instance().scope_name])
-    if (renamed := package.foreign_weights(content, model, path)) is not None:
-        weights = renamed
+    scope = DefaultScope.get_current_instance()
+    if scope and scope.scope_name in SCOPES:
+        renamed = importlib.import_module(SCOPES[scope.scope_name]).foreign_weights(content, model, path)
+        weights = weights if renamed is None else renamed
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong or extra:
-        name = (wrong + missing + extra)[0]
+    if missing or wrong:
+        name = (wrong + missing)[0]
         shapes = f" ({tuple(weights[name].shape)}, in the model {tuple(own[name].shape)})" if name in wrong else ""
         raise UserError(
             f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
-            f" {len(extra)} are not read, such as {name}{shapes}: test with the config of its training"
+            f" such as {name}{shapes}: test with the config of its training"
+        )
+    if extra and not partial:
+        raise UserError(
+            f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)} (first"
+            f" {extra[0]}): test with the config of its training (--allow-partial leaves them out, and results say so)"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    log(f"loaded {len(own)} tensors from {path}")
+    left = f"; NOT TAKEN: {checkpoint.kinds(extra)}" if extra else ""
+    log(f"loaded {len(own)} tensors from {path}{left}")
+    return checkpoint.LoadReport(Path(path), "whole model", list(own), unexpected=extra, unread=extra)

@@ -13,10 +13,11 @@ from mmengine.registry import LOOPS, MODELS
 from torch import Tensor, nn
 
 from semaim import checkpoint
+from semaim.consumers import NEW_IN_CLASSIFIERS
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
 from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
@@ -30,18 +31,26 @@ class NearestNeighbours:
     """Weighted k-NN on the encoder's features.
 
     Args:
-        ks: numbers of neighbours.
+        ks: numbers of neighbours; those beyond the number of training images are left out.
         temperature: of the weights exp(cosine / temperature).
+
+    Source of the numbers: DINO, `eval_knn.py`.
     """
 
-    def __init__(self, ks: tuple[int, ...] = (5, 10, 20, 30, 50), temperature: float = 0.07):
+    def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
         self.ks, self.temperature = tuple(ks), temperature
 
     def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics."""
-        found = knn_accuracy(*train, *val, classes, ks=self.ks, temperature=self.temperature, device=device)
+        """(features, labels) of both splits -> metrics; `UserError` where no k is left."""
+        images = len(train[0])
+        # With none left the smallest is asked for, and refused.
+        ks = [k for k in self.ks if k <= images] or [min(self.ks)]
+        if len(ks) < len(self.ks):
+            left = ", ".join(str(k) for k in self.ks if k not in ks)
+            log(f"k-NN: k = {left} left out, there are {images} training images")
+        found = knn_accuracy(*train, *val, classes, ks=ks, temperature=self.temperature, device=device)
         for k, (top1, top5) in found.items():
-            log(f"k-NN, k = {k:2d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
+            log(f"k-NN, k = {k:3d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
         metrics = {
             f"knn{k}_top{n}": value for k, values in found.items() for n, value in zip((1, 5), values, strict=True)
         }
@@ -104,9 +113,14 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
         )
     if cfg.model.type != "Classification":
         raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
-    if weights != RANDOM:
-        checkpoint.read(weights)
     choose(cfg, None if weights == RANDOM else weights)
+    if weights == RANDOM:
+        return
+    found = checkpoint.read(weights)
+    if "evaluation" in cfg:
+        with torch.device("meta"):  # names and sizes are compared without memory
+            network = MODELS.build(cfg.model).network
+        checkpoint.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
@@ -120,7 +134,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     if weights == RANDOM:
         log("random weights: the encoder as it is initialised")
     else:
-        log(str(load_pretrained(model.network, weights)))
+        log(str(record_load(load_pretrained(model.network, weights, cfg.get("allow_partial", False)), cfg)))
     log(f"images normalised with {statistics}")
     model.to(device).eval()
 
@@ -133,7 +147,7 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
     for name, images in (("train", train), ("val", val)):
         key = {
             "weights": digest,
-            "pool": model.network.pool,
+            "pool": model.network.pooling,
             "precision": model.precision if device.type == "cuda" else "fp32",
             "paths": hashlib.sha256(b"\n".join(images.paths.tolist())).hexdigest(),
             "transform": repr(images.transform),
@@ -152,7 +166,8 @@ def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
         )
     metrics = LOOPS.build(cfg.evaluation).run(*sets, len(train.classes), device, log)
     path = None if weights == RANDOM else weights
-    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type)
+    features = model.network.pooling
+    write_results(cfg, metrics, len(train), len(val), path, stage=cfg.evaluation.type, features=features)
     return metrics
 
 
@@ -196,7 +211,7 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
         cfg=cfg,
     )
     model = getattr(runner.model, "module", runner.model)
-    report = checkpoint.load(model.network, weights)
+    report = checkpoint.load(model.network, found, partial=True)
     runner.logger.info(str(report))
     runner.logger.info(f"images normalised with {statistics}")
     if report.missing:
@@ -204,6 +219,9 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
             f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
             " config of its training"
         )
+    if not cfg.get("allow_partial", False):
+        report.refuse()
+    record_load(report, cfg)
     metrics = runner.test()
     write_results(cfg, metrics, None, len(val), weights, stage="Classification")
     return metrics

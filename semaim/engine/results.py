@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
+from semaim.checkpoint import LoadReport
 from semaim.engine.checkpointing import FORMAT
 from semaim.models.vit import SIZES
 from semaim.normalisation import of_config
@@ -95,6 +96,25 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
 
 
+def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
+    """Note in the origin of these configs, on the main process, what was loaded; the report itself again.
+
+    `load_report` is the last load's; `partly_loaded` says in words which loads, also those before that the weights come
+    from, left something out.
+    """
+    for cfg in cfgs if is_main_process() else ():
+        origin = dict(cfg.get("origin") or {})
+        parts = [origin.get("partly_loaded"), report.partly]
+        told = "; ".join(dict.fromkeys(part for part in parts if part))
+        cfg.origin = {
+            **origin,
+            **({"allow_partial": True} if cfg.get("allow_partial") else {}),
+            **({"partly_loaded": told} if told else {}),
+            "load_report": report.summary(),
+        }
+    return report
+
+
 def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     """method and pretrain_config, _epochs, _images and _options of a checkpoint of ours; nothing of others.
 
@@ -107,17 +127,21 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     config = _mapping(content.get("config"))
     if content.get("format") != FORMAT or not config:
         return {}
+    known = _mapping(config.get("origin"))
+    partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
     if _mapping(config.get("model")).get("type") == "Pretraining":
         return {
+            **partly,
             "method": method_of(config["model"]),
-            "pretrain_config": name if isinstance(name := _mapping(config.get("origin")).get("config"), str) else None,
+            "pretrain_config": name if isinstance(name := known.get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
     names = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
-    known = _mapping(config.get("origin"))
-    origin = {name: known[name] for name in names if known.get(name) is not None}
+    if same and not trained:  # a run that goes on: its own load too
+        names += ("load_report", "allow_partial")
+    origin = {name: known[name] for name in names if known.get(name) is not None} | partly
     if not same and "method" in origin:
         origin["method"] = f"{origin['method']} after {task_of(config)}"
     if trained:

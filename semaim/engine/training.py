@@ -13,17 +13,15 @@ import semaim.engine.hooks  # noqa: F401
 import semaim.engine.optim  # noqa: F401
 import semaim.engine.pretraining  # noqa: F401
 from semaim import checkpoint
+from semaim.consumers import NEW_IN_CLASSIFIERS
 from semaim.data.folder import ResumableBatches
 from semaim.data.labelled import check_classes
 from semaim.engine.launcher import join
-from semaim.engine.results import record_origin, write_results
+from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
 from semaim.normalisation import choose, settle
-
-#: Parts of a classifier that no pretrained encoder has, or that a pooled one does not read.
-NEW_IN_CLASSIFIERS = ("head", "fc_norm")
 
 
 def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
@@ -67,7 +65,7 @@ def plan_run(cfg: Config, processes: int) -> BatchPlan:
     train, _ = build_datasets(cfg)
     ResumableBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained") and processes > 1:  # a single process says itself what is wrong
-        load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained)
+        load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained, cfg.get("allow_partial", False))
     return plan
 
 
@@ -79,9 +77,9 @@ def model_config(cfg: Config) -> dict:
     return config
 
 
-def load_pretrained(network: torch.nn.Module, path: str) -> checkpoint.LoadReport:
-    """The encoder of a checkpoint of any dialect into a network, whatever stands around it."""
-    return checkpoint.load(network, path, expected=NEW_IN_CLASSIFIERS)
+def load_pretrained(network: torch.nn.Module, path: str, partial: bool = False) -> checkpoint.LoadReport:
+    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoint.load`."""
+    return checkpoint.load(network, path, NEW_IN_CLASSIFIERS, partial)
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -156,7 +154,8 @@ def train(cfg: Config, resume_from: str | None = None) -> SeededRunner:
         + (f", {len(val):,} to validate on" if val is not None else "")
     )
     if resume_from is None and cfg.get("pretrained"):
-        log(str(load_pretrained(model.network, cfg.pretrained)))
+        report = load_pretrained(model.network, cfg.pretrained, cfg.get("allow_partial", False))
+        log(str(record_load(report, cfg, runner.cfg)))
     elif resume_from is None and val is not None:
         log("no --pretrained checkpoint: training starts from random weights")
     runner.train()

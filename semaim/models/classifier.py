@@ -19,6 +19,7 @@ class Classifier(VisionTransformer):
         probe: linear probing: the encoder is frozen and always in eval mode, and a batch normalisation without
             affine parameters stands before the head.
         head_init_std: of the head's truncated normal initialisation.
+        fc_norm: whether pooled patches get that norm; None: where it is trained, so not in a probe.
         **encoder: of `VisionTransformer`.
 
     Source: MAE's and SemAIM's `models_vit.py`, `main_finetune.py` and `main_linprobe.py`; names as in timm and MAE.
@@ -30,6 +31,7 @@ class Classifier(VisionTransformer):
         pool: str = "avg",
         probe: bool = False,
         head_init_std: float = 2e-5,
+        fc_norm: bool | None = None,
         **encoder,
     ):
         super().__init__(**encoder)
@@ -41,7 +43,8 @@ class Classifier(VisionTransformer):
         if pool == "avg":
             # In pretraining, `norm` ends the decoder: pooled patches get a new one, or in a probe none.
             self.norm = nn.Identity()
-            self.fc_norm = nn.Identity() if probe else nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+            normed = not probe if fc_norm is None else fc_norm
+            self.fc_norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS) if normed else nn.Identity()
         if probe:
             self.requires_grad_(False)
         head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
@@ -49,6 +52,13 @@ class Classifier(VisionTransformer):
             trunc_normal_(head.weight, std=head_init_std)
             nn.init.zeros_(head.bias)
         self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head
+
+    @property
+    def pooling(self) -> str:
+        """What `features` are, in words."""
+        if self.pool == "cls":
+            return "class token"
+        return "mean of the patches" + (", layer norm" if isinstance(self.fc_norm, nn.LayerNorm) else "")
 
     def train(self, mode: bool = True) -> "Classifier":
         """A probe's encoder stays in eval mode: no drop path."""

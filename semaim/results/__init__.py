@@ -7,6 +7,15 @@ import yaml
 
 STATUSES = ("read", "derived", "remembered", "unknown")  #: what each means stands at the head of published.yaml
 
+SINGLE = (1.0,)  #: scales of a prediction that is no mean of several
+
+
+def measured(metric: str, scales: tuple[float, ...] | None) -> str:
+    """A metric's name, which tells where it is of predictions averaged over scales; None where those are not known."""
+    if scales == SINGLE:
+        return metric
+    return f"{metric}, {len(scales) if scales else 'several'} scales and flipped"
+
 
 @dataclass(frozen=True)
 class Published:
@@ -17,6 +26,7 @@ class Published:
         status: one of `STATUSES`.
         source: where it was read.
         notes: what is to be printed wherever the figure is.
+        scales: of the image, over which the prediction is the mean, each also flipped; `SINGLE` for one, unflipped.
     """
 
     method: str
@@ -31,6 +41,7 @@ class Published:
     source: str
     value_to: float | None = None
     notes: tuple[str, ...] = ()
+    scales: tuple[float, ...] | None = SINGLE
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,10 @@ def load_published() -> Catalogue:
         for entry in group["figures"]:
             entry = {**shared, **entry}
             notes = tuple(raw["notes"][name] for name in entry.get("notes", ()))
-            figures.append(Published(**{**entry, "source": raw["sources"][entry["source"]], "notes": notes}))
+            entry |= {"source": raw["sources"][entry["source"]], "notes": notes}
+            entry["scales"] = tuple(entry.get("scales", SINGLE))
+            entry["metric"] = measured(entry["metric"], entry["scales"])
+            figures.append(Published(**entry))
     recipes = [Recipe(**recipe) for recipe in raw["recipes"]]
     sizes = {name: Dataset(name, tuple(n["train_images"]), n["val_images"]) for name, n in raw["datasets"].items()}
     return Catalogue(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semaim.errors import UserError
-from semaim.results import Catalogue, Recipe
+from semaim.results import SINGLE, Catalogue, Recipe, measured
 
 #: Reported metrics: name in results.json -> task (None: by its config), name in the table, factor to percent.
 METRICS = {
@@ -19,14 +19,19 @@ METRICS = {
     "mIoU": ("segmentation", "mIoU", 1),
     "mAcc": ("segmentation", "mAcc", 1),
     "aAcc": ("segmentation", "aAcc", 1),
-} | {f"knn{k}_top1": ("k-NN", f"top-1, k = {k}", 1) for k in (5, 10, 20, 30, 50)}
+}
+NEIGHBOURS = re.compile(r"knn([1-9]\d*)_top1")  #: of any number of neighbours
+USUAL = "knn20_top1"  #: where several numbers were tried, the one that was set before looking
 UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training; nothing is published of them
 
 #: Keys of results.json by what they may hold. All may be missing but `metrics`.
 NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed")
+NUMBERS += ("classes", "classes_evaluated")
 OPTIONS = ("cfg_options", "pretrain_options")
 STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
-STRINGS += ("pretrain_config",)
+STRINGS += ("pretrain_config", "features", "partly_loaded")
+CLS = "class token"  #: the features that a metric's name does not name
+STRINGS += ("pretrain_config", "partly_loaded")
 
 #: Changed options that leave the figure what it is.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
@@ -48,7 +53,10 @@ SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "
 
 @dataclass(frozen=True)
 class Run:
-    """One metric, in percent, of one results.json; `raw` is the whole file, `recipe` what its config follows."""
+    """One metric, in percent, of one results.json; `raw` is the whole file, `recipe` what its config follows.
+
+    `metric` tells by its name where predictions were averaged over scales.
+    """
 
     method: str
     backbone: str | None
@@ -63,6 +71,11 @@ class Run:
     def config(self) -> str:
         """The config's file name, or nothing."""
         return Path(self.raw.get("config") or "").name
+
+    @property
+    def scales(self) -> tuple[float, ...] | None:
+        """Scales of the image that the prediction is the mean over, each also flipped; None where not recorded."""
+        return scales_of(self.raw)
 
     @property
     def length(self) -> tuple[str, float] | None:
@@ -109,19 +122,32 @@ def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     """What one file measured: a run for each metric that the table reports."""
     raw = read_results(path)
     recipe = catalogue.recipes.get(Path(raw.get("config") or "").name)
-    names = [name for name in METRICS if name in raw["metrics"]]
-    if "knn20_top1" in names:  # of the numbers of neighbours, the usual one
-        names = [name for name in names if not name.startswith("knn") or name == "knn20_top1"]
     runs = []
-    for name in names:
-        task, metric, factor = METRICS[name]
+    for name, (task, metric, factor) in reported(raw["metrics"]).items():
         task = task or raw.get("task") or (recipe.task if recipe else "classification")
         value = factor * float(raw["metrics"][name])
         if task == "detection" and value < 0:  # COCO's -1: there was nothing to find
             continue
         follows = recipe if recipe and recipe.task == task else None
+        metric = measured(metric, scales_of(raw)) + (f", {raw['features']}" if raw.get("features", CLS) != CLS else "")
         runs.append(Run(method_of(raw), backbone_of(raw, recipe), task, metric, value, follows, str(path.parent), raw))
     return runs
+
+
+def reported(names: Iterable[str]) -> dict[str, tuple[str | None, str, int]]:
+    """Those of the names that the table has, as in `METRICS`; of k-NN the usual k, or all where that is not there."""
+    names = list(names)
+    found = {name: int(match[1]) for name in names if (match := NEIGHBOURS.fullmatch(name))}
+    kept = [USUAL] if USUAL in found else sorted(found, key=found.get)
+    neighbours = {name: ("k-NN", f"top-1, k = {found[name]}", 1) for name in kept}
+    return {name: told for name, told in METRICS.items() if name in names} | neighbours
+
+
+def scales_of(raw: dict) -> tuple[float, ...] | None:
+    """The recorded scales; one where a test does not speak of several, None where it does without naming them."""
+    if raw.get("scales") is not None:
+        return tuple(raw["scales"])
+    return None if "several scales" in (raw.get("stage") or "") else SINGLE
 
 
 def read_results(path: Path) -> dict:
@@ -137,6 +163,9 @@ def read_results(path: Path) -> dict:
     kinds = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(STRINGS, str) | dict.fromkeys(OPTIONS, dict)
     values = [(name, raw[name], kind) for name, kind in kinds.items() if raw.get(name) is not None]
     values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
+    if raw.get("scales") is not None:
+        scales = raw["scales"] if isinstance(raw["scales"], list) and raw["scales"] else [None]
+        values += [("scales", value, int | float) for value in scales]
     for name, value, kind in values:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise UserError(f"{path} is broken: {name} is {value!r}")
@@ -171,7 +200,8 @@ def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
 def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     """What keeps a run from being compared with published figures of its task; nothing where nothing does."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
-    remarks = [less, changed]
+    partly = f"partly loaded: {run.raw['partly_loaded']}" if run.raw.get("partly_loaded") else ""
+    remarks = [less, changed, partial(run), partly]
     if not less and run.task not in UNTRAINED:
         remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
     return tuple(remark for remark in remarks if remark)
@@ -194,6 +224,12 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
     parts += [f"pretrained on {pretrained:,} images"] if other_pretraining else []
     more = (images or 0) > max(whole.train_images) or other_length and run.length[1] > asked
     return f"{'other than published' if more else 'reduced'}: {', '.join(parts)}"
+
+
+def partial(run: Run) -> str:
+    """That a mean over classes leaves some out, which are in no label and no prediction."""
+    counted, classes = run.raw.get("classes_evaluated"), run.raw.get("classes")
+    return f"mean over {counted} of {classes} classes" if counted is not None and counted != classes else ""
 
 
 def unrecorded(run: Run) -> str:

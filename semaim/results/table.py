@@ -156,7 +156,7 @@ def data_of(run: Run, catalogue: Catalogue) -> str:
 
 def setting_of(run: Run) -> tuple:
     """All else that a run's figure depends on, as far as it is recorded, but the seed; changes are in its remarks."""
-    recorded = (run.raw.get(key) for key in ("stage", "train_images", "val_images", "pretrain_images"))
+    recorded = [run.raw.get(key) for key in ("stage", "train_images", "val_images", "pretrain_images")] + [run.scales]
     weights = run.raw.get("pretrain_epochs") if run.identified else run.raw.get("checkpoint")
     return (run.method, run.backbone, run.task, run.metric, run.config, run.length, *recorded, weights)
 
@@ -164,8 +164,8 @@ def setting_of(run: Run) -> tuple:
 def comparable(cell: Cell, figure: Published) -> bool:
     """Whether the two were measured alike; what is not known is not alike."""
     run = cell.runs[0]
-    ours = (run.method, run.backbone, run.raw.get("pretrain_epochs"), run.task, run.metric)
-    theirs = (figure.method, figure.backbone, figure.pretrain_epochs, figure.task, figure.metric)
+    ours = (run.method, run.backbone, run.raw.get("pretrain_epochs"), run.task, run.metric, run.scales)
+    theirs = (figure.method, figure.backbone, figure.pretrain_epochs, figure.task, figure.metric, figure.scales)
     known = figure.status in ("read", "derived") and figure.value_to is None and None not in theirs
     return known and ours == theirs and not cell.remarks and run.recipe is not None and run.recipe.name == figure.recipe
 

@@ -1,4 +1,4 @@
-"""Our part in mmseg: importing this registers the segmentation encoder in mmseg's registry."""
+"""Our part in mmseg: importing this registers the segmentation encoder and the metric in mmseg's registries."""
 
 from semaim import compat
 
@@ -7,11 +7,13 @@ compat.install()  # before mmseg, which imports mmcv's operators
 import mmseg.datasets  # noqa: E402, F401  registers what configs name
 import mmseg.evaluation  # noqa: E402, F401
 import mmseg.models  # noqa: E402, F401
-from mmseg.registry import MODELS  # noqa: E402
+from mmseg.registry import METRICS, MODELS  # noqa: E402
 
 from semaim.models.segvit import SegmentationViT  # noqa: E402
+from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 from semaim.segmentation.mmseg_names import foreign_weights  # noqa: E402
 
 __all__ = ["foreign_weights"]
 
+METRICS.register_module(module=CountedIoUMetric)
 MODELS.register_module(module=SegmentationViT)

@@ -9,4 +9,4 @@ model = dict(
 )
 dataset = dict(type="LabelledImages", root="data/imagenet", augment="none", crop_pct=0.875)
 images_per_gpu = 256
-evaluation = dict(type="NearestNeighbours", ks=(5, 10, 20, 30, 50), temperature=0.07)
+evaluation = dict(type="NearestNeighbours", ks=(10, 20, 100, 200), temperature=0.07)

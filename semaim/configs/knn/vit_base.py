@@ -1,3 +1,3 @@
-"""ViT-B/16, class token, as DINO and the official SemAIM measure it."""
+"""ViT-B/16, class token after the encoder's norm, k and temperature as DINO's eval_knn.py."""
 
 _base_ = "../_base_/features.py"

@@ -1,4 +1,4 @@
-"""ViT-L/16, class token."""
+"""ViT-L/16, class token after the encoder's norm, k and temperature as DINO's eval_knn.py."""
 
 _base_ = "../_base_/features.py"
 

@@ -1,0 +1,10 @@
+"""ViT-B/16, mean of the patches through a fresh LayerNorm, k as in the official SemAIM's main_knn.py.
+
+That is what the official command computes: its README has one, of ViT-L with --global_pool. The script's own default is
+the class token, and the encoder's norm is not used with the mean.
+"""
+
+_base_ = "vit_base.py"
+
+model = dict(network=dict(pool="avg", fc_norm=True))
+evaluation = dict(ks=(10, 20, 30))

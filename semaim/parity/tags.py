@@ -1,0 +1,217 @@
+"""The plain ViTs that timm has weights of: what each consumer makes of such a file, and whether that is right.
+
+For every tag timm's network is built on the meta device; its names and shapes are the file. A consumer that loads it is
+judged by numbers: a network of one of its blocks gets random weights, and ours, loaded from them by the same road, has
+to give timm's tokens. That judgement reads no name and no table of the loader.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import get_pretrained_cfg, list_models
+from torch import Tensor, nn
+
+from semaim import checkpoint
+from semaim.consumers import NEW_IN_BACKBONES, NEW_IN_CLASSIFIERS
+from semaim.errors import UserError
+from semaim.models.classifier import Classifier
+from semaim.models.segvit import SegmentationViT
+from semaim.models.vitdet import ViTDet
+
+#: timm's files of plain ViTs.
+MODULES = ("vision_transformer", "deit", "beit", "eva")
+#: Right is as good as equal in float64: an epsilon of 1e-5 in place of 1e-6 moves tokens of variance 1 by 4.5e-6.
+TOLERANCE = 1e-9
+SIDE = 3  #: of the grid whose tokens are compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a consumer makes of a tag's file."""
+
+    tags: tuple[str, ...]
+    config: bool  #: timm's config.json lies beside the file
+    consumer: str
+    refusal: str | None  #: None where it loads
+    error: float | None = None  #: greatest difference of the features, where it loads and was computed
+
+    @property
+    def word(self) -> str:
+        """right, refused or WRONG; loads, where nothing was computed."""
+        if self.refusal is not None:
+            return "refused"
+        if self.error is None:
+            return "loads"
+        return "right" if self.error <= TOLERANCE else "WRONG"
+
+
+def plain_tags() -> list[str]:
+    """All pretrained tags of timm's plain ViTs."""
+    return [tag for module in MODULES for tag in list_models(pretrained=True, module=module)]
+
+
+def architectures(tags: Iterable[str]) -> list[tuple[str, ...]]:
+    """Tags in groups of one architecture and image size, whose files differ by their head and their numbers alone."""
+    groups: dict[tuple, list[str]] = {}
+    for tag in tags:
+        groups.setdefault((tag.partition(".")[0], get_pretrained_cfg(tag).input_size), []).append(tag)
+    return [tuple(group) for group in groups.values()]
+
+
+# Networks: what a user's config of this encoder builds, and timm's own way to the same features.
+
+
+def _class_token(theirs: nn.Module, images: Tensor) -> Tensor:
+    return theirs.forward_features(images)[:, 0]
+
+
+def _unnormed(theirs: nn.Module, images: Tensor) -> Tensor:
+    theirs.norm = nn.Identity()
+    return theirs.forward_features(images)[:, theirs.num_prefix_tokens :]
+
+
+def _mean(theirs: nn.Module, images: Tensor) -> Tensor:
+    return _unnormed(theirs, images).mean(dim=1)
+
+
+def _own_norm(theirs: nn.Module, images: Tensor) -> Tensor:
+    pooled = _mean(theirs, images)
+    if isinstance(theirs.fc_norm, nn.LayerNorm):
+        return theirs.fc_norm(pooled)
+    return F.layer_norm(pooled, (theirs.embed_dim,), eps=1e-6)  # a new one
+
+
+def _without_class_token(theirs: nn.Module, images: Tensor) -> Tensor:
+    if theirs.cls_token is not None:
+        theirs.cls_token = None
+        theirs.num_prefix_tokens -= 1
+        if theirs.pos_embed is not None:
+            theirs.pos_embed = nn.Parameter(theirs.pos_embed[:, -(SIDE**2) :].detach())
+    return _unnormed(theirs, images)
+
+
+def _map(ours: nn.Module, images: Tensor) -> Tensor:
+    found = ours(images)
+    return (found if torch.is_tensor(found) else found[-1]).flatten(2).transpose(1, 2)
+
+
+def _vitdet(**sizes) -> ViTDet:
+    depth = sizes["depth"]  # every block global: windows are not timm's
+    return ViTDet(pretrain_img_size=sizes["img_size"], global_blocks=tuple(range(depth)), **sizes)
+
+
+def _segmentor(**sizes) -> SegmentationViT:
+    return SegmentationViT(layer_scale=1.0, out_blocks=(sizes["depth"] - 1,), **sizes)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A consumer: its network, what is new in it, its features, and timm's."""
+
+    build: Callable[..., nn.Module]
+    new: tuple[str, ...]
+    ours: Callable[[nn.Module, Tensor], Tensor]
+    theirs: Callable[[nn.Module, Tensor], Tensor]
+
+
+def _features(ours: Classifier, images: Tensor) -> Tensor:
+    return ours.features(images)
+
+
+USES = {
+    "k-NN": Use(lambda **s: Classifier(0, "cls", probe=True, **s), NEW_IN_CLASSIFIERS, _features, _class_token),
+    "mean": Use(lambda **s: Classifier(0, "avg", probe=True, **s), NEW_IN_CLASSIFIERS, _features, _mean),
+    "fine-tuning": Use(lambda **s: Classifier(5, "avg", **s), NEW_IN_CLASSIFIERS, _features, _own_norm),
+    "detection": Use(_vitdet, NEW_IN_BACKBONES, _map, _without_class_token),
+    "segmentation": Use(_segmentor, NEW_IN_BACKBONES, _map, _unnormed),
+}
+
+
+def sizes_in(theirs: nn.Module) -> dict:
+    """The sizes that a user who knows the architecture writes in the config."""
+    block, patch = theirs.blocks[0], theirs.patch_embed.patch_size
+    hidden = getattr(getattr(getattr(block, "mlp", None), "fc1", None), "out_features", 4 * theirs.embed_dim)
+    return {
+        "embed_dim": theirs.embed_dim,
+        "depth": len(theirs.blocks),
+        "num_heads": getattr(getattr(block, "attn", None), "num_heads", 1),
+        "patch_size": tuple(patch),
+        "mlp_ratio": hidden / theirs.embed_dim,
+    }
+
+
+def file_of(theirs: nn.Module, tag: str, config: bool, args: dict) -> checkpoint.Checkpoint:
+    """What `checkpoint.read` finds in timm's file of a network, with or without config.json beside it."""
+    told = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
+    return checkpoint.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), told)
+
+
+def build(tag: str, **args) -> nn.Module:
+    """timm's network of a tag on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        try:
+            return timm.create_model(tag, pretrained=False, weight_init="skip", **args)
+        except TypeError:  # not all of timm's have it
+            return timm.create_model(tag, pretrained=False, **args)
+
+
+def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True) -> Iterator[Verdict]:
+    """The verdicts of all consumers on one architecture, without and with its config.json.
+
+    Args:
+        tags: of it.
+        depth: build so many blocks in place of all, where timm lets one.
+        compute: compare numbers where a file loads.
+    """
+    tag, args = tags[0], {"depth": depth} if depth else {}
+    try:
+        theirs = build(tag, **args)
+    except AssertionError:  # settings of single blocks
+        theirs, args = build(tag), {}
+    patch, grid = theirs.patch_embed.patch_size, theirs.patch_embed.grid_size
+    image = tuple(n * side for n, side in zip(grid, patch, strict=True))
+    with torch.device("meta"):
+        ours = {name: use.build(img_size=image, **sizes_in(theirs)) for name, use in USES.items()}
+    errors: dict[str, float] = {}
+    for config in (False, True):
+        found, unreadable = None, None
+        try:
+            found = file_of(theirs, tag, config, args)
+        except UserError as error:
+            unreadable = str(error)
+        for name, use in USES.items():
+            refusal = unreadable or refused(ours[name], found, use.new)
+            if refusal is None and compute and name not in errors:
+                errors[name] = difference(use, tag)
+            yield Verdict(tags, config, name, refusal, None if refusal else errors.get(name))
+
+
+def refused(ours: nn.Module, found: checkpoint.Checkpoint, new: tuple[str, ...]) -> str | None:
+    """Why a file is refused by a network on the meta device; None where it is not."""
+    try:
+        with torch.device("meta"):
+            checkpoint.fit(ours, found, new)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def difference(use: Use, tag: str) -> float:
+    """The greatest difference between ours and timm's features of two images, in a network of one random block."""
+    image = tuple(SIDE * side for side in build(tag, depth=1).patch_embed.patch_size)
+    args = {"depth": 1, "img_size": image, "num_classes": 0}
+    theirs = timm.create_model(tag, pretrained=False, **args).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():  # numbers of fp32, as files have them
+        noise = torch.randn(parameter.shape, generator=generator) * 0.05
+        parameter.copy_(noise + ("norm" in name and name.endswith("weight")))
+    ours = use.build(img_size=image, **sizes_in(theirs)).double().eval()
+    _, state = checkpoint.fit(ours, file_of(theirs, tag, True, args), use.new, partial=True)
+    ours.load_state_dict(state, strict=False)
+    images = torch.randn(2, 3, *image, generator=generator).double()
+    return (use.ours(ours, images) - use.theirs(theirs, images)).abs().max().item()

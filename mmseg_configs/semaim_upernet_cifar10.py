@@ -11,7 +11,6 @@ model = dict(
         depth=4,
         num_heads=4,
         img_size=128,
-        pretrain_img_size=32,
         patch_size=4,
         drop_path_rate=0.0,
     ),

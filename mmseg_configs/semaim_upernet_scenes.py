@@ -30,7 +30,7 @@ metainfo = dict(classes=classes, palette=palette)
 size = (128, 128)
 model = dict(
     data_preprocessor=dict(size=size),
-    backbone=dict(size="tiny", depth=4, img_size=128, pretrain_img_size=64, patch_size=8, drop_path_rate=0.0),
+    backbone=dict(size="tiny", depth=4, img_size=128, patch_size=8, drop_path_rate=0.0),
     neck=dict(embed_dim=192),
     decode_head=dict(in_channels=[192] * 4, channels=64, num_classes=len(classes)),
     auxiliary_head=dict(in_channels=192, channels=32, num_classes=len(classes)),
@@ -60,7 +60,7 @@ val_dataset = dict(
     reduce_zero_label=True,
     pipeline=test_pipeline,
 )
-tta_ratios = (0.75, 1.0, 1.5)
+tta_ratios = (1.0, 1.25, 1.5)
 total_batch_size = 8
 images_per_gpu = 8
 num_workers = 1

@@ -19,14 +19,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from semaim import __version__, hub_config, same_network
 from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
 from semaim.engine.sharding import load_whole_state
 from semaim.errors import UserError, nearest
-from semaim.models.vit import SIZES
+from semaim.models.vit import SIZES, VisionTransformer
 from semaim.normalisation import Statistics, of_content
 from semaim.safe_reading import read_file
 from semaim.same_network import ENCODER, kinds
@@ -40,6 +40,14 @@ MMPRETRAIN_BLOCK = (
     ("ffn.layers.0.0", "mlp.fc1"),
     ("ffn.layers.1", "mlp.fc2"),
 )
+#: What mmseg's segmentation backbones, MAE and BEiT, have in a block besides.
+MMSEG_BLOCK = (
+    ("attn.relative_position_bias_table", "attn.rel_bias"),
+    ("gamma_1", "gamma_1"),
+    ("gamma_2", "gamma_2"),
+)
+#: A buffer of theirs that is no weight: it is made of the grid.
+INERT = "attn.relative_position_index"
 #: mmpretrain's names (left) and ours; {n} is a block. Where two of theirs stand for one of ours, the first is written.
 MMPRETRAIN = (
     ("backbone.cls_token", "cls_token"),
@@ -49,6 +57,7 @@ MMPRETRAIN = (
     ("backbone.ln1", "norm"),
     ("backbone.norm1", "norm"),  # before 1.0
     ("backbone.ln2", "fc_norm"),
+    *((f"backbone.layers.{{n}}.{theirs}", f"blocks.{{n}}.{ours}") for theirs, ours in MMSEG_BLOCK),
     ("neck.bn", "head.0"),  # the batch normalisation of a linear probe
     ("neck.mask_token", "mask_token"),  # from here on MAE's decoder
     ("neck.decoder_embed", "decoder_embed"),
@@ -68,6 +77,11 @@ MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_bloc
 RECOGNISED = (
     ("semaim", lambda content, place, prefix, names: content.get("format") == FORMAT),
     ("official SemAIM", lambda content, place, prefix, names: isinstance(content.get("model"), str)),
+    (
+        "mmseg segmentor",
+        lambda content, place, prefix, names: "patch_embed.projection.weight" in names
+        and any(str(name).startswith("decode_head.") for name in (content[place] if place else content)),
+    ),
     ("mmpretrain", lambda content, place, prefix, names: "patch_embed.projection.weight" in names),
     ("detectron2", lambda content, place, prefix, names: prefix.endswith("backbone.net.")),
     ("DINO", lambda content, place, prefix, names: place == "teacher"),
@@ -191,7 +205,7 @@ def recognise(path: Path, content: Any, told: dict | None = None) -> Checkpoint:
     other = [name for name in weights if not name.startswith(prefix)]
     dialect = next(name for name, is_it in RECOGNISED if is_it(content, place, prefix, state))
     beyond = []
-    if dialect == "mmpretrain":
+    if "patch_embed.projection.weight" in state:
         state, other = _from_mmpretrain(weights, prefix)
         named = [(name, name[len(prefix) :].partition(".")[0]) for name in other if name.startswith(prefix)]
         beyond = [name for name, first in named if first != "neck" and not same_network.APART.fullmatch(first)]
@@ -225,7 +239,7 @@ def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
     return place, weights
 
 
-def _rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
     """A name by the first pair whose left side it is or begins with; None by none."""
     for left, right in pairs:
         pattern = re.escape(left).replace(r"\{n\}", r"(?P<n>\d+)") + r"(?P<rest>\..+)?"
@@ -241,9 +255,9 @@ def _from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str,
     theirs |= {n: f"backbone.{n[len(prefix) :]}" for n in weights if n.startswith(prefix) and n not in theirs}
     probe = "neck.bn.running_mean" in theirs.values()
     heads = [pair for pair in MMPRETRAIN_HEADS if (pair[1] == "head.1") == probe]
-    ours = {name: _rename(short, (*MMPRETRAIN, *heads)) for name, short in theirs.items()}
+    ours = {name: rename(short, (*MMPRETRAIN, *heads)) for name, short in theirs.items()}
     state = {ours[name]: tensor for name, tensor in weights.items() if ours.get(name)}
-    return state, [name for name in weights if not ours.get(name)]
+    return state, [name for name in weights if not ours.get(name) and not name.endswith(INERT)]
 
 
 def _to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -253,7 +267,7 @@ def _to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     else:
         heads = MMPRETRAIN_HEADS[1:2] if "fc_norm.weight" in state else MMPRETRAIN_HEADS[:1]
     pairs = [(ours, theirs) for theirs, ours in (*MMPRETRAIN, *heads)]
-    return {theirs: tensor for name, tensor in state.items() if (theirs := _rename(name, pairs))}
+    return {theirs: tensor for name, tensor in state.items() if (theirs := rename(name, pairs))}
 
 
 # Loading
@@ -346,9 +360,9 @@ def load(
 ) -> LoadReport:
     """Load a checkpoint of any dialect into a model with our names.
 
-    Position tables are resized (bicubic, as timm does) to the model's `grid`, tables of relative positions linearly,
-    and, where the model has `resamples_patches`, the patch projection to its patches; a head for another number of
-    classes stays in the file.
+    Position tables are resized to the model's `grid` by its `resample_positions` (timm's if it has none), tables of
+    relative positions linearly, and, where the model has `resamples_patches`, the patch projection to its patches; a
+    head for another number of classes stays in the file.
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
@@ -383,7 +397,7 @@ def fit(
             continue
         fitted = None
         if name == "pos_embed" and grid and (tensor.shape != own[name].shape or _told_grid(found) not in (None, grid)):
-            fitted = _fit_positions(tensor, own[name], grid, found, partial)
+            fitted = _fit_positions(tensor, own[name], model, found, partial)
         elif tensor.shape == own[name].shape:
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
@@ -459,18 +473,19 @@ def _told_grid(found: Checkpoint) -> tuple[int, int] | None:
 
 
 def _fit_positions(
-    table: Tensor, own: Tensor, grid: tuple[int, int], found: Checkpoint, partial: bool = False
+    table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint, partial: bool = False
 ) -> Tensor:
-    """A position table (1, [1 +] L, D) on another grid, with or without the class token's row as `own` has it.
+    """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it.
 
     With `partial`, rows of other tokens between the class token's and the patches' are left out.
     """
-    old = _grid(found.sizes)
+    old, grid = _grid(found.sizes), model.grid
+    resample = getattr(model, "resample_positions", VisionTransformer.resample_positions)
     length, prefix = old[0] * old[1], own.shape[1] - grid[0] * grid[1]
     if table.ndim != 3 or table.shape[1] not in (length, length + 1) and not (partial and table.shape[1] > length):
         rows = f"{table.shape[1]} rows" if table.ndim == 3 else f"shape {tuple(table.shape)}"
         raise UserError(f"{found.path}: a position table of {rows} is none of {old[0]} x {old[1]} patches")
-    patches = resample_abs_pos_embed(table[:, -length:].float(), grid, old, num_prefix_tokens=0).to(table.dtype)
+    patches = resample(table[:, -length:].float(), old, grid).to(table.dtype)
     if not prefix:
         return patches
     # Without a row of its own the class token has no position (timm's no_embed_class).

@@ -41,8 +41,6 @@ class Consumer(NamedTuple):
         sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
         if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
             sizes["num_heads"] = 1
-        if self.scope:
-            sizes["pretrain_img_size"] = sizes["img_size"]
         try:
             with torch.device("meta"):
                 return self.network(**sizes)
@@ -58,7 +56,13 @@ CONSUMERS = (
     Consumer("k-NN, probes", _classifier(0, "cls", probe=True), NEW_IN_CLASSIFIERS),
     Consumer("with pool=avg", _classifier(0, "avg", probe=True), NEW_IN_CLASSIFIERS, left="not the final norm"),
     Consumer("fine-tuning", _classifier(1, "avg"), NEW_IN_CLASSIFIERS, left="not the final norm"),
-    Consumer("detection", ViTDet, NEW_IN_BACKBONES, "mmdet", "not the class token, its position, the final norm"),
+    Consumer(
+        "detection",
+        lambda **sizes: ViTDet(pretrain_img_size=sizes["img_size"], **sizes),
+        NEW_IN_BACKBONES,
+        "mmdet",
+        "not the class token, its position, the final norm",
+    ),
     Consumer(
         "segmentation",
         lambda **sizes: SegmentationViT(layer_scale=1.0, **sizes),

@@ -111,7 +111,7 @@ def write(folder, dialect, states):
         "dino full": {"student": prefixed("module.backbone.", encoder), "epoch": 3,
                       "teacher": {**prefixed("backbone.", encoder), "head.mlp.0.weight": torch.zeros(3, 3)}},
         "mmpretrain": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(encoder), "neck.other": torch.zeros(3),
-                                                              "backbone.layers.0.gamma_1": torch.ones(32)}},
+                                                              "backbone.layers.0.attn.q_bias": torch.ones(32)}},
         "mmpretrain mae": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(states["mae"]),
                                                                 **mmpretrain_decoder(states["mae"])}},
         "mmpretrain tuned bare": {**{n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
@@ -161,7 +161,7 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
     assert found.heads_guessed
     if dialect == "mmpretrain":  # what has no name of ours is told
-        assert found.other == ["neck.other", "backbone.layers.0.gamma_1"]
+        assert found.other == ["neck.other", "backbone.layers.0.attn.q_bias"]
     assert found.sizes == {
         "embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": (8, 8), "img_size": (32, 32), "mlp_ratio": 4,
     }  # fmt: skip
@@ -169,7 +169,7 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
         assert found.epoch == 3
     model = VisionTransformer(**SIZES)
     tuned = dialect in ("semaim tuned", "mae tuned")  # they pool the patches: no final norm
-    told = r"backbone.layers.\*.gamma_1" if dialect == "mmpretrain" else tuned and "it lacks norm.weight, norm.bias"
+    told = r"backbone.layers.\*.attn.q_bias" if dialect == "mmpretrain" else tuned and "it lacks norm.weight, norm.bias"
     if told:
         with pytest.raises(UserError, match=told):
             checkpoint.load(model, path)

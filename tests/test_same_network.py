@@ -181,7 +181,7 @@ def test_no_road_leaves_it_out_in_silence(options, tmp_path):
     torch.save(timms(**options).state_dict(), path)
     extra = {"init_values": "ls1.gamma", "reg_tokens": "reg_token", "pre_norm": "norm_pre", "qk_norm": "q_norm"}
     (named,) = (extra[name] for name in options)
-    detector, segmentor = ViTDet(pretrain_img_size=32, **SIZES), SegmentationViT(pretrain_img_size=32, **SIZES)
+    detector, segmentor = ViTDet(pretrain_img_size=32, **SIZES), SegmentationViT(**SIZES)
     roads = (
         lambda: load_pretrained(Classifier(0, "cls", probe=True, **SIZES), path),
         lambda: load_pretrained(Classifier(5, "avg", **SIZES), path),
@@ -218,7 +218,7 @@ def test_inspect_says_what_the_loaders_take(tmp_path):
         "with pool=avg": load_pretrained(Classifier(0, "avg", probe=True, **SIZES), path),
         "fine-tuning": load_pretrained(Classifier(7, "avg", **SIZES), path),
         "detection": load_backbone(ViTDet(pretrain_img_size=32, **SIZES), path, "mmdet"),
-        "segmentation": load_backbone(SegmentationViT(pretrain_img_size=32, layer_scale=1.0, **SIZES), path, "mmseg"),
+        "segmentation": load_backbone(SegmentationViT(layer_scale=1.0, **SIZES), path, "mmseg"),
     }
     for name, report in taken.items():
         assert report.whole and lines[name].startswith(f"{len(report.matched)} tensors"), name
@@ -234,14 +234,11 @@ def test_inspect_says_what_the_loaders_take(tmp_path):
 
 def test_layer_scale_of_another_family_is_not_taken_for_ours(tmp_path):
     """EVA's and BEiT's gamma_1 stand beside rotary positions or tables, which leave no tensor that would say so."""
-    model = SegmentationViT(pretrain_img_size=32, layer_scale=1.0, rel_bias=False, **SIZES)
+    model = SegmentationViT(layer_scale=1.0, rel_bias=False, **SIZES)
     torch.save(model.state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"it computes with blocks.\*.gamma_1 \(2\), blocks.\*.gamma_2 \(2\)"):
         checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES)
-    config = {
-        "model": {"backbone": {"type": "SegmentationViT", "pretrain_img_size": 32, **SIZES}},
-        "default_scope": "mmseg",
-    }
+    config = {"model": {"backbone": {"type": "SegmentationViT", **SIZES}}, "default_scope": "mmseg"}
     torch.save({"format": "semaim", "model": model.state_dict(), "config": config}, tmp_path / "x.pth")
     assert checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES).whole
 

@@ -8,7 +8,7 @@ from semaim import checkpoint
 from semaim.models.segvit import SegmentationViT, bias_index, resize_bias
 from semaim.models.vit import VisionTransformer
 
-SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, "pretrain_img_size": 32}
+SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}
 
 
 def random_weights(model):
@@ -32,8 +32,7 @@ def test_maps_are_those_of_mmsegs_mae():
         out_indices=[0, 1, 3], norm_cfg={"type": "LN", "eps": 1e-6},
     )  # fmt: skip
     theirs.eval()  # returns nothing
-    sizes = {**SMALL, "pretrain_img_size": (32, 48)}
-    ours = random_weights(SegmentationViT(img_size=(32, 48), out_blocks=(0, 1, 3), layer_scale=1.0, **sizes))
+    ours = random_weights(SegmentationViT(img_size=(32, 48), out_blocks=(0, 1, 3), layer_scale=1.0, **SMALL))
     state = {}
     for name, tensor in ours.state_dict().items():
         for mine, other in {
@@ -62,7 +61,7 @@ def test_bias_index_against_its_definition():
 
 
 def test_without_bias_and_scale_it_is_the_plain_encoder():
-    plain = random_weights(VisionTransformer(img_size=32, embed_dim=32, depth=4, num_heads=2, patch_size=8))
+    plain = random_weights(VisionTransformer(img_size=(40, 24), **SMALL))
     images = torch.randn(2, 3, 40, 24)
     tokens = plain.embed(images)
     maps = []
@@ -70,7 +69,7 @@ def test_without_bias_and_scale_it_is_the_plain_encoder():
         tokens = block(tokens)
         maps.append(tokens[:, 1:].transpose(1, 2).reshape(2, 32, 5, 3))
     for options in ({"rel_bias": False}, {"rel_bias": True}, {"rel_bias": True, "layer_scale": 1.0}):
-        model = SegmentationViT(img_size=64, **SMALL, **options).eval()
+        model = SegmentationViT(img_size=(40, 24), **SMALL, **options).eval()
         missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
         assert set(unexpected) == {"norm.weight", "norm.bias"} and model.out_blocks == (0, 1, 2, 3)
         assert {name.split(".")[-1] for name in missing} <= {"rel_bias", "gamma_1", "gamma_2"}
@@ -128,13 +127,24 @@ def test_recomputing_activations_changes_nothing():
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
-def test_a_pretrained_encoder_flows_in(pretrained):
-    model = SegmentationViT(
-        img_size=64, embed_dim=32, depth=2, num_heads=2, patch_size=8, pretrain_img_size=32, layer_scale=1.0
-    )
+def resized(table, old, new):
+    """A position table on another grid, the class token's row as it is: bicubic, not antialiased."""
+    patches = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :1], patches], dim=1)
+
+
+def test_a_pretrained_encoder_flows_in_and_its_positions_are_resized_once(pretrained):
+    model = SegmentationViT(img_size=64, embed_dim=32, depth=2, num_heads=2, patch_size=8, layer_scale=1.0)
     report = checkpoint.load(model, pretrained, expected=("rel_bias", "gamma_1", "gamma_2"))
     assert not report.missing and len(report.new) == 6 and len(report.matched) == 28
     assert model.get_layer_depth("blocks.1.attn.rel_bias") == (2, 4)
+    assert report.resized == ["pos_embed (1, 17, 32) -> (1, 65, 32)"] and model.pos_embed.requires_grad
+    table = checkpoint.read(pretrained).state["pos_embed"]
+    torch.testing.assert_close(model.pos_embed.data, resized(table, (4, 4), (8, 8)))
+    images = torch.randn(1, 3, 48, 80)
+    tokens = model.patch_embed(images) + resized(model.pos_embed.data, (8, 8), (6, 10))[:, 1:]
+    torch.testing.assert_close(model.embed(images)[:, 1:], tokens)
 
 
 def test_blocks_of_the_published_sizes():

@@ -24,7 +24,6 @@ LINEAR = "semaim/configs/linear/vit_tiny_scenes.py"
 SMALL = {
     "model.backbone.embed_dim": 32,
     "model.backbone.num_heads": 2,
-    "model.backbone.pretrain_img_size": 32,
     "model.neck.embed_dim": 32,
     "model.decode_head.in_channels": "32,32,32,32",
     "model.auxiliary_head.in_channels": 32,

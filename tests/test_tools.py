@@ -50,8 +50,9 @@ def test_every_recorded_case_passes(shared):
     assert " passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
     semaim = ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight")
     semaim += ("clip_tower", "large_decoder")
-    detection = ("lr_decay", "plain", "relpos")
+    detection, segmentation = ("lr_decay", "plain", "relpos"), ("mae_resized", "tta_sizes", "upernet_keys")
     cases = ["mae/mae", *(f"semaim/{name}" for name in semaim), *(f"vitdet/{name}" for name in detection)]
+    cases += [f"mmseg/{name}" for name in segmentation]
     if find_spec("mmdet"):
         cases += [f"detector/{name}_{what}" for name in ("mask_rcnn", "cascade") for what in ("test", "train")]
     for case in cases:
@@ -81,6 +82,8 @@ def test_every_recorded_case_passes(shared):
         ("vitdet/plain", "param.simfp_2.1.bias", lambda t: t + 1e-3),
         pytest.param("detector/cascade_test", "0.stage2.boxes", lambda t: t + 0.01, marks=DETECTORS),
         pytest.param("detector/cascade_train", "rpn.match_label", lambda t: t.roll(1, 1), marks=DETECTORS),
+        ("mmseg/mae_resized", "pretrain.pos_embed", lambda t: t.roll(1, 1)),
+        ("mmseg/mae_resized", "grad.layers.1.gamma_2", lambda t: t * 1.001),
     ],
 )
 def test_a_changed_record_fails(shared, tmp_path, case, name, change):

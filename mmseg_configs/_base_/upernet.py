@@ -15,7 +15,6 @@ model = dict(
         type="SegmentationViT",
         size="base",
         img_size=512,
-        pretrain_img_size=224,
         patch_size=16,
         out_blocks=None,  # 3, 5, 7, 11
         rel_bias=True,

@@ -16,8 +16,11 @@ from semaim.detection.initial import ViTDetBoxHead, ViTDetMaskHead  # noqa: E402
 from semaim.detection.matching import BestOverlapAssigner, BoxCoder  # noqa: E402
 from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
 from semaim.detection.padding import SquarePadding  # noqa: E402
+from semaim.detection.released import foreign_weights  # noqa: E402
 from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
+
+__all__ = ["foreign_weights"]
 
 MODELS.register_module(module=SquarePadding)
 MODELS.register_module(module=ViTDet)

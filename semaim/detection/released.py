@@ -31,6 +31,14 @@ def weights_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
     return weights
 
 
+def foreign_weights(content: Any, model: nn.Module, path: str | os.PathLike) -> dict[str, Tensor] | None:
+    """`for_model` of a detectron2 file; None for another file."""
+    held = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(held, Mapping) or not any(str(name).startswith("proposal_generator.") for name in held):
+        return None
+    return for_model(content, model, path)
+
+
 def for_model(content: Any, model: nn.Module, path: str | os.PathLike) -> dict[str, Tensor]:
     """The weights of a detectron2 file under the names of our detector; `UserError` for other pixel statistics.
 

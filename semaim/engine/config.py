@@ -51,7 +51,7 @@ DENSE_KEYS = {
     "keep_classes": "of a COCO file's categories those that are detected; the others are left out, and counted",
     "base_batch_size": "images that base_lr belongs to",
     "test_pipeline": "how an image is prepared for prediction",
-    "tta_ratios": "scales, over that of the validation, that tools/test.py --tta averages over, each also flipped",
+    "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
     "tta": "whether it does so without being asked",
     "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
 }

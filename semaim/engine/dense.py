@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import is_main_process
-from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -30,6 +30,10 @@ from semaim.normalisation import choose, settle
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
+
+#: A long side in pixels that no image reaches.
+UNLIMITED = 10**6
+
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(LateOptimWrapper):
@@ -198,14 +202,24 @@ def evaluator_of(cfg: Config) -> dict:
     return evaluator
 
 
+def scales_of(scale: tuple[int, int], ratios: Iterable[float]) -> list[tuple[int, int]]:
+    """Scales (most of the long side, short side) of a multi-scale test, by their ratios to the plain test's.
+
+    The short side never falls below the plain test's, so that windows of its crop fit, and the long side follows
+    without a limit: ratios up to 1 are one size, which counts as often. This is mmseg 0.x's `min_size`, which MAE's
+    published figure was measured with.
+    """
+    short = min(scale)
+    return [(UNLIMITED, max(short, int(short * ratio))) for ratio in ratios]
+
+
 def averaged(cfg: Config) -> None:
-    """Change the config so that predictions are averaged over `tta_ratios` times the scale, each also flipped."""
+    """Change the config so that predictions are averaged over the scales of `tta_ratios`, each also flipped."""
     if "tta_ratios" not in cfg:
         raise UserError("--tta: this config has no tta_ratios; segmentors' have")
     steps = [dict(step) for step in cfg.val_dataset.pipeline]
     place = next(index for index, step in enumerate(steps) if step["type"] == "Resize")
-    scale = steps[place]["scale"]
-    scales = [{**steps[place], "scale": tuple(int(side * ratio) for side in scale)} for ratio in cfg.tta_ratios]
+    scales = [{**steps[place], "scale": scale} for scale in scales_of(steps[place]["scale"], cfg.tta_ratios)]
     flips = [{"type": "RandomFlip", "prob": prob, "direction": "horizontal"} for prob in (0.0, 1.0)]
     then = [[step] for step in steps[place + 1 :]]
     cfg.val_dataset.pipeline = [*steps[:place], {"type": "TestTimeAug", "transforms": [scales, flips, *then]}]
@@ -238,6 +252,22 @@ def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
             changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
         scaled.append({**scheduler, **changed})
     return scaled
+
+
+def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
+    """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
+
+    The model is the one that trains: on a CPU, processes do not exchange what they see.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    synced = all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    seen = plan.images * (plan.processes if synced else 1)
+    if not norms or seen == plan.total:
+        return None
+    return (
+        f"batch normalisation sees {seen} images at a time, not the {plan.total} of a step, so gradients and running"
+        " statistics are not the recipe's: see images_per_gpu and the number of GPUs"
+    )
 
 
 def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
@@ -277,6 +307,8 @@ def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str
     for note in notes:
         log(note)
     log(str(plan))
+    if told := batch_norm_note(model, plan):
+        runner.logger.warning(told)
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
     log(f"images normalised with {statistics}")
@@ -363,7 +395,8 @@ def load_whole(
 ) -> checkpoint.LoadReport:
     """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
 
-    Files of ours, of mm's, and of detectron2's whole ViTDet detectors, of whose weights none may be left.
+    Files of ours and of mm's, and those whose names the scope's package knows: detectron2's whole ViTDet detectors,
+    mmseg's UperNet on MAE.
 
     Args:
         model: the whole model.
@@ -373,25 +406,24 @@ def load_whole(
     """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
-    released = any(str(name).startswith("proposal_generator.") for name in weights)
-    if released:
-        from semaim.detection.released import for_model
-
-        weights = for_model(content, model, path)
+    scope = DefaultScope.get_current_instance()
+    if scope and scope.scope_name in SCOPES:
+        renamed = importlib.import_module(SCOPES[scope.scope_name]).foreign_weights(content, model, path)
+        weights = weights if renamed is None else renamed
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong or (released and extra):
-        name = (missing + wrong + extra)[0]
-        left = f", {len(extra)} are not the model's" if released else ""
+    if missing or wrong:
+        name = (wrong + missing)[0]
+        shapes = f" ({tuple(weights[name].shape)}, in the model {tuple(own[name].shape)})" if name in wrong else ""
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape"
-            f"{left}, such as {name}: test with the config of its training"
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
+            f" such as {name}{shapes}: test with the config of its training"
         )
     if extra and not partial:
         raise UserError(
-            f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)}: test"
-            " with the config of its training (--allow-partial leaves them out, and the results say so)"
+            f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)} (first"
+            f" {extra[0]}): test with the config of its training (--allow-partial leaves them out, and results say so)"
         )
     model.load_state_dict({name: weights[name] for name in own})
     left = f"; NOT TAKEN: {checkpoint.kinds(extra)}" if extra else ""

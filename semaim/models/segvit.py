@@ -9,11 +9,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semaim.models.vit import Attention, Block, VisionTransformer
+from semaim.models.vit import Attention, Block, VisionTransformer, resize_positions
 
 
 @lru_cache(maxsize=8)
@@ -103,8 +102,9 @@ class SegmentationViT(VisionTransformer):
 
     Args:
         size: of `VisionTransformer`.
-        img_size: side or (height, width) in pixels of the crops trained on, which the bias tables are made for.
-        pretrain_img_size: the same of the position table, as the checkpoint has it; it is resized for other sizes.
+        img_size: side or (height, width) in pixels of the crops trained on, which the position table and the bias
+            tables are made for: a checkpoint's position table is resized once, when it is loaded, and trained so. For
+            images of another size the trained tables are resized in the pass.
         out_blocks: indices of the blocks whose maps are given; None for four evenly spaced: 3, 5, 7, 11 of 12 as
             published, and the last of each quarter of other depths.
         rel_bias: add a relative position bias in every block, zero at the start.
@@ -118,13 +118,12 @@ class SegmentationViT(VisionTransformer):
         self,
         size: str = "base",
         img_size: int | tuple[int, int] = 512,
-        pretrain_img_size: int | tuple[int, int] = 224,
         out_blocks: tuple[int, ...] | None = None,
         rel_bias: bool = True,
         layer_scale: float | None = None,
         **encoder,
     ):
-        super().__init__(size, pretrain_img_size, **encoder)
+        super().__init__(size, img_size, **encoder)
         del self.norm
         self.pos_embed.requires_grad_(True)
         if out_blocks is None:
@@ -133,10 +132,11 @@ class SegmentationViT(VisionTransformer):
         if not out_blocks or not all(0 <= index < self.depth for index in out_blocks):
             raise ValueError(f"out_blocks {tuple(out_blocks)}: there are blocks 0 to {self.depth - 1}")
         self.out_blocks = tuple(out_blocks)
-        grid = self.grid_of(to_2tuple(img_size))
         self.blocks = nn.ModuleList(
-            SegmentationBlock(block, self.embed_dim, grid, rel_bias, layer_scale) for block in self.blocks
+            SegmentationBlock(block, self.embed_dim, self.grid, rel_bias, layer_scale) for block in self.blocks
         )
+
+    resample_positions = staticmethod(resize_positions)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""

@@ -145,6 +145,20 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     return F.pad(torch.cat(halves, dim=1), (0, 0, 1, 0)).float()[None]
 
 
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A position table (1, P + L, D) of an old (rows, columns) grid for a new one; the P rows before the patches' stay.
+
+    Bicubic without antialiasing, as mmseg's MAE and detectron2's ViTDet do. timm's resampling antialiases, also where
+    it enlarges, and gives another table.
+    """
+    if old == new:
+        return table
+    prefix = table.shape[1] - old[0] * old[1]
+    patches = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)
+    resized = F.interpolate(patches, new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :prefix], resized], dim=1)
+
+
 class VisionTransformer(nn.Module):
     """Plain ViT with a class token, for images of any size that the patch size divides.
 
@@ -233,9 +247,14 @@ class VisionTransformer(nn.Module):
             )
         return height // patch_height, width // patch_width
 
+    @staticmethod
+    def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        """A position table (1, P + L, D) of an old (rows, columns) grid for a new one, as timm does it: antialiased."""
+        return resample_abs_pos_embed(table, new, old, num_prefix_tokens=table.shape[1] - old[0] * old[1])
+
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a (rows, columns) grid: (1, 1 + L, D), resampled as timm does where it differs."""
-        return resample_abs_pos_embed(self.pos_embed, grid, self.grid, num_prefix_tokens=1)
+        """The position table for a (rows, columns) grid: (1, P + L, D), by `resample_positions` where it differs."""
+        return self.resample_positions(self.pos_embed, self.grid, grid)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> class and patch tokens with positions (B, 1 + L, D)."""

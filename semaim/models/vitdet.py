@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 
-from semaim.models.vit import LAYER_NORM_EPS, Attention, VisionTransformer
+from semaim.models.vit import LAYER_NORM_EPS, Attention, VisionTransformer, resize_positions
 
 #: Flash attention takes head widths that are multiples of this (16 bytes of bf16).
 HEAD_MULTIPLE = 8
@@ -178,13 +178,7 @@ class ViTDet(VisionTransformer):
             block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None)
             block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the encoder's
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a (rows, columns) grid: (1, L, D), resampled as detectron2 does where it differs."""
-        if grid == self.grid:
-            return self.pos_embed
-        # Not timm's resampling: that one antialiases by default, and always computes in fp32.
-        table = self.pos_embed.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    resample_positions = staticmethod(resize_positions)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width), normalised -> patch tokens with positions, as a map (B, H, W, D)."""

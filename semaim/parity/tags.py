@@ -105,9 +105,7 @@ def _vitdet(**sizes) -> ViTDet:
 
 
 def _segmentor(**sizes) -> SegmentationViT:
-    return SegmentationViT(
-        pretrain_img_size=sizes["img_size"], layer_scale=1.0, out_blocks=(sizes["depth"] - 1,), **sizes
-    )
+    return SegmentationViT(layer_scale=1.0, out_blocks=(sizes["depth"] - 1,), **sizes)
 
 
 @dataclass(frozen=True)

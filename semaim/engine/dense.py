@@ -325,7 +325,7 @@ def load_whole(
 ) -> checkpoint.LoadReport:
     """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
 
-    Files of ours, of mm's, and of detectron2's whole ViTDet detectors, of whose weights none may be left.
+    Files of ours, of mm's, and of detectron2's whole ViTDet detectors.
 
     Args:
         model: the whole model.
@@ -335,20 +335,18 @@ def load_whole(
     """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
-    released = any(str(name).startswith("proposal_generator.") for name in weights)
-    if released:
+    if any(str(name).startswith("proposal_generator.") for name in weights):  # detectron2's
         from semaim.detection.released import for_model
 
         weights = for_model(content, model, path)
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]
     wrong = [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if missing or wrong or (released and extra):
-        name = (missing + wrong + extra)[0]
-        left = f", {len(extra)} are not the model's" if released else ""
+    if missing or wrong:
+        name = (missing + wrong)[0]
         raise UserError(
-            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape"
-            f"{left}, such as {name}: test with the config of its training"
+            f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
+            f" such as {name}: test with the config of its training"
         )
     if extra and not partial:
         raise UserError(

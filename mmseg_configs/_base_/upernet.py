@@ -1,4 +1,4 @@
-"""UperNet on a plain ViT-B, the model released for MAE (mmseg configs/mae): four maps, Feature2Pyramid, auxiliary FCN head."""
+"""UperNet on a plain ViT-B, as released for MAE (mmseg configs/mae): four maps, Feature2Pyramid, auxiliary FCN head."""
 
 model = dict(
     type="EncoderDecoder",

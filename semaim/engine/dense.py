@@ -95,7 +95,7 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
-    for message in ("``build_loss`` would be deprecated", "Default ``avg_non_ignore`` is False"):
+    for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
         warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)

@@ -76,7 +76,9 @@ CASES = {
     "ignore_index of head and metric differ": [
         (GOOD, GOOD, {"decode_head": {"ignore_index": 0}}, "decode_head.ignore_index is 0, val_evaluator's is 255")
     ],
-    "padding is not ignored": [(GOOD, GOOD, ignore_254, "decode_head.ignore_index is 254, what pads label maps is 255")],
+    "padding is not ignored": [
+        (GOOD, GOOD, ignore_254, "decode_head.ignore_index is 254, what pads label maps is 255")
+    ],
     "label_map that is not read": [
         (GOOD, GOOD, lambda cfg: cfg.train_dataset.metainfo.update(label_map={255: 1}), "mmseg makes its own")
     ],

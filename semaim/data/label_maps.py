@@ -16,6 +16,7 @@ from semaim.data.label_rules import Labels, errors, limits, warnings
 from semaim.errors import UserError
 
 LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's names of one channel of 8 or 16 bits in a PNG
+BROKEN_IMAGE = "broken image"
 
 
 def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
@@ -24,7 +25,7 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     try:
         size = image_size(image, whole)
     except Exception as error:
-        return ("broken image", f"{image.name}: {error}"), {}
+        return (BROKEN_IMAGE, f"{image.name}: {error}"), {}
     try:
         with Image.open(label) as file:
             mode, values = file.mode, np.asarray(file)
@@ -64,7 +65,8 @@ def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
         if not label.is_file():
             return f"{image} has no label map {label}", {}
         note, found = _check_pair((image, label), whole=False)
-        return f"{label.parent}: {note[0]}: {note[1]}" if note else None, found
+        folder = (image if note and note[0] == BROKEN_IMAGE else label).parent
+        return f"{folder}: {note[0]}: {note[1]}" if note else None, found
 
     results = parallel(count, list(files), min(32, os.cpu_count() or 1), True, "label maps")
     if faults := [fault for fault, _ in results if fault]:

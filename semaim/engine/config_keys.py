@@ -325,7 +325,10 @@ def _default(node: Mapping, name: str, types: Types | None) -> object:
 
 
 def _check_kind(path: str, value: object, had: object) -> None:
-    """`UserError` for text where a number, or True or False, has been."""
+    """`UserError` for text where a number, or True or False, has been, and for a value where keys have been."""
+    deeper = type(None) if "." in path else Mapping  # a part of a part may be left out by None
+    if isinstance(had, Mapping) and had and not isinstance(value, Mapping | list | tuple | deeper):
+        raise UserError(f"--cfg-options {path}={value}: {path} has keys: set {path}.{next(iter(had))} or another")
     if isinstance(value, str) and isinstance(had, int | float):
         kind = "True or False" if isinstance(had, bool) else "a number"
         raise UserError(f"--cfg-options {path}={value}: {path} is {kind}")
@@ -334,10 +337,14 @@ def _check_kind(path: str, value: object, had: object) -> None:
 def check_numbers(cfg: Config) -> None:
     """`UserError` for a number that no run can have, such as a batch of 0 images."""
     for path, least in WHOLE.items():
-        node = cfg
-        for part in path.split("."):
-            node = node.get(part) if isinstance(node, Mapping | Config) else None
-        if node is not None and (isinstance(node, bool) or not isinstance(node, int) or node < least):
+        *above, last = path.split(".")
+        holder = cfg
+        for part in above:
+            holder = holder.get(part) if isinstance(holder, Mapping | Config) else None
+        if not isinstance(holder, Mapping | Config) or last not in holder:
+            continue
+        node = holder[last]
+        if isinstance(node, bool) or not isinstance(node, int) or node < least:
             raise UserError(f"{path} is {node!r}: give a whole number, {least} or more")
     rate = cfg.get("base_lr")
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < math.inf):

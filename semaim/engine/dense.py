@@ -95,7 +95,7 @@ def enter(cfg: Config) -> None:
             f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
         ) from None
     init_default_scope(cfg.default_scope)
-    for message in ("``build_loss`` would be deprecated", "Default ``avg_non_ignore`` is False"):
+    for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
         warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)
@@ -117,8 +117,9 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     train, val = check_data(cfg, ("train_dataset", "val_dataset"))
     check_fit(cfg, val)
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
+    model = build(cfg.model, MODELS, "model")
     if cfg.get("pretrained"):
-        load_encoder(build(cfg.model, MODELS, "model").backbone, cfg)
+        load_encoder(model.backbone, cfg)
     return plan
 
 
@@ -196,6 +197,8 @@ def validation(cfg: Config, split: str) -> dict:
 
 def evaluator_of(cfg: Config) -> dict:
     """The config of the metric, with the annotations where it takes them."""
+    if not isinstance(cfg.val_evaluator, Mapping):
+        raise UserError(f"val_evaluator is {cfg.val_evaluator!r}: give one metric, dict(type=...)")
     evaluator = dict(cfg.val_evaluator)
     if takes(registered(cfg, METRICS, evaluator["type"], "val_evaluator"), "ann_file"):
         evaluator["ann_file"] = str(Path(cfg.val_dataset.data_root) / cfg.val_dataset.ann_file)

@@ -31,7 +31,6 @@ OPTIONS = ("cfg_options", "pretrain_options")
 STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
 STRINGS += ("pretrain_config", "features", "partly_loaded")
 CLS = "class token"  #: the features that a metric's name does not name
-STRINGS += ("pretrain_config", "partly_loaded")
 
 #: Changed options that leave the figure what it is.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")

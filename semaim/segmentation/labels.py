@@ -28,7 +28,8 @@ def check_labels(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
         lines += [str(labels), *(f"warning: {kind}: {text}" for kind, text in warnings(labels, trained))]
         trained = labels
     if len({tuple(images.metainfo["classes"]) for images in sets.values()}) > 1:
-        raise UserError(f"{' and '.join(sets)} have other classes: give both the same metainfo.classes")
+        told = f"{' and '.join(sets)} have other classes: give both the same metainfo.classes"
+        refuse(iter([("classes differ", told)]))
     return lines
 
 
@@ -73,6 +74,7 @@ def disagreements(cfg: Config, split: str, images: Dataset) -> Iterator[Found]:
             text = f"{split}.reduce_zero_label is {images.reduce_zero_label}, that of {step['type']} in its pipeline"
             yield "reduce_zero_label twice", f"{text} {step['reduce_zero_label']}: set it in {split} alone"
     measured = cfg.val_evaluator.get("ignore_index", IGNORED)
+    padding = (cfg.model.get("data_preprocessor") or {}).get("seg_pad_val", IGNORED)
     for place, head in heads(cfg.model):
         if head.get("num_classes", len(classes)) != len(classes):
             text = f"{place}.num_classes is {head['num_classes']}, {split} has {len(classes)} classes"
@@ -80,6 +82,9 @@ def disagreements(cfg: Config, split: str, images: Dataset) -> Iterator[Found]:
         if head.get("ignore_index", IGNORED) != measured:
             text = f"{place}.ignore_index is {head.get('ignore_index', IGNORED)}, val_evaluator's is {measured}"
             yield "ignore_index of head and metric differ", text
+        if head.get("ignore_index", IGNORED) != padding:
+            text = f"{place}.ignore_index is {head.get('ignore_index', IGNORED)}, what pads label maps is {padding}"
+            yield "padding is not ignored", f"{text}: set model.data_preprocessor.seg_pad_val to it"
         if head.get("out_channels") == 1:
             losses = head.get("loss_decode", {"type": "CrossEntropyLoss"})
             for loss in losses if isinstance(losses, list | tuple) else [losses]:

@@ -121,17 +121,17 @@ class _InertDict:
 
 
 class _DType:
-    """Stands for numpy's dtype of numbers."""
+    """Stands for numpy's dtype of numbers or strings: of what lies in the bytes themselves."""
 
     def __init__(self, code: str, align: object = False, copy: object = True):
-        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
-            raise pickle.UnpicklingError(f"an array of {code!r} is no array of numbers")
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}|[US]\d{1,4}", code):
+            raise pickle.UnpicklingError(f"an array of {code!r} is none of numbers")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
         """Version, byte order, and what only types of several fields have."""
         if state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
-            raise pickle.UnpicklingError("an array of several fields is no array of numbers")
+            raise pickle.UnpicklingError("an array of several fields is none of numbers")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -174,7 +174,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Plain containers and numpy arrays of numbers."""
+    """Plain containers and numpy arrays of numbers or strings."""
 
     def __init__(self, file, path: Path):
         super().__init__(file, encoding="latin1")  # Python 2 wrote many of them

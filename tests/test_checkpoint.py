@@ -488,7 +488,7 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     assert checkpoint.read(path).epoch is None
     unreadable("is a folder: name a file", ".")
     (tmp_path / "s.pkl").write_bytes(pickle.dumps({"model": {"names": np.array(["x"])}}))
-    unreadable("no ViT encoder", "s.pkl")
+    unreadable("broken or no checkpoint .it holds more than tensors", "s.pkl")
     table = {**states["encoder"], "pos_embed": torch.zeros(1, 14, 32)}
     torch.save(table, path)
     with pytest.raises(UserError, match="x.pth: a position table of 14 rows"):

@@ -197,6 +197,17 @@ def test_validation_and_test_see_squares(oblong, tmp_path, monkeypatch):
     assert seen == [(True, (2, 3, SIDE, SIDE)), *[(False, (1, 3, SIDE, SIDE))] * 4]  # 2 validated on, 2 tested
 
 
+def test_a_validation_of_larger_images_ends_before_training(oblong, tmp_path):
+    coco, weights = oblong
+    larger = {"val_dataset.pipeline.1.scale": 128, "val_dataset.pipeline.1.max_size": 128, "total_batch_size": 2}
+    cfg = load_config(SCENES, {**SMALL, **larger})
+    dense.set_data_root(cfg, str(coco))
+    with pytest.raises(UserError, match="128 x 80 pixels is larger than the detector's 96 x 96"):
+        dense.plan_dense(cfg, 1)
+    with pytest.raises(UserError, match="128 x 80 pixels is larger"):
+        dense.check_test(cfg, str(weights))
+
+
 # Matching
 
 
@@ -300,13 +311,15 @@ def test_boxes_are_moved_in_fp32_and_may_shrink_to_nothing():
 # Cascade
 
 
-def test_the_cascade_trains_on_one_mask_head(cascade):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_cascade_trains_on_one_mask_head(cascade, reduced):
     """A step on two images, one without objects: every weight learns, losses have equal weights."""
     batch = batch_of([(96, 60), (50, 96)], objects=3)
     none = batch["data_samples"][1].gt_instances
     batch["data_samples"][1].gt_instances = none[:0]
     torch.manual_seed(0)
-    losses = cascade.train()(**cascade.data_preprocessor(batch, True), mode="loss")
+    with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        losses = cascade.train()(**cascade.data_preprocessor(batch, True), mode="loss")
     names = {f"s{stage}.loss_{what}" for stage in range(3) for what in ("cls", "bbox")}
     assert {name for name in losses if "loss" in name} == names | {"loss_rpn_cls", "loss_rpn_bbox", "loss_mask"}
     assert not isinstance(cascade.roi_head.mask_head, torch.nn.ModuleList) and len(cascade.roi_head.bbox_head) == 3

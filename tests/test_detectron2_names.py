@@ -220,7 +220,8 @@ def test_pickles_of_every_numpy_are_read(protocol, core, tmp_path):
     drawn = np.random.default_rng(0).normal(size=(3, 4))
     arrays = {"plain": drawn.astype("f4"), "columns": np.asfortranarray(drawn), "half": drawn.astype("f2"),
               "view": drawn[::2, 1:], "empty": np.zeros((0, 3), "f4"), "swapped": drawn.astype(">f4"),
-              "whole": np.arange(3), "truth": drawn > 0, "one": np.float64(3.5), "zero": np.array(2)}  # fmt: skip
+              "whole": np.arange(3), "truth": drawn > 0, "one": np.float64(3.5), "zero": np.array(2),
+              "words": np.array(["a", "bc"])}  # fmt: skip
     with open(tmp_path / "x.pkl", "wb") as file:
         pickler = Renaming(file, protocol)
         pickler.core = core

@@ -16,8 +16,10 @@ from timm.models import _hub
 from semaim import checkpoint, hub_config
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
+from semaim.engine.dense import averaged
 from semaim.engine.evaluation import evaluate
 from semaim.engine.pretraining import model_from_checkpoint
+from semaim.engine.results import statistics_of
 from semaim.engine.training import build_datasets, train
 from semaim.errors import UserError
 from semaim.normalisation import choose, settle
@@ -78,16 +80,23 @@ def test_knn_sees_images_as_timm_does(hub, labelled, tmp_path):
     assert np.abs(other - found).max() > 0.1
 
 
-@pytest.fixture(scope="module")
-def ours(scenes, tmp_path_factory):
-    """A checkpoint of ours, pretrained with these statistics."""
-    options = {
+PRETRAIN = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
+
+
+def pretraining(scenes):
+    """Options of a second's pretraining."""
+    return {
         **{f"model.network.{key}": value for key, value in {**SIZES, "img_size": 32, "patch_size": 8}.items()},
         **{"dataset.mean": MEAN, "dataset.std": STD, "dataset.root": str(scenes), "total_batch_size": 8},
         **{"num_workers": 0, "train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0},
         "default_hooks.pictures.interval": 0,
     }
-    cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_vit_tiny_scenes.py", options)
+
+
+@pytest.fixture(scope="module")
+def ours(scenes, tmp_path_factory):
+    """A checkpoint of ours, pretrained with these statistics."""
+    cfg = load_config(ROOT / PRETRAIN, pretraining(scenes))
     cfg.work_dir = str(tmp_path_factory.mktemp("ours"))
     runner = train(cfg)
     pixels = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
@@ -96,8 +105,13 @@ def ours(scenes, tmp_path_factory):
     return f"{cfg.work_dir}/epoch_1.pth"
 
 
-def test_a_run_of_ours_hands_its_statistics_on(ours, tmp_path):
-    """To its pictures, to the next stage, to an export that timm opens, to other dialects, and to itself resumed."""
+def test_a_run_of_ours_hands_its_statistics_on(ours, scenes, tmp_path):
+    """To itself resumed, its pictures, the next stage, an export that timm opens, and to other dialects."""
+    options = {key: value for key, value in pretraining(scenes).items() if key not in ("dataset.mean", "dataset.std")}
+    cfg = load_config(ROOT / PRETRAIN, {**options, "train_cfg.max_epochs": 2})
+    cfg.work_dir = str(tmp_path / "resumed")
+    resumed = train(cfg, ours).model.data_preprocessor
+    assert (resumed.mean.flatten() / 255).tolist() == pytest.approx(MEAN)
     drawn = model_from_checkpoint(read_checkpoint(ours)).data_preprocessor
     assert (drawn.mean.flatten() / 255).tolist() == pytest.approx(MEAN)
     assert (drawn.std.flatten() / 255).tolist() == pytest.approx(STD)
@@ -249,6 +263,9 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
         assert settle(cfg, weights).origin == "from the config beside model.safetensors"
         assert cfg.model.data_preprocessor.mean == [127.5, 102, 76.5]
         assert cfg.model.data_preprocessor.std == [127.5, 63.75, 51]
+        if "tta_ratios" in cfg:
+            averaged(cfg)  # the model is within another then
+        assert statistics_of(cfg)["mean"] == (0.5, 0.4, 0.3)
         cfg = load_config(ROOT / name)
         assert settle(cfg, None).origin == "ImageNet's"
         assert cfg.model.data_preprocessor.mean == [123.675, 116.28, 103.53]
@@ -264,6 +281,7 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
 
 def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+    from semaim.comparison import draw_predictions
     from semaim.data.scenes import write_scenes
     from semaim.engine import dense
 
@@ -289,6 +307,11 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     assert done.returncode == 0 and line in done.stdout, done.stderr
     tested = results(tmp_path / "test")
     assert (tested["mean"], tested["std"]) == (MEAN, STD) and tested["metrics"] == trained["metrics"]
+
+    cfg = load_config(ROOT / name, changed)
+    dense.set_data_root(cfg, str(tmp_path / "scenes/coco"))
+    draw_predictions(cfg, str(weights), most=1)
+    assert cfg.model.data_preprocessor.mean == [127.5, 102, 76.5]
 
     sys.path.insert(0, str(ROOT / "tools"))
     arguments = [f"{ROOT}/{name}", str(weights), str(image), "--out", f"{tmp_path}/out", *options]

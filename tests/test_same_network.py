@@ -156,7 +156,7 @@ def test_names_of_architectures_are_looked_up_and_never_opened(tmp_path):
     assert checkpoint.load(Classifier(0, "cls", **SIZES), path).whole
     assert checkpoint.read(path).sizes["num_heads"] == 2 and not checkpoint.read(path).heads_guessed
     (path.parent / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json, which tells what model.safetensors is"):
+    with pytest.raises(UserError, match="config.json, which stands beside model.safetensors"):
         checkpoint.read(path)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,7 @@ from semaim.models.vit import patchify
 from semaim.pictures import draw_orders, reconstruct
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
+DETECTORS = pytest.mark.skipif(not find_spec("mmdet"), reason="no mmdet: runs after tools/setup.sh --extras all")
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "tools").glob("*.*"))])
@@ -50,9 +50,14 @@ def test_every_recorded_case_passes(shared):
     assert " passed, 0 failed" in done.stdout and "deviation: nested boxes" in done.stdout
     semaim = ("pixel", "pixel_l1_qd2_linear", "feature", "feature_clip", "orders", "ema", "share_weight")
     semaim += ("clip_tower", "large_decoder")
-    detection, segmentation = ("lr_decay", "plain", "relpos"), ("mae_resized", "tta_sizes", "upernet_keys")
-    cases = ("mae/mae", *(f"semaim/{name}" for name in semaim), *(f"vitdet/{name}" for name in detection))
-    for case in (*cases, *(f"mmseg/{name}" for name in segmentation)):
+    detection = ("lr_decay", "plain", "relpos")
+    cases = ["mae/mae", *(f"semaim/{name}" for name in semaim), *(f"vitdet/{name}" for name in detection)]
+    cases += ["mmseg/mae_resized"]
+    if find_spec("mmseg"):
+        cases += ["mmseg/tta_sizes", "mmseg/upernet_keys"]
+    if find_spec("mmdet"):
+        cases += [f"detector/{name}_{what}" for name in ("mask_rcnn", "cascade") for what in ("test", "train")]
+    for case in cases:
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"{case} "))
         assert line.endswith("  pass")
 
@@ -79,6 +84,8 @@ def test_every_recorded_case_passes(shared):
         ("vitdet/plain", "param.simfp_2.1.bias", lambda t: t + 1e-3),
         ("mmseg/mae_resized", "pretrain.pos_embed", lambda t: t.roll(1, 1)),
         ("mmseg/mae_resized", "grad.layers.1.gamma_2", lambda t: t * 1.001),
+        pytest.param("detector/cascade_test", "0.stage2.boxes", lambda t: t + 0.01, marks=DETECTORS),
+        pytest.param("detector/cascade_train", "rpn.match_label", lambda t: t.roll(1, 1), marks=DETECTORS),
     ],
 )
 def test_a_changed_record_fails(shared, tmp_path, case, name, change):

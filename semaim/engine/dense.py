@@ -89,11 +89,18 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     choose(cfg, cfg.get("pretrained"))
     if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
         raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
-    train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
+    train, val = check_data(cfg, ("train_dataset", "val_dataset"))
+    check_fit(cfg, val)
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     if cfg.get("pretrained"):
         load_encoder(build(cfg.model, MODELS, "model").backbone, cfg)
     return plan
+
+
+def check_fit(cfg: Config, images: Dataset) -> None:
+    """`UserError` where the model does not take what the validation makes of an image, hours into a training."""
+    preprocess = build(cfg.model.data_preprocessor, MODELS, "model.data_preprocessor")
+    preprocess(pseudo_collate([images[0]]), False)
 
 
 def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
@@ -293,7 +300,8 @@ def check_test(cfg: Config, weights: str | None) -> None:
     load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None, cfg.get("allow_partial", False))
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
-    check_data(cfg, ("val_dataset",))
+    (val,) = check_data(cfg, ("val_dataset",))
+    check_fit(cfg, val)
 
 
 def test_dense(cfg: Config, weights: str) -> dict[str, float]:

@@ -54,7 +54,7 @@ def build_teacher(
             " Hugging Face hub elsewhere and give it: --cfg-options model.network.guide.weights=FILE"
         ) from None
     try:
-        return Teacher(network, project, normalisation, tuple(mean), tuple(std))
+        return Teacher(network, project, tuple(mean), tuple(std), normalisation)
     except ValueError as error:
         raise UserError(f"teacher {name}: {error}") from None
 

@@ -111,18 +111,18 @@ class Teacher:
         network: a timm ViT with a class token, built with `dynamic_img_size=True`.
         project: pass the tokens through the network's head too (CLIP's projection to the shared space), in full
             precision under autocast too.
+        mean, std: statistics the student's images are normalised with.
         normalisation: what images the teacher sees. "teacher": those it was trained with, by the mean and std of its
             `pretrained_cfg`. "student": the student's as they are, which is what the official code feeds CLIP.
-        mean, std: statistics the student's images are normalised with.
     """
 
     def __init__(
         self,
         network: nn.Module,
         project: bool = False,
-        normalisation: str = "teacher",
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        normalisation: str = "teacher",
     ):
         if not getattr(network, "has_class_token", False) or not hasattr(network, "patch_embed"):
             raise ValueError(f"{type(network).__name__} cannot be a teacher: it needs patches and a class token")

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
+from semaim.engine import dense
 from semaim.engine.config import load_config
+from semaim.engine.optim import group_model
 from semaim.parity.cases import EXACT, Case, CaseReport
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -21,8 +24,6 @@ SIZES = {"b": "", "l": "_large", "h": "_huge"}
 
 def check_resize(case: Case, report: CaseReport) -> None:
     """Pixels, masks and boxes of photos at given scales and in testing, and the sizes of many photos."""
-    from semaim import detection  # noqa: F401  registers the transforms, where mmdet is installed
-
     for image in sorted({name.split(".")[0] for name in case.tensors}):
         for what in [f"scale_{scale}" for scale in case.meta["config"]["scales"]] + ["shortest_edge"]:
             transform = _resizing(what, case.meta["config"]["target"])
@@ -49,9 +50,8 @@ def check_resize(case: Case, report: CaseReport) -> None:
 
 def _resizing(what: str, target: int):
     """The step of the configs' pipelines that resizes: in training to one scale, or in testing."""
-    from mmdet.registry import TRANSFORMS
-
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
+    dense.enter(cfg)
     if what == "shortest_edge":
         step = next(step for step in cfg.test_pipeline if "max_size" in step)
         return TRANSFORMS.build({**step, "scale": target, "max_size": target})
@@ -103,10 +103,6 @@ def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
 
     Its weights are on the meta device. A cascade has a config of ViT-B's; what the other sizes' change is as in theirs.
     """
-    from mmengine.registry import MODELS
-
-    from semaim.engine import dense
-
     cfg = load_config(ROOT / f"mmdet_configs/semaim_{kind}.py")
     if size:
         sized = load_config(ROOT / f"mmdet_configs/semaim_mask_rcnn{size}.py")
@@ -121,8 +117,6 @@ def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
 
 def group(cfg: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
     """Name of a parameter -> its weight decay, and its factor on the learning rate."""
-    from semaim.engine.optim import group_model
-
     wrapper = cfg.optim_wrapper
     groups = group_model(model, cfg.base_lr, wrapper.optimizer.weight_decay, **wrapper.paramwise_cfg)
     return {name: (group["weight_decay"], group["lr"] / cfg.base_lr) for group in groups for name in group["names"]}

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from semaim.engine.optim import group_parameters
 from semaim.engine.schedule import cosine_with_warmup
+from semaim.errors import UserError
 from semaim.models import FeatureTarget, PixelTarget, SemAIM, Teacher
 from semaim.models.ordering import ORDERS, box_counts, make_order, rows_and_columns, similarity_map, square_key
 from semaim.models.targets import ema_decay
@@ -28,6 +29,8 @@ OFFICIAL_ORDERS = {
 
 def check(case: Case, report: CaseReport) -> None:
     """Run one case; what it holds decides what is checked."""
+    if "config" not in case.meta:
+        raise UserError(f"{case.name} is no recorded case: it has no config")
     if case.meta["config"].get("share_weight") and case.meta["status"] != "ok":
         check_shared_weights(case, report)
     elif "order_key" in case.tensors:

@@ -126,7 +126,7 @@ def test_a_shorter_detector_keeps_the_shares_of_its_milestones():
     }
     assert [round(step / 7375, 3) for step in options["param_scheduler.1.milestones"]] == [0.889, 0.963]
     cosine = sweep.shortened(load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py"), iters=7375)
-    assert cosine["param_scheduler.1.T_max"] == 7375 and cosine["param_scheduler.0.end"] == 18  # 461 / 25 = 18.44
+    assert cosine["param_scheduler.1.T_max"] == 7375 and cosine["param_scheduler.0.end"] == 18  # 462 / 25 = 18.48
 
 
 def test_epochs_shorten_the_warm_up():

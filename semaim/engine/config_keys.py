@@ -329,6 +329,8 @@ def _check_kind(path: str, value: object, had: object) -> None:
     deeper = type(None) if "." in path else Mapping  # a part of a part may be left out by None
     if isinstance(had, Mapping) and had and not isinstance(value, Mapping | list | tuple | deeper):
         raise UserError(f"--cfg-options {path}={value}: {path} has keys: set {path}.{next(iter(had))} or another")
+    if isinstance(had, list | tuple) and any(isinstance(part, Mapping) for part in had) and isinstance(value, str):
+        raise UserError(f"--cfg-options {path}={value}: {path} is a list: set {path}.0 to {path}.{len(had) - 1}")
     if isinstance(value, str) and isinstance(had, int | float):
         kind = "True or False" if isinstance(had, bool) else "a number"
         raise UserError(f"--cfg-options {path}={value}: {path} is {kind}")
@@ -349,3 +351,10 @@ def check_numbers(cfg: Config) -> None:
     rate = cfg.get("base_lr")
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
         raise UserError(f"base_lr is {rate!r}: give a number, 0 or more")
+    share = cfg.get("most_ignored")
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+        raise UserError(f"most_ignored is {share!r}: give a share, from 0 to 1")
+    ratios = cfg.get("tta_ratios", (1,))
+    listed = isinstance(ratios, list | tuple) and len(ratios) > 0
+    if not listed or not all(isinstance(ratio, int | float) and ratio > 0 for ratio in ratios):
+        raise UserError(f"tta_ratios is {ratios!r}: give a list of numbers above 0, such as [1.0,1.5]")

@@ -127,6 +127,12 @@ def check_fit(cfg: Config, images: Dataset) -> None:
     """`UserError` where the model does not take what the validation makes of an image, hours into a training."""
     preprocess = build(cfg.model.data_preprocessor, MODELS, "model.data_preprocessor")
     preprocess(pseudo_collate([images[0]]), False)
+    test = cfg.model.get("test_cfg") or {}
+    if "mode" in test:  # a segmentor's, which looks at it when it predicts
+        lacking = [key for key in ("crop_size", "stride") if test["mode"] == "slide" and key not in test]
+        if test["mode"] not in ("whole", "slide") or lacking:
+            more = f", without {' and '.join(lacking)}" if lacking else ": choose whole or slide"
+            raise UserError(f"model.test_cfg.mode is {test['mode']!r}{more}")
 
 
 def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
@@ -138,7 +144,7 @@ def build(config: dict, registry, what: str):
     """Build from a registry; a wrong key is a `UserError`."""
     try:
         return registry.build(config)
-    except (TypeError, KeyError, ValueError, AssertionError) as error:
+    except (TypeError, KeyError, ValueError, AssertionError, AttributeError) as error:
         told = " ".join(str(error).split())[:300]
         raise UserError(f"{what}: {told or 'an assertion of its code does not hold: look at its sizes'}") from None
     except FileNotFoundError as error:
@@ -150,6 +156,8 @@ def build(config: dict, registry, what: str):
 def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
     """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
     for split in splits:
+        if "data_root" not in cfg[split]:
+            raise UserError(f"{split} is a {cfg[split].get('type')} without data_root: give one data set, not wrapped")
         check_classes(cfg, split)
     build(evaluator_of(cfg), METRICS, "val_evaluator")
     sets = build_data(cfg, splits)

@@ -11,6 +11,7 @@ class CountedIoUMetric(IoUMetric):
     single class may be all there is. One that is predicted, but in no label, counts with an IoU of 0.
     """
 
+    default_prefix = ""  # none, without mmengine's warning that there is none
     counted: tuple[int, int] | None = None
 
     def compute_metrics(self, results: list[tuple]) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""The recipe before ViTDet's (Li et al. 2021, as hustvl/MIMDet has it): the paper's MAE baseline, 50.3 / 44.9, is its.
+"""The recipe before ViTDet's (Li et al. 2021, as hustvl/MIMDet has it): it gives MAE 50.3 / 44.9, the paper's baseline.
 
 An ordinary FPN on the maps after blocks 2, 5, 8, 11, windows of 16, SyncBN, one learning rate for all layers, cosine.
-Here relative positions are ViTDet's decomposed ones, a table per block; there full tables, shared by blocks of a kind.
+Flips, filling and positions are as in ViTDet here: docs/recipes.md has what differs from hustvl/MIMDet.
 """
 
 _base_ = "semaim_mask_rcnn.py"

@@ -1,6 +1,6 @@
 """ViT-L: blocks 7, 11, 15, 23 and drop path 0.2 as mmseg's BEiT-L, layer decay 0.75 as MAE's fine-tuning of ViT-L.
 
-No recipe is published for SemAIM; for MAE, 53.6 mIoU is, without a config.
+No recipe is published for SemAIM; for MAE 53.6 mIoU is published, without a config.
 """
 
 _base_ = "semaim_upernet.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
 from semaim.data.folder import load_image, load_pixels
@@ -25,6 +25,13 @@ needs_mm = pytest.mark.skipif(
     not (importlib.util.find_spec("mmdet") and importlib.util.find_spec("mmseg")),
     reason="mmdet and mmseg are not installed: runs after tools/setup.sh --extras all",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_scope():
+    """Types of later tests are looked for where they were."""
+    yield
+    DefaultScope.get_instance("after mistakes", scope_name="mmengine")
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""COCO instances, as detectron2 reads them: flip first, large-scale jitter 0.1 to 2.0 into 1024 pixels, Pillow.
+"""COCO instances by ViTDet's recipe: flip first, large-scale jitter 0.1 to 2.0 into 1024 pixels, by Pillow.
 
-Boxes are those of the cropped masks; an image whose objects are all cut off is trained on as it is."""
+Masks are bitmaps, in detectron2 polygons, and boxes are those of the cropped masks; an image whose objects are all cut
+off is trained on as it is.
+"""
 
 side = 1024
 train_dataset = dict(

@@ -1,4 +1,4 @@
-"""Fine-tuning as SemAIM does it: ViT-B/16, 224 px, 100 epochs, total batch 1024, layer decay 0.65.
+"""Fine-tuning by SemAIM's recipe: ViT-B/16, 224 px, 100 epochs, total batch 1024, layer decay 0.65.
 
 MAE's recipe differs in its warm-up only, of 5 epochs.
 """

@@ -1,4 +1,4 @@
-"""Linear probing as the official SemAIM does it: frozen encoder, class token, SGD, 90 epochs, total batch 4096."""
+"""Linear probing by the official SemAIM's recipe: frozen encoder, class token, SGD, 90 epochs, total batch 4096."""
 
 _base_ = "runtime.py"
 

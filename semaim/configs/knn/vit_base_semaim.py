@@ -1,7 +1,8 @@
 """ViT-B/16, mean of the patches through a fresh LayerNorm, k as in the official SemAIM's main_knn.py.
 
-That is what the official command computes: its README has one, of ViT-L with --global_pool. The script's own default is
-the class token, and the encoder's norm is not used with the mean.
+So says the official command: its README has one, of ViT-L with --global_pool. The script's own default is the class
+token, and the encoder's norm is not used with the mean. The released script stops before that, at `.target` of
+torchvision's ImageFolder, which has `targets`.
 """
 
 _base_ = "vit_base.py"

@@ -13,6 +13,7 @@ from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
 from semaim.engine.resuming import go_on
 from semaim.errors import UserError
+from semaim.pictures import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
@@ -96,6 +97,15 @@ def test_what_is_given_otherwise_is_an_error_unless_overridden_and_then_on_recor
     done = tool("train.py", PROBE, "--work-dir", parts, "--resume")
     assert done.returncode == 0, done.stderr
     assert results(parts)["overrides"] == found["overrides"] and results(parts)["metrics"] == found["metrics"]
+
+
+def test_a_validations_logged_loss_is_its_own_and_no_mean_over_several(whole, tmp_path):
+    parts = cut(whole, tmp_path / "parts")
+    options = flags({"log_processor.window_size": 20, "train_cfg.max_epochs": 3})
+    done = tool("train.py", PROBE, "--work-dir", parts, "--resume", "--override", *options)
+    assert done.returncode == 0, done.stderr
+    second, third = (line["loss"] for line in read_lines(parts) if "top1" in line)
+    assert third == results(parts)["metrics"]["loss"] != second
 
 
 def made(tmp_path, config=SCENES, changes=(), **options):

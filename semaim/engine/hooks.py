@@ -4,6 +4,7 @@ import atexit
 import datetime
 import logging
 import math
+import re
 import resource
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ class TrainLog(LogProcessor):
             + f"  ETA {eta}"
         )
         return tag, line
+
+    def get_log_after_epoch(self, runner, batch_idx: int, mode: str, with_non_scalar: bool = False) -> tuple[dict, str]:
+        """As mmengine's, but a validation's loss is its own: mmengine gives the mean over the last `window_size`."""
+        smoothed, self.mean_pattern = self.mean_pattern, re.compile("time")
+        try:
+            return super().get_log_after_epoch(runner, batch_idx, mode, with_non_scalar)
+        finally:
+            self.mean_pattern = smoothed
 
 
 @HOOKS.register_module()

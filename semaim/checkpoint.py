@@ -225,6 +225,15 @@ def recognise(path: Path, content: Any, told: dict | None = None) -> Checkpoint:
     )
 
 
+def classes_of(content: Any) -> list | None:
+    """The names of the classes that a file of ours or of mm says it was trained on; None where it says none."""
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    for holder in (content, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
+        if isinstance(holder, Mapping) and isinstance(holder.get("classes"), list | tuple):
+            return list(holder["classes"])
+    return None
+
+
 def _find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
     """Where in a file the weights are ("" for the top), and they."""
     if not isinstance(content, Mapping):
@@ -617,6 +626,8 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = F
     if not architecture or sizes["mlp_ratio"] != 4 or sizes["num_heads"] != SIZES[preset]["num_heads"]:
         architecture = "vit_base_patch16_224"
         model_args |= {key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio")}
+    if state.get("pos_embed") is not None and state["pos_embed"].shape[1] == math.prod(_grid(sizes)):
+        model_args["no_embed_class"] = True
     if average:
         model_args["fc_norm"] = model_args["final_norm"] = "fc_norm.weight" in state
     _check_timm(found.path, state, architecture, classes, model_args)

@@ -218,12 +218,8 @@ def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[s
 
 def class_names(cfg: Config, weights: str) -> list[str]:
     """Names of the classes: those the checkpoint was trained on, else the config's, else its data set's own."""
-    content = checkpoint.read_file(weights)
-    meta = content.get("meta")
-    meta = meta.get("dataset_meta") if isinstance(meta, dict) else None
-    for holder in (content, meta):
-        if isinstance(holder, dict) and isinstance(holder.get("classes"), list | tuple):
-            return list(holder["classes"])
+    if told := checkpoint.classes_of(checkpoint.read_file(weights)):
+        return told
     meta = _dataset_class(cfg, cfg.val_dataset.type)._load_metainfo(cfg.val_dataset.get("metainfo"))
     return list(meta.get("classes", ()))
 

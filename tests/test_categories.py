@@ -116,6 +116,12 @@ def test_chosen_classes_are_kept_and_the_rest_is_counted(written, tmp_path):
     assert tested["train_images"] == found["train_images"] == saved["images"]
     assert list(tested["left_out"]) == ["val_dataset"]
 
+    # As many other classes: nothing but the names tells that the figure would be nonsense.
+    others = [name for name in CLASSES if name not in KEPT][: len(KEPT)]
+    options = flags({**DETECTOR, "keep_classes": f"[{','.join(others)}]"})
+    done = tool("test.py", SCENES, run / "latest.pth", "--data-root", alone, "--work-dir", tmp_path / "no", *options)
+    one_line(done, f"on other classes than val_dataset has: class 0 is {KEPT[0]!r} there and {others[0]!r} here")
+
 
 def test_a_segmentor_and_a_classifier_are_tested_on_val_alone(written, labelled, tmp_path):
     options = {**SMALL, "model.neck.embed_dim": 32, "model.decode_head.in_channels": [32] * 4}

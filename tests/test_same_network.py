@@ -170,6 +170,21 @@ def test_a_class_token_without_position_is_left_without(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours.features(images), theirs.forward_features(images)[:, 0], atol=1e-5, rtol=1e-5)
+        # timm opens an export of it with the same numbers; the config beside the file tells its heads.
+        told = {"architecture": "vit_tiny_patch16_224", "model_args": {**SIZES, "no_embed_class": True}}
+        path.with_suffix(".json").write_text(json.dumps(told))
+        checkpoint.export(path, tmp_path / "out")
+        again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        torch.testing.assert_close(again.forward_features(images), theirs.forward_features(images))
+
+
+def test_a_conversion_says_that_the_heads_get_lost(tmp_path):
+    """They leave no tensor: what config.json tells beside the file, nothing tells beside the other."""
+    path = hub(tmp_path / "x", "vit_tiny_patch16_224", num_heads=4)
+    done = tool("checkpoint.py", "convert", path, tmp_path / "x.pth", "--to", "mae")
+    assert done.returncode == 0 and "it has 4 heads" in done.stdout, done.stdout + done.stderr
+    guess = checkpoint.read(tmp_path / "x.pth").sizes["num_heads"]
+    assert guess != 4 and f"is taken for one of {guess}" in done.stdout
 
 
 # Every consumer.

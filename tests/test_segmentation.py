@@ -237,7 +237,7 @@ def test_bad_input_is_one_line_before_training(tmp_path):
     write_checkpoint({"model": {**detector, "rpn_head.rpn_cls.weight": torch.zeros(3)}}, tmp_path / "detector.pth")
     fails("is a trained detector", lambda root: None, weights=tmp_path / "detector.pth")
     # 255 is ignored in every set, and a palette's numbers are classes as they are.
-    cfg = load_config(ROOT / SCENES, SMALL)
+    cfg = load_config(ROOT / SCENES, {**SMALL, "model.decode_head.in_channels": [32] * 4})
     palette = Image.open(good / label).convert("P")
     palette.putpalette([3, 5, 7] * 256)
     value(palette, 255).save(good / label)

@@ -42,6 +42,14 @@ def convert_detector(file: str, out: str, to: str) -> list[str]:
     return convert(file, out)
 
 
+def tell_heads(file: str, out: str) -> None:
+    """Say it where the written file will be taken for one of another number of heads, which leave no tensor."""
+    heads, guess = (checkpoint.read(path).sizes["num_heads"] for path in (file, out))
+    if heads != guess:
+        print(f"it has {heads} heads; {out} does not tell, and is taken for one of {guess}: set num_heads, or use")
+        print(f"    tools/checkpoint.py export {file} DIR")
+
+
 def main() -> int:
     args = parse_args()
     if args.command == "inspect":
@@ -52,6 +60,8 @@ def main() -> int:
         else:
             left = checkpoint.convert(args.file, args.out, args.to, args.allow_partial)
         print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoint.grouped(left)}" if left else ""))
+        if args.to != "mmdet":
+            tell_heads(args.file, args.out)
         statistics = checkpoint.read(args.file).statistics if args.to == "timm" else None
         if statistics and not statistics.same(Statistics()):
             print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")

@@ -4,6 +4,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -350,7 +351,20 @@ def check_test(cfg: Config, weights: str | None) -> None:
     if cfg.get("tta"):
         averaged(Config(cfg.to_dict()))
     (val,) = check_data(cfg, ("val_dataset",))
+    check_names(weights, val)
     check_fit(cfg, val)
+
+
+def check_names(weights: str, images: Dataset) -> None:
+    """`UserError` where a checkpoint was trained on other classes than these images have, or in another order."""
+    trained, own = checkpoint.classes_of(checkpoint.read_file(weights)), list(images.metainfo["classes"])
+    if trained and trained != own:
+        pairs = zip_longest(trained, own, fillvalue="none")
+        place, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"{weights} was trained on other classes than val_dataset has: class {place} is {theirs!r} there and"
+            f" {ours!r} here: test with the classes of its training"
+        )
 
 
 def test_dense(cfg: Config, weights: str) -> dict[str, float]:

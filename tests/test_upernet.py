@@ -17,10 +17,11 @@ from semaim.data.scenes import write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.schedule import plan_batch  # noqa: E402
-from semaim.errors import UserError  # noqa: E402
+from semaim.errors import UserError
 from semaim.models.classifier import Classifier  # noqa: E402
 from semaim.parity import FAMILIES  # noqa: E402
 from semaim.parity.cases import Case, run_case  # noqa: E402
+from semaim.safe_reading import read_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "mmseg_configs/mae_upernet.py"
@@ -216,7 +217,7 @@ def test_a_released_file_is_measured_and_predicts_through_the_tools(released, tm
 
 
 def test_what_is_no_mae_of_mmsegs_or_an_older_file_of_ours_is_refused(released, tmp_path):
-    content = torch.load(released, weights_only=False)
+    content = read_file(released)
     state, model = content["state_dict"], ours()
 
     def refused(changed, message):

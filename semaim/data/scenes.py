@@ -181,9 +181,10 @@ def write_scenes(
         raise ValueError(f"images must be at least 1, not {images}")
     if unlabelled < 0:
         raise ValueError(f"unlabelled must not be negative, not {unlabelled}")
-    unlabelled_size = unlabelled_size if unlabelled and unlabelled_size is not None else size
+    unlabelled_size = size if unlabelled_size is None else unlabelled_size
     for side in (size, unlabelled_size):
         check_request(side, seed, level)
+    unlabelled_size = unlabelled_size if unlabelled else size
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val fraction must be at least 0 and less than 1, not {val_fraction}")
     if workers < 1:

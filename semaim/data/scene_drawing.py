@@ -39,8 +39,8 @@ GLYPHS = {
     "train": "🚂🚃🚄🚅🚆🚈🚊🚋",
     "tree": "🌲🌳🌴🎄",
 }
-# Few per class, each clear at 24 pixels. Colours cross classes, and four classes are discs or nearly so,
-# so that neither colour nor outline alone names the class.
+# Few per class, each clear at 24 pixels. Most colours are of several classes and three classes are discs, so
+# that neither colour nor outline alone names the class.
 EASY_GLYPHS = {
     "airplane": "✈🛩",
     "ball": "⚽🏀",
@@ -69,8 +69,8 @@ class Level:
     glyphs: class name to the glyphs it is drawn with, names in alphabetical order.
     main: sizes of the main object, as shares of the scene's side.
     others: least and most other objects that are tried; one that finds no place is left out.
-    other: sizes of the other objects, as shares of the main one's; of at most a main object's least visible
-        share when squared, so that the main object stays the largest.
+    other: sizes of the other objects, as shares of the main one's; their squares stay below main_shown, so
+        that the main object is the largest.
     other_least: least size of the other objects, as a share of the scene's side.
     main_shown, other_shown: least visible share of the main object and of the others.
     rotation: objects turn by up to this, in degrees, either way.

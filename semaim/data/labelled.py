@@ -46,6 +46,21 @@ def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[
     return paths, labels, classes
 
 
+def first_of_each(
+    paths: list[str], labels: list[int], classes: list[str], count: int
+) -> tuple[list[str], list[int]]:
+    """The first `count` paths of each class, and their labels; `UserError` where a class has fewer."""
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"dataset.images_per_class {count!r}: give 1 or more, or None for all")
+    chosen = []
+    for label, name in enumerate(classes):
+        places = [place for place, own in enumerate(labels) if own == label]
+        if len(places) < count:
+            raise UserError(f"dataset.images_per_class {count}: class {name} has {len(places)} training images")
+        chosen += places[:count]
+    return [paths[place] for place in chosen], [labels[place] for place in chosen]
+
+
 def check_classes(train: list[str], val: list[str], root: str | os.PathLike) -> None:
     """`UserError` where the two splits hold other classes: their numbers would not mean the same."""
     for has, lacks, split in ((train, val, "val"), (val, train, "train")):
@@ -136,6 +151,7 @@ class LabelledImages(Dataset):
         crop_pct: share of the resized image that evaluation's centre crop covers, along a side.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
+        images_per_class: train on the first so many of each class, by name; None for all. Validation is on all.
         **augmentation: further arguments of `training_transform`.
 
     An item is asked for by index, or by (epoch, index) where it is random, and is a dict of `image`, float
@@ -154,9 +170,12 @@ class LabelledImages(Dataset):
         seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        images_per_class: int | None = None,
         **augmentation,
     ):
         paths, labels, self.classes = find_labelled(root, split)
+        if images_per_class is not None and split == "train":
+            paths, labels = first_of_each(paths, labels, self.classes, images_per_class)
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed

@@ -143,6 +143,8 @@ def sizes_of(config: str) -> tuple[int, int, int]:
     cfg = load_config(ROOT / config, check=False)
     with silence(), torch.device("meta"):
         if cfg.default_scope == "mmengine":
+            from semaim.engine import training  # noqa: F401  registers the types of these configs
+
             init_default_scope("mmengine")  # mmseg has an MAE too
             if cfg.model.network.get("num_classes", 0) is None:
                 cfg.model.network.num_classes = CLASSES

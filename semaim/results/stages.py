@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from semaim.data.scenes import LEVELS
 from semaim.errors import UserError, nearest
 from semaim.results.running import ROOT, here, in_words, shortened, tool
 
@@ -15,10 +16,14 @@ METHODS = ("semaim", "saim", "raster", "mae", "scratch")
 VARIANTS = ("similarity", "semaim-ema", "similarity-ema", "saim-ema", "raster-ema")
 SCALES = ("quick", "study", "paper")
 
+#: What --length changes of the built-in scenes.
+SCENES = ("images", "unlabelled", "size")
+LEVEL = "easy"  #: of the built-in scenes at quick scale
+
 #: How long each stage is, where the config's own length is not meant: epochs of pretrain and finetune, steps of
-#: detection and segmentation; how many scenes, and their side in pixels.
+#: detection and segmentation; how many scenes with labels, and without, and the side of the former in pixels.
 LENGTHS = {
-    "quick": {"images": 1000, "size": 96, "pretrain": 30, "finetune": 5, "detection": 400, "segmentation": 120},
+    "quick": {"images": 2500, "unlabelled": 10000, "size": 96},  # the rest as in the configs
     "study": {"pretrain": 100, "finetune": 30, "detection": 5000, "segmentation": 5000},
     "paper": {},
 }
@@ -28,15 +33,15 @@ DEFAULT_METHODS = {"quick": ("semaim", "scratch"), "study": METHODS, "paper": ME
 CONFIGS = {
     "quick": {
         "pretrain": {
-            "": "semaim/configs/pretrain/semaim_vit_tiny_scenes.py",
-            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_scenes.py",
-            "mae": "semaim/configs/pretrain/mae_vit_tiny_scenes.py",
+            "": "semaim/configs/pretrain/semaim_vit_tiny_scenes_easy.py",
+            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_scenes_easy.py",
+            "mae": "semaim/configs/pretrain/mae_vit_tiny_scenes_easy.py",
         },
-        "knn": "semaim/configs/knn/vit_tiny_scenes.py",
-        "linear": "semaim/configs/linear/vit_tiny_scenes_fast.py",
-        "finetune": "semaim/configs/finetune/vit_tiny_scenes.py",
-        "detection": "mmdet_configs/semaim_mask_rcnn_scenes.py",
-        "segmentation": "mmseg_configs/semaim_upernet_scenes.py",
+        "knn": "semaim/configs/knn/vit_tiny_scenes_easy.py",
+        "linear": "semaim/configs/linear/vit_tiny_scenes_easy_fast.py",
+        "finetune": "semaim/configs/finetune/vit_tiny_scenes_easy.py",
+        "detection": "mmdet_configs/semaim_mask_rcnn_scenes_easy.py",
+        "segmentation": "mmseg_configs/semaim_upernet_scenes_easy.py",
     },
     "study": {
         "pretrain": {
@@ -149,7 +154,7 @@ class Stage:
     def command(self) -> list[str]:
         """The command line as one would type it here, on one node; it goes on with what its folder holds."""
         if self.name == "scenes":
-            flags = [word for name, value in self.options.items() for word in (f"--{name}", str(value))]
+            flags = [word for name, value in self.options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
             return [*tool("")[:1], "-m", "semaim.data.scenes", str(self.folder), *flags]
         line = [*tool("train.py" if self.trains else "test.py"), here(ROOT / self.config)]
         line += [str(self.pretrained)] if self.pretrained and not self.trains else []
@@ -178,13 +183,14 @@ class Stage:
 
 def lengths_of(scale: str, given: Mapping[str, int] | None = None) -> dict[str, int]:
     """The lengths of a scale, with those given in place of its own; `UserError` for what has none, and for nonsense."""
-    known = [*NAMES[:1], *NAMES[3:], *(("images", "size") if scale == "quick" else ())]
+    known = [*NAMES[:1], *NAMES[3:], *(SCENES if scale == "quick" else ())]
     known += ["linear"] if scale == "paper" else []  # elsewhere it is the fast probe
     for name, length in (given or {}).items():
         if name not in known:
             raise UserError(f"--length {name}: no length of scale {scale}: {nearest(name, known)}")
-        if length < (2 if name == "images" else 1):
-            raise UserError(f"--length {name}={length}: give {2 if name == 'images' else 1} or more")
+        least = 2 if name == "images" else 1
+        if length < least:
+            raise UserError(f"--length {name}={length}: give {least} or more")
     return {**LENGTHS[scale], **(given or {})}
 
 
@@ -216,7 +222,7 @@ def plan(
     if scale == "quick":
         scenes = roots.get("scenes") or work / "scenes"
         roots = {"images": scenes / "classes", "coco": scenes / "coco", "ade": scenes / "ade"}
-        drawn = {"images": lengths["images"], "size": lengths["size"], "seed": 0}
+        drawn = {**{name: lengths[name] for name in SCENES}, "level": LEVEL, "unlabelled_size": 64, "seed": 0}
         stages = [Stage("scenes", "", 0, "", scenes, options=drawn)]
         val = min(drawn["images"] - 1, max(1, round(0.2 * drawn["images"])))  # as semaim.data.scenes splits
         images = (drawn["images"] - val, val)
@@ -226,10 +232,12 @@ def plan(
         for method in dict.fromkeys(methods or DEFAULT_METHODS[scale]):
             first = None
             for name in NAMES[1:] if method == "scratch" else NAMES:
-                root = folders.get(name, roots.get("images"))
+                root, count = folders.get(name, roots.get("images")), images
+                if scale == "quick" and name == "pretrain":
+                    root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue
-                stage = plan_stage(scale, name, method, seed, work, lengths.get(name), images, gpus, nodes, first, root)
+                stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
                 first = stage if name == "pretrain" else first
                 stages.append(stage)
     return stages
@@ -262,6 +270,8 @@ def plan_stage(
     options |= OPTIONS[scale]
     if name == "pretrain" and order in ORDERS and cfg.model.network.order != ORDERS[order]:
         options["model.network.order"] = ORDERS[order]
+    if images and (few := cfg.get("dataset", {}).get("images_per_class")):
+        images = (few * len(LEVELS[LEVEL].classes), images[1])
     passing = images and (images[0] if unit == "epochs" else sum(images) if unit is None else None)
     batch = cfg.get("total_batch_size") if unit else None
     gpus, nodes = split(batch, gpus, nodes) if batch else (gpus, 1)

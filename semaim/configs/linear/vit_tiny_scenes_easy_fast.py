@@ -1,0 +1,5 @@
+"""The fast probe for the easy scenes: the encoder of semaim_vit_tiny_scenes_easy."""
+
+_base_ = "../knn/vit_tiny_scenes_easy.py"
+
+evaluation = dict(_delete_=True, type="FastProbe", batch=64)

@@ -35,15 +35,23 @@ def render(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def lay_out(columns: dict[str, list[Panel]], title: str = "") -> Image.Image:
-    """Panels under the names of their columns, a row for each image."""
-    side, rows = 1.6, len(next(iter(columns.values())))
+def lay_out(columns: dict[str, list[Panel]], title: str = "", across: bool = False) -> Image.Image:
+    """Panels under the names of their columns, a row for each image; `across`: turned, a column for each image."""
+    side, rows, names = 1.6, len(next(iter(columns.values()))), len(columns)
     lines = max(name.count("\n") for name in columns)
-    figure = Figure(figsize=(side * len(columns), side * rows + 0.5 + 0.15 * lines), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
+    if across:
+        figure = Figure(figsize=(side * rows + 0.3 + 0.15 * lines, side * names + 0.3), layout="constrained")
+        axes = figure.subplots(names, rows, squeeze=False).T
+    else:
+        figure = Figure(figsize=(side * names, side * rows + 0.5 + 0.15 * lines), layout="constrained")
+        axes = figure.subplots(rows, names, squeeze=False)
     figure.suptitle(title, fontsize=10)
     for place, (name, panels) in enumerate(columns.items()):
-        axes[0, place].set_title(name, fontsize=9)
+        first = axes[0, place]
+        if across:
+            first.text(-0.06, 0.5, name, size=9, rotation=90, ha="right", va="center", transform=first.transAxes)
+        else:
+            first.set_title(name, fontsize=9)
         for axis, panel in zip(axes[:, place], panels, strict=True):
             axis.set_axis_off()
             panel(axis)
@@ -100,7 +108,7 @@ def looking(model, images: Tensor) -> Iterator[tuple[VisionTransformer, Tensor, 
             module.training = True
 
 
-def draw_orders(model, images: Tensor, title: str = "") -> Image.Image:
+def draw_orders(model, images: Tensor, title: str = "", across: bool = False) -> Image.Image:
     """Image, similarity map where the order uses one, order, and with pixel targets the reconstruction.
 
     Every patch is predicted from the true patches before it and given the true patch's mean and variance, as these
@@ -116,20 +124,20 @@ def draw_orders(model, images: Tensor, title: str = "") -> Image.Image:
         columns["order"] = ranks(output.order, grid)
         if isinstance(network.target, PixelTarget):
             columns["reconstruction"] = photos(rebuild(model, seen, output.prediction))
-    return lay_out(columns, title)
+    return lay_out(columns, title, across)
 
 
-def draw_comparison(model, images: Tensor, title: str = "") -> Image.Image:
+def draw_comparison(model, images: Tensor, title: str = "", across: bool = False) -> Image.Image:
     """The orders `COMPARED` of the same images, the last two by this model's similarity map."""
     with looking(model, images) as (network, seen, grid, draw):
         similarity = similarities(network, seen)[0]
         columns = {"image": photos(images)}
         for name in COMPARED:
             columns[name] = ranks(make_order(name, similarity, grid, draw), grid)
-    return lay_out(columns, title)
+    return lay_out(columns, title, across)
 
 
-def draw_attention(model, images: Tensor, title: str = "") -> Image.Image:
+def draw_attention(model, images: Tensor, title: str = "", across: bool = False) -> Image.Image:
     """The class token's attention on the patches in the encoder's last block, mean over heads."""
     with looking(model, images) as (network, seen, grid, _):
         attention = network.forward_with_attention(seen)[1]
@@ -138,7 +146,7 @@ def draw_attention(model, images: Tensor, title: str = "") -> Image.Image:
             "attention": maps(attention, grid),
             "image, lit by it": overlays(images, attention, grid),
         }
-    return lay_out(columns, title)
+    return lay_out(columns, title, across)
 
 
 def similarities(network: VisionTransformer, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +160,7 @@ def similarities(network: VisionTransformer, seen: Tensor) -> tuple[Tensor, Tens
     return similarity, centre, F.cosine_similarity(patches[torch.arange(len(seen)), centre, None], patches, dim=-1)
 
 
-def draw_similarity(model, images: Tensor, title: str = "") -> Image.Image:
+def draw_similarity(model, images: Tensor, title: str = "", across: bool = False) -> Image.Image:
     """Similarity of the patches to the class token, whose highest is the centre of the order, and to the centre."""
     with looking(model, images) as (network, seen, grid, _):
         similarity, centre, to_centre = similarities(network, seen)
@@ -164,10 +172,10 @@ def draw_similarity(model, images: Tensor, title: str = "") -> Image.Image:
             "similarity to\nthe centre": maps(to_centre, grid, marked=centre),
             "image, lit by\nthe first": overlays(images, similarity, grid),
         }
-    return lay_out(columns, title)
+    return lay_out(columns, title, across)
 
 
-def draw_reconstruction(model, images: Tensor, title: str = "") -> Image.Image:
+def draw_reconstruction(model, images: Tensor, title: str = "", across: bool = False) -> Image.Image:
     """What the model predicts of the pixels: SemAIM's in its order, MAE's of what it does not see."""
     with looking(model, images) as (network, seen, grid, draw):
         if not isinstance(network.target, PixelTarget):
@@ -183,7 +191,7 @@ def draw_reconstruction(model, images: Tensor, title: str = "") -> Image.Image:
             columns["reconstruction"] = photos(shown * (1 - removed) + whole * removed)  # of the rest it learns nothing
         else:
             columns |= {"order": ranks(output.order, grid), "prediction": photos(whole)}
-    return lay_out(columns, title)
+    return lay_out(columns, title, across)
 
 
 def rebuild(model, images: Tensor, prediction: Tensor) -> Tensor:

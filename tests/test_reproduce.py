@@ -130,6 +130,24 @@ def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     assert glance.count("\n| ") == 3 and all(f" {float(row['ours']):.2f} " in glance for row in rows)
 
 
+def test_the_report_opens_with_what_pretraining_changed(whole):
+    work, printed = whole
+    report = (work / "report.html").read_text(encoding="utf-8")
+    opening = report[report.index('<section id="short"') : report.index('<section id="results"')]
+    right = {name: results(work / name / "seed0/knn")["metrics"]["knn20_top1"] for name in ("semaim", "scratch")}
+    assert f"{right['semaim'] - right['scratch']:+.1f} (95 %: " in opening and "drawn scenes at level normal" in opening
+    assert opening.count("<img ") == 1, "of the encoder that stands beside random weights in k-NN alone"
+    rows = json.loads((work / "semaim/seed0/pretrain/centres.json").read_text())["rows"]
+    assert f"in {100 * rows[0]['on_object']:.0f} % of 20 validation scenes" in opening and rows[0]["used"]
+    for stage, file in (
+        ("pretrain", "orders.png"),
+        ("detection", "predictions.png"),
+        ("segmentation", "predictions.png"),
+    ):
+        assert (work / "semaim/seed0" / stage / file).is_file()
+    assert "tools/visualize.py order" in printed[0] and "visualize" not in printed[1], "made once"
+
+
 def test_results_tell_where_weights_and_code_came_from(whole):
     work, _ = whole
     tuned = results(work / "semaim/seed0/finetune")
@@ -321,6 +339,40 @@ def test_seeds_lengths_and_data_reach_the_commands():
     assert ["--data-root", "/d/cifar"] == first.command()[first.command().index("--data-root") :][:2]
     (paper, *_) = plan("paper", Path("w"), ["semaim"])
     assert paper.options == {} and "--cfg-options" not in paper.command() and "--data-root" not in paper.command()
+
+
+def test_pictures_of_a_stage_are_made_once_and_a_failure_stops_nothing(tmp_path, monkeypatch, capsys):
+    names = [f"{kind}/{number}.jpg" for kind in "abcd" for number in range(4)]
+    for name in names:
+        (tmp_path / "scenes/classes/val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scenes/classes/val" / name).touch()
+    stages = {stage.title: stage for stage in plan("quick", tmp_path, ["semaim", "saim", "mae"])}
+    (order, picture), (centres, line) = stages["semaim/seed0/pretrain"].drawings()
+    assert picture[2] == "order" and picture[-1] == str(order) and order.name == "orders.png"
+    scenes = tmp_path / "scenes"
+    assert picture[4:-3] == [str(scenes / "classes/val" / name) for name in names[::2]], "eight, of every class"
+    assert line[1:3] == ["-m", "semaim.benchmarks.centres"] and line[4:] == [
+        "--scenes",
+        str(scenes),
+        "--out",
+        str(centres),
+    ]
+    assert [file.name for file, _ in stages["saim/seed0/pretrain"].drawings()] == ["orders.png"]
+    ((file, line),) = stages["mae/seed0/pretrain"].drawings()
+    assert (file.name, line[2]) == ("reconstruction.png", "reconstruction")
+    ((file, line),) = stages["semaim/seed0/detection"].drawings()
+    assert file.name == "predictions.png" and "--score-thr" not in line
+    assert stages["semaim/seed0/knn"].drawings() == []
+
+    begun = []
+    monkeypatch.setattr(reproduce, "follow", lambda line: begun.append(line) or (2, False))
+    assert not reproduce.draw(stages["semaim/seed0/pretrain"]) and len(begun) == 2
+    assert "orders.png could not be made" in capsys.readouterr().err
+    order.parent.mkdir(parents=True)
+    order.touch()
+    assert not reproduce.draw(stages["semaim/seed0/pretrain"]) and len(begun) == 3
+    monkeypatch.setattr(reproduce, "follow", lambda line: (130, True))
+    assert reproduce.draw(stages["semaim/seed0/pretrain"])
 
 
 def test_a_batch_is_split_evenly_over_as_many_as_can():

@@ -16,13 +16,18 @@ from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
 from semaim.results.formats import FORMATS, glance
 from semaim.results.running import follow, here, read, refuse_changes
-from semaim.results.stages import METHODS, NAMES, SCALES, VARIANTS, Stage, plan
+from semaim.results.stages import METHODS, NAMES, PICTURES, SCALES, VARIANTS, Stage, plan
 from semaim.results.table import make_table
 
 #: What the stages of a task import: a package, and the stage's name.
 PACKAGES = {"detection": "mmdet", "segmentation": "mmseg"}
 FILES = {"md": "table.md", "csv": "table.csv", "html": "table.html", "latex": "table.tex"}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+#: What the report of scale quick says first.
+LEAD = (
+    "These are drawn scenes at level {level}, a tiny encoder and minutes of training. They show whether the parts work"
+    " together, and whether pretraining helps here; nothing about the paper's comparison of orders and methods, and"
+    " nothing about photographs. For those there are the configs at paper scale."
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -185,19 +190,27 @@ def carry_out(stage: Stage) -> tuple[int, bool]:
 
 
 def draw(stage: Stage) -> bool:
-    """Make its picture for the report, where it has one; whether that was interrupted. A failure stops nothing."""
-    line = stage.drawing()
-    if line is None or stage.picture.exists():
-        return False
-    print(shlex.join(line), flush=True)
-    code, stopped = follow(line)
-    if code and not stopped:
-        print(f"{stage.title}: no picture of its predictions", file=sys.stderr)
-    return stopped
+    """Make what else the report shows of it, where that is missing; whether that was interrupted.
+
+    A failure stops nothing.
+    """
+    for file, line in stage.drawings():
+        if file.exists():
+            continue
+        print(shlex.join(line), flush=True)
+        code, stopped = follow(line)
+        if stopped:
+            return True
+        if code:
+            print(f"{stage.title}: {file.name} could not be made: it will be missing in the report", file=sys.stderr)
+    return False
 
 
-def tabulate(work: Path, scale: str) -> None:
-    """Write the table in all formats, and the report; print our rows, at paper scale beside the published."""
+def tabulate(work: Path, scale: str, lead: str | None = None) -> None:
+    """Write the table in all formats, and the report, which opens with `lead`; print our rows.
+
+    At paper scale they are printed beside the published.
+    """
     if not any(work.rglob("results.json")):
         print("no stage that measures has finished yet: there is no table")
         return
@@ -211,7 +224,7 @@ def tabulate(work: Path, scale: str) -> None:
     if importlib.util.find_spec("semaim.results.report"):
         from semaim.results.report import write_report
 
-        write_report([work], work / "report.html")
+        write_report([work], work / "report.html", lead)
         written.append(work / "report.html")
     shown = table if scale == "paper" else make_table([work], catalogue, published=False)
     print(f"\n{FORMATS['md'](shown)}\n{glance(table)}\nwritten: {', '.join(map(here, written))}")
@@ -243,7 +256,8 @@ def main() -> int:
     check_work_dir(work)
     code = work_through(chosen)
     if code == 0:
-        tabulate(work, args.scale)
+        drawn = [read(stage.result) for stage in stages if stage.name == "scenes"]
+        tabulate(work, args.scale, LEAD.format(level=drawn[0].get("level", "normal")) if drawn else None)
     return code
 
 

@@ -27,6 +27,7 @@ def parse_args() -> argparse.Namespace:
         look = commands.add_parser(name, help=text, description=f"A picture of {text}.")
         look.add_argument("checkpoint", help="of a pretraining run, such as work_dirs/NAME/latest.pth")
         look.add_argument("images", nargs="+", help="image files, or folders of them")
+        look.add_argument("--across", action="store_true", help="a column for each image, in place of a row")
         if name == "order":
             look.add_argument(
                 "--compare", action="store_true", help="raster, stochastic, similarity and semantic order, side by side"
@@ -73,7 +74,8 @@ def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     checkpoint = read_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint, args.cfg_options)
     images = centre_crops(paths[: args.most], checkpoint["config"]["model"]["network"].get("img_size", 224))
-    return draw(model, images, title=f"{Path(args.checkpoint).name}, epoch {checkpoint['epoch']}")
+    title = f"{Path(args.checkpoint).name}, epoch {checkpoint['epoch']}"
+    return draw(model, images, title, args.across)
 
 
 def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:

@@ -17,6 +17,7 @@ from semaim.errors import UserError
 from semaim.pictures import read_lines
 from semaim.results import Catalogue, load_published
 from semaim.results.charts import Chart, charts_of
+from semaim.results.opening import make_opening
 from semaim.results.runs import read_results, read_runs
 from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table
 
@@ -69,8 +70,14 @@ class RunPart:
     configs: dict[str, str] = field(default_factory=dict)
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write a self-contained HTML file about all runs in the folders, however deep."""
+def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) -> None:
+    """Write a self-contained HTML file about all runs in the folders, however deep.
+
+    Args:
+        folders: of runs, or folders of them.
+        out: the file.
+        lead: sentences that stand first, on what the runs are and what they can show.
+    """
     runs, catalogue = find_runs(folders), load_published()
     parts = [read_part(folder, name, catalogue) for folder, name in runs.items()]
     loader = PackageLoader("semaim", "results")
@@ -78,7 +85,12 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     table = table_of(runs, catalogue)
+    opening = make_opening([folder / "results.json" for folder in measured(runs)], catalogue)
+    shown = [(words, encode(path)) for words, path in opening.pictures] if opening else []
     page = environment.get_template("report.html").render(
+        lead=lead,
+        opening=opening,
+        shown=[(words, picture) for words, picture in shown if picture],
         runs=parts,
         glance=at_a_glance(table) if table else [],
         table=in_words(table) if table else None,
@@ -115,11 +127,15 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
     return {folder: name if names.count(name) == 1 else str(folder) for folder, name in found.items()}
 
 
+def measured(runs: Iterable[Path]) -> list[Path]:
+    """Those of the folders that hold results.json."""
+    return [folder for folder in runs if (folder / "results.json").is_file()]
+
+
 def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Table | None:
     """The results table of these folders; None where nothing was measured that it has."""
-    measured = [folder for folder in runs if (folder / "results.json").is_file()]
-    measured = [folder for folder in measured if read_runs(folder / "results.json", catalogue)]
-    return make_table(measured, catalogue) if measured else None
+    told = [folder for folder in measured(runs) if read_runs(folder / "results.json", catalogue)]
+    return make_table(told, catalogue) if told else None
 
 
 # Reading one run

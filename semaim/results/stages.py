@@ -1,7 +1,7 @@
 """From images to the table as plain data: every stage, its command, and what it depends on."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmengine.config import Config
@@ -83,6 +83,8 @@ CONFIGS = {
 }
 #: Changes that make a method of SemAIM's config, where it has none of its own.
 ORDERS = {"saim": "stochastic", "raster": "raster", "similarity": "similarity"}
+LOOKING = ("semaim", "similarity")  #: methods whose order has a centre, which the image decides
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  #: endings of images
 #: Changes at a scale.
 OPTIONS = {"quick": {}, "study": {"num_workers": 8}, "paper": {}}
 
@@ -107,6 +109,7 @@ class Stage:
         images: that pass in an epoch or, where it only measures, once; None for iterations, or where it is not known.
         batch: images of an optimizer step; None where it only measures.
         gpus, nodes: that it runs on: of those given, as many as its batch can be split over.
+        scenes: folder of the built-in scenes that a pretraining is looked at with; None for its own validation images.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Stage:
     batch: int | None = None
     gpus: int = 1
     nodes: int = 1
+    scenes: Path | None = None
 
     @property
     def title(self) -> str:
@@ -165,20 +169,37 @@ class Stage:
         options = [f"{key}={value}" for key, value in in_words(self.options).items()]
         return line + (["--cfg-options", *options] if options else [])
 
-    def drawing(self) -> list[str] | None:
-        """The command line that draws what a detector or segmentor finds, for the report; None for other stages."""
-        if self.name not in ("detection", "segmentation"):
-            return None
-        line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
-        line += ["--data-root", str(self.data_root)] if self.data_root else []
-        # A detector of few steps is sure of nothing.
-        sure = [] if self.length is None or self.length > 10_000 else ["--score-thr", "0.1"]
-        return [*line, "--most", "4", *sure, "--out", str(self.picture)]
+    def drawings(self) -> list[tuple[Path, list[str]]]:
+        """What else the report shows: file -> the command line that makes it, once the stage has finished.
 
-    @property
-    def picture(self) -> Path:
-        """Where `drawing` writes to."""
-        return self.folder / "predictions.png"
+        Of a detector and a segmentor, what they find. Of a pretraining, eight validation images in its order or, of
+        MAE, rebuilt; and where the centre falls on built-in scenes, if the order has one.
+        """
+        if self.name in ("detection", "segmentation"):
+            file = self.folder / "predictions.png"
+            line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
+            line += ["--data-root", str(self.data_root)] if self.data_root else []
+            return [(file, [*line, "--most", "4", "--out", str(file)])]
+        if self.name != "pretrain":
+            return []
+        found = []
+        if images := self.shown():
+            kind, name = ("reconstruction", "reconstruction.png") if self.method == "mae" else ("order", "orders.png")
+            file = self.folder / name
+            line = [*tool("visualize.py"), kind, str(self.result), *map(str, images)]
+            found.append((file, [*line, "--across", "--out", str(file)]))
+        if self.scenes and self.method.split("-")[0] in LOOKING:
+            file = self.folder / "centres.json"
+            line = [*tool("")[:1], "-m", "semaim.benchmarks.centres", str(self.result), "--scenes", str(self.scenes)]
+            found.append((file, [*line, "--out", str(file)]))
+        return found
+
+    def shown(self, most: int = 8) -> list[Path]:
+        """Validation images that are spread over the class folders; nothing where there are none."""
+        root = self.scenes / "classes" if self.scenes else self.data_root
+        images = sorted((root / "val").glob("*/*")) if root else []
+        images = [path for path in images if path.suffix.lower() in PICTURES]
+        return [images[len(images) * place // most] for place in range(most)] if len(images) > most else images
 
 
 def lengths_of(scale: str, given: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -218,7 +239,7 @@ def plan(
         gpus, nodes: GPUs of a node, and nodes, at most.
     """
     lengths, roots = lengths_of(scale, lengths), dict(roots or {})
-    stages = []
+    stages, scenes = [], None
     if scale == "quick":
         scenes = roots.get("scenes") or work / "scenes"
         roots = {"images": scenes / "classes", "coco": scenes / "coco", "ade": scenes / "ade"}
@@ -237,8 +258,9 @@ def plan(
                     root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue
-                stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
-                first = stage if name == "pretrain" else first
+stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
+                if name == "pretrain":
+                    first = stage = replace(stage, scenes=scenes)
                 stages.append(stage)
     return stages
 

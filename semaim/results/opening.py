@@ -1,0 +1,273 @@
+"""What a report opens with: pretrained encoders beside random weights, and what of each difference is sure."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from semaim.results import Catalogue
+from semaim.results.difference import Difference, difference
+from semaim.results.runs import HARMLESS, Run, read_runs
+from semaim.results.table import Cell, data_of, make_cells
+
+RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
+#: Measures in the order of the lines: task, start of the metric's name, and words; what is not here is left out.
+MEASURES = (
+    ("k-NN", "top-1", "k-NN"),
+    ("fast linear probe", "top-1", "fast probe"),
+    ("linear probing", "top-1", "linear probing"),
+    ("fine-tuning", "top-1", "fine-tuning"),
+    ("classification", "top-1", "classification"),
+    ("detection", "AP box", "box AP"),
+    ("detection", "AP50 box", "box AP50"),
+    ("detection", "AP mask", "mask AP"),
+    ("detection", "AP50 mask", "mask AP50"),
+    ("segmentation", "mIoU", "mIoU"),
+)
+#: AP at one IoU, beside COCO's mean over ten: name in results.json -> metric.
+SINGLE_IOU = {"coco/bbox_mAP_50": "AP50 box", "coco/segm_mAP_50": "AP50 mask"}
+#: Pictures of a pretraining, of which the first that is there is shown.
+LOOKS = {
+    "orders.png": "validation images, in which order it predicts their patches (bright first), and what it predicts",
+    "reconstruction.png": "validation images, and what it predicts of them",
+}
+#: What predictions.png shows, by task.
+FOUND = {
+    "detection": "objects of validation images, annotated (left) and found",
+    "segmentation": "classes of validation images, annotated (left) and found",
+}
+
+
+class Place(NamedTuple):
+    """All that two encoders must have in common to be compared: task, config and data, as far as recorded."""
+
+    task: str
+    metric: str
+    data: str
+    backbone: str | None
+    config: str
+    val_images: int | None
+    train_images: int | None
+    folder: str | None  #: of the data
+    stage: str | None
+    kept: tuple  #: length, scales, changed options, and what was left out where weights were loaded
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A difference in words; side: 1 above 0, -1 below, 0 cannot tell, None where there is no interval."""
+
+    words: str = ""
+    side: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A measure: words, validation images, figures by encoder, differences by pretrained encoder."""
+
+    measure: str
+    images: str
+    figures: list[str]
+    differences: list[Judged]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """All of it: encoders (random weights last), lines, sentences, and pictures as (words, file)."""
+
+    encoders: list[str]
+    lines: list[Line]
+    verdicts: list[str]
+    centres: list[str]
+    pictures: list[tuple[str, Path]]
+
+    @property
+    def headings(self) -> list[str]:
+        """Of the differences."""
+        pretrained = self.encoders[:-1]
+        return ["Difference"] if len(pretrained) == 1 else [f"Difference of {name}" for name in pretrained]
+
+
+def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
+    """The opening of these results.json; None where no measure has a pretrained encoder beside random weights."""
+    runs = [run for file in files for run in headline_runs(file, catalogue)]
+    places: dict[Place, dict[tuple, list[Cell]]] = {}
+    for cell in make_cells(runs, catalogue):
+        place = place_of(cell.runs[0], catalogue)
+        places.setdefault(place, {}).setdefault(encoder_of(cell.runs[0]), []).append(cell)
+    random = (RANDOM, None, "")
+    places = {place: cells for place, cells in places.items() if random in cells and len(cells) > 1}
+    if not places:
+        return None
+    encoders = [it for it in dict.fromkeys(it for cells in places.values() for it in cells) if it != random]
+    names = [*names_of(encoders), RANDOM]
+    order = sorted(places, key=lambda place: MEASURES.index(measure_of(place.task, place.metric)))
+    lines = []
+    for place in order:
+        cells = places[place]
+        figures = ["; ".join(map(seeds_words, cells.get(it, []))) for it in (*encoders, random)]
+        judged = [judge(cells.get(it, []), cells[random]) for it in encoders]
+        lines.append(Line(words_of(place, order), str(place.val_images or "not recorded"), figures, judged))
+    cells_of = {it: [cell for place in order for cell in places[place].get(it, [])] for it in encoders}
+    return Opening(
+        names,
+        lines,
+        [told for number, name in enumerate(names[:-1]) if (told := verdict(name, number, lines))],
+        [line for it, name in zip(encoders, names, strict=False) for line in centres_of(name, cells_of[it])],
+        [shown for it, name in zip(encoders, names, strict=False) for shown in pictures_of(name, cells_of[it])],
+    )
+
+
+# What is compared
+
+
+def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
+    """The measures of `MEASURES` in a results.json, AP50 included; of k-NN the usual k, or else the smallest."""
+    found = read_runs(file, catalogue)
+    for run in found[:1]:
+        for name, metric in SINGLE_IOU.items():
+            value = run.raw["metrics"].get(name, -1)
+            if run.task == "detection" and value >= 0:  # COCO's -1: there was nothing to find
+                found.append(replace(run, metric=metric, value=100 * float(value)))
+    found = [run for run in found if measure_of(run.task, run.metric)]
+    first = next((run for run in found if run.task == "k-NN"), None)  # they are by rising k
+    return [run for run in found if run.task != "k-NN" or run is first]
+
+
+def measure_of(task: str, metric: str) -> tuple[str, str, str] | None:
+    """The measure of `MEASURES` that a task and metric are, whatever its name tells besides."""
+    return next((it for it in MEASURES if it[:2] == (task, metric.partition(",")[0])), None)
+
+
+def place_of(run: Run, catalogue: Catalogue) -> Place:
+    """Where a run is compared."""
+    options = {key: value for key, value in (run.raw.get("cfg_options") or {}).items() if not HARMLESS.fullmatch(key)}
+    kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.raw.get("partly_loaded"))
+    recorded = (run.raw.get(key) for key in ("val_images", "train_images", "data", "stage"))
+    return Place(run.task, run.metric, data_of(run, catalogue), run.backbone, run.config, *recorded, kept)
+
+
+def encoder_of(run: Run) -> tuple:
+    """Method, epochs of pretraining and its changes but of the schedule; of random weights the method alone."""
+    changes = ", ".join(part for part in run.changes.split(", ") if part.startswith("pretraining's "))
+    return (run.method, None, "") if run.method == RANDOM else (run.method, run.raw.get("pretrain_epochs"), changes)
+
+
+def names_of(encoders: list[tuple]) -> list[str]:
+    """Methods, with as much besides as it takes to tell them apart."""
+    for told in (1, 2, 3):
+        names = [
+            ", ".join(str(part) + " epochs" * (place == 1) for place, part in enumerate(it[:told]) if part)
+            for it in encoders
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def words_of(place: Place, all_places: Iterable[Place]) -> str:
+    """The measure in words, with data, backbone and config where another line is of the same."""
+    words = measure_of(place.task, place.metric)[2]
+    more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
+    words += f", {more}" if more else ""
+    if sum(other[:2] == place[:2] for other in all_places) > 1:
+        words += f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
+    return words
+
+
+def seeds_words(cell: Cell) -> str:
+    """Mean and spread, to a tenth of a point."""
+    count = len(cell.runs)
+    return f"{cell.mean:.1f}" if count == 1 else f"{cell.mean:.1f} ± {cell.spread:.1f} ({count} seeds)"
+
+
+# What is sure
+
+
+def judge(ours: list[Cell], random: list[Cell]) -> Judged:
+    """Pretrained less random weights, in words; nothing where one is missing."""
+    if not ours:
+        return Judged()
+    if len(ours) > 1 or len(random) > 1:
+        return Judged("not averaged: one seed more than once")
+    (ours,), (random,) = ours, random
+    points = f"{ours.mean - random.mean:+.1f}"
+    images = ours.runs[0].raw.get("val_images")  # the same of both
+    if not ours.runs[0].metric.startswith("top-1"):
+        several = max(len(ours.runs), len(random.runs)) > 1
+        return Judged(f"{points} ({'mean over seeds' if several else 'one run'}: no interval)")
+    if not images:
+        return Judged(f"{points} (validation images not recorded: no interval)")
+    try:
+        found = difference(ours.mean, int(images), random.mean, int(images))
+    except ValueError:  # a file from elsewhere may hold anything
+        return Judged(f"{points} (no shares: no interval)")
+    return Judged(interval_words(found), found.side)
+
+
+def interval_words(found: Difference) -> str:
+    """A difference, its interval, and whether that tells anything."""
+    unsure = "" if found.side else ": cannot tell"
+    return f"{found.points:+.1f} (95 %: {found.low:+.1f} to {found.high:+.1f}){unsure}"
+
+
+def verdict(name: str, place: int, lines: list[Line]) -> str:
+    """A sentence on the accuracies of an encoder."""
+    sides: dict[int, list[str]] = {}
+    for line in lines:
+        if line.differences[place].side is not None:
+            sides.setdefault(line.differences[place].side, []).append(line.measure.removesuffix(", top-1"))
+    words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
+    told = [f"{text} {', '.join(sides[side])}" for side, text in words.items() if side in sides]
+    return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(told)}." if told else ""
+
+
+# Of its pretraining
+
+
+def pretrainings_of(cells: list[Cell]) -> dict[Path, int | None]:
+    """Folders of the pretrainings that the runs started from, and the seeds, as far as they are there."""
+    found: dict[Path, int | None] = {}
+    for run in (run for cell in cells for run in cell.runs):
+        named = Path(run.raw.get("checkpoint") or "").parent
+        beside = Path(run.folder).resolve().parent / named.name  # also where all runs were moved together
+        if beside.is_dir() and beside.parts[-3:] == named.parts[-3:]:
+            found.setdefault(beside, run.raw.get("seed"))
+        elif named.is_dir() and named.name:
+            found.setdefault(named.resolve(), run.raw.get("seed"))
+    return found
+
+
+def centres_of(name: str, cells: list[Cell]) -> list[str]:
+    """A sentence a pretraining on where its centre falls, from the file of `semaim.benchmarks.centres`."""
+    found = [(folder / "centres.json", seed) for folder, seed in pretrainings_of(cells).items()]
+    found = [(file, seed) for file, seed in found if file.is_file()]
+    lines = []
+    for file, seed in found:
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+            (row, *_) = [row for row in rows if row["used"] and row["checkpoint"]]
+            on, chance, fixed = (100 * float(row[key]) for key in ("on_object", "chance", "best_fixed"))
+            judged = difference(on, int(row["images"]), fixed, int(row["images"]))
+        except (OSError, ValueError, KeyError, TypeError):  # a report is made of what can be read
+            continue
+        judged = {1: "", 0: "; cannot tell it from that place", -1: "; that place does better"}[judged.side]
+        whose = f"{name}, seed {seed}" if len(found) > 1 else name
+        lines.append(
+            f"{whose}: the centre lies on an object in {on:.0f} % of {row['images']} validation scenes (chance"
+            f" {chance:.0f} %, best fixed place {fixed:.0f} %{judged})."
+        )
+    return lines
+
+
+def pictures_of(name: str, cells: list[Cell]) -> list[tuple[str, Path]]:
+    """Pictures of an encoder's first pretraining, detector and segmentor that have one: words and file."""
+    found = []
+    files = [(words, folder / look) for folder in pretrainings_of(cells) for look, words in LOOKS.items()]
+    found += [(f"{name}: {words}", file) for words, file in files if file.is_file()][:1]
+    for task, words in FOUND.items():
+        folders = [Path(run.folder) for cell in cells for run in cell.runs if run.task == task]
+        files = [folder / "predictions.png" for folder in folders if (folder / "predictions.png").is_file()]
+        found += [(f"{name}: {words}", file) for file in files[:1]]
+    return found

@@ -17,8 +17,8 @@ model = dict(
     train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50), rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50), rcnn=dict(max_per_img=20)),
 )
-train_dataset = dict(data_root="data/scenes/coco", metainfo=dict(classes=classes))
-val_dataset = dict(metainfo=dict(classes=classes))
+train_dataset = dict(data_root="data/scenes_easy/coco", metainfo=dict(classes=classes))
+val_dataset = dict(data_root="data/scenes_easy/coco", metainfo=dict(classes=classes))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
     dict(type="MultiStepLR", by_epoch=False, begin=0, end=500, milestones=[400, 460], gamma=0.1),

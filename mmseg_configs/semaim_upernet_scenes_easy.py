@@ -27,8 +27,8 @@ test_pipeline = [
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
-train_dataset = dict(metainfo=metainfo, pipeline=pipeline)
-val_dataset = dict(metainfo=metainfo, pipeline=test_pipeline)
+train_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=pipeline)
+val_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=test_pipeline)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=400),

@@ -20,12 +20,13 @@ from semaim.engine.results import METHODS as BY_ORDER
 from semaim.engine.results import backbone_of, commit, method_of, origin_of, task_of
 from semaim.errors import UserError
 from semaim.results.costs import checkpoints_kept, parse_rates, sizes_of, totals
+from semaim.results.running import Children
 from semaim.results.runs import reported
 from semaim.results.stages import CONFIGS, METHODS, NAMES, VARIANTS, lengths_of, plan, split
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-SMALL = ["images=100", "size=32", "pretrain=7", "finetune=2", "detection=2", "segmentation=2"]
+SMALL = ["images=100", "unlabelled=80", "size=32", "pretrain=7", "finetune=2", "detection=2", "segmentation=2"]
 QUICK = ["--scale", "quick", "--length", *SMALL]
 
 spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools/reproduce.py")
@@ -229,11 +230,11 @@ def test_a_killed_tool_takes_its_stage_along():
 
 
 def test_an_interrupt_and_a_failure_say_where(tmp_path, here, monkeypatch):
-    monkeypatch.setattr(reproduce, "follow", lambda line: (130, True))
+    monkeypatch.setattr(Children, "follow", lambda self, line, *more: self.stop(signal.SIGINT) or 130)
     status, output, error = here(*QUICK, "--work-dir", tmp_path)
     assert status == 130 and len(commands(output)) == 1
     assert error == "interrupted in scenes: the same command goes on from there\n"
-    monkeypatch.setattr(reproduce, "follow", lambda line: (0, False))  # and leaves nothing behind
+    monkeypatch.setattr(Children, "follow", lambda self, line, *more: 0)  # and leaves nothing behind
     assert here(*QUICK, "--work-dir", tmp_path)[0] == 1
 
 
@@ -364,15 +365,14 @@ def test_pictures_of_a_stage_are_made_once_and_a_failure_stops_nothing(tmp_path,
     assert file.name == "predictions.png" and "--score-thr" not in line
     assert stages["semaim/seed0/knn"].drawings() == []
 
-    begun = []
-    monkeypatch.setattr(reproduce, "follow", lambda line: begun.append(line) or (2, False))
-    assert not reproduce.draw(stages["semaim/seed0/pretrain"]) and len(begun) == 2
+    begun, pretraining = [], stages["semaim/seed0/pretrain"]
+    pretraining.folder.mkdir(parents=True)
+    pretraining.result.touch()
+    monkeypatch.setattr(Children, "follow", lambda self, line, *more: begun.append(line) or 2)
+    assert reproduce.carry_out(pretraining, Children(), 1) == 0 and len(begun) == 2
     assert "orders.png could not be made" in capsys.readouterr().err
-    order.parent.mkdir(parents=True)
     order.touch()
-    assert not reproduce.draw(stages["semaim/seed0/pretrain"]) and len(begun) == 3
-    monkeypatch.setattr(reproduce, "follow", lambda line: (130, True))
-    assert reproduce.draw(stages["semaim/seed0/pretrain"])
+    assert reproduce.carry_out(pretraining, Children(), 1) == 0 and len(begun) == 3
 
 
 def test_a_batch_is_split_evenly_over_as_many_as_can():
@@ -496,6 +496,6 @@ def test_a_failed_stage_stops_with_its_status(tmp_path, here):
 
 def test_rates_and_lengths():
     assert parse_rates(["pretrain=1e3", "mae/pretrain=2.5"]) == {"pretrain": 1000.0, "mae/pretrain": 2.5}
-    assert lengths_of("paper", {"linear": 3}) == {"linear": 3} and lengths_of("quick")["images"] == 1000
+    assert lengths_of("paper", {"linear": 3}) == {"linear": 3} and lengths_of("quick")["images"] == 2500
     with pytest.raises(UserError, match="no length of scale quick"):
         lengths_of("quick", {"linear": 3})

@@ -5,8 +5,11 @@ import argparse
 import importlib.util
 import json
 import os
+import queue
 import shlex
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,13 +18,15 @@ from semaim.errors import UserError, check_work_dir, run
 from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
 from semaim.results.formats import FORMATS, glance
-from semaim.results.running import follow, here, read, refuse_changes
+from semaim.results.running import Children, here, read, refuse_changes
 from semaim.results.stages import METHODS, NAMES, PICTURES, SCALES, VARIANTS, Stage, plan
 from semaim.results.table import make_table
 
 #: What the stages of a task import: a package, and the stage's name.
 PACKAGES = {"detection": "mmdet", "segmentation": "mmseg"}
 FILES = {"md": "table.md", "csv": "table.csv", "html": "table.html", "latex": "table.tex"}
+#: Which stages begin first, where several can: the short ones then fill what is left.
+LONGEST_FIRST = ("scenes", "pretrain", "detection", "segmentation", "finetune", "linear", "knn")
 #: What the report of scale quick says first.
 LEAD = (
     "These are drawn scenes at level {level}, a tiny encoder and minutes of training. They show whether the parts work"
@@ -54,6 +59,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--length", nargs="+", action="extend", default=[], metavar="STAGE=N",
         help="epochs (pretrain, finetune) or steps (detection, segmentation); images=N, size=N of the scenes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="run so many stages side by side, each with its share of the CPU's cores (default: 1)",
     )  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--scenes", metavar="DIR", help="quick: where they are drawn (default: in the work folder)")
@@ -159,51 +168,72 @@ def show(chosen: list[Stage], rates: dict[str, float]) -> None:
     print(f"# {totals(costs)}")
 
 
-def work_through(chosen: list[Stage]) -> int:
-    """Run what has not finished; the exit status."""
-    for number, stage in enumerate(chosen, 1):
-        print(f"stage {number} of {len(chosen)}, {stage.title}:{' has finished' * stage.result.exists()}", flush=True)
-        code, stopped = (0, False) if stage.result.exists() else carry_out(stage)
-        if code == 0 and not stopped:
-            stopped = draw(stage)
-        if stopped:
-            print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
-            return 130
-        if code:
-            print(f"{stage.title} failed with exit status {code}; what has finished stays", file=sys.stderr)
-            return code
-    return 0
+def work_through(chosen: list[Stage], jobs: int = 1) -> int:
+    """Run what has not finished, `jobs` stages at a time; the exit status."""
+    left, running, code = list(chosen), {}, 0
+    ended: queue.Queue[tuple[Stage, int]] = queue.Queue()
+    with Children() as children:
+
+        def work(stage: Stage) -> None:
+            try:
+                ended.put((stage, carry_out(stage, children, jobs)))
+            except BaseException as error:  # of a thread, which nobody would see
+                print(f"{stage.title}: {error}", file=sys.stderr)
+                ended.put((stage, 1))
+
+        while left or running:
+            waiting = {stage.title for stage in [*left, *running.values()]}
+            for stage in sorted(left, key=lambda stage: LONGEST_FIRST.index(stage.name)) if jobs > 1 else left[:1]:
+                ready = stage.needs not in waiting and (not stage.method or "scenes" not in waiting)
+                if len(running) < jobs and ready and not code and not children.stopped:
+                    left.remove(stage)
+                    number = f"stage {chosen.index(stage) + 1} of {len(chosen)}"
+                    print(f"{number}, {stage.title}:{' has finished' * stage.result.exists()}", flush=True)
+                    running[stage.title] = stage
+                    if jobs > 1:
+                        threading.Thread(target=work, args=(stage,)).start()
+                    else:
+                        work(stage)
+            if not running:
+                break
+            stage, failed = ended.get()
+            del running[stage.title]
+            if children.stopped and not code:
+                print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
+            elif failed and not code:
+                print(f"{stage.title} failed with exit status {failed}; what has finished stays", file=sys.stderr)
+                code = failed
+                children.stop(signal.SIGTERM)  # those beside it save and end
+        return code or (130 if children.stopped else 0)
 
 
-def carry_out(stage: Stage) -> tuple[int, bool]:
-    """Run a stage to its end; the exit status, and whether it was interrupted."""
-    if stage.method:
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        record = {"settings": stage.settings, "processes": stage.gpus}
-        (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(typed(stage), flush=True)
-    begun = time.monotonic()
-    code, stopped = follow(stage.command())
-    if not stopped and code == 0:
-        print(f"{stage.title} took {time.monotonic() - begun:.0f} s", flush=True)
-    return code or int(not stage.result.exists()), stopped
+def carry_out(stage: Stage, children: Children, jobs: int) -> int:
+    """Run a stage to its end, where it has not finished, and what else the report shows of it; the exit status.
 
-
-def draw(stage: Stage) -> bool:
-    """Make what else the report shows of it, where that is missing; whether that was interrupted.
-
-    A failure stops nothing.
+    A failure of the latter stops nothing.
     """
+    title = stage.title if jobs > 1 else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Each with its share of the cores: more threads than those would wait for one another.
+    shared = {} if jobs == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    if not stage.result.exists():
+        if stage.method:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            record = {"settings": stage.settings, "processes": stage.gpus}
+            (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+        print(typed(stage), flush=True)
+        begun = time.monotonic()
+        code = children.follow(stage.command(), title, shared)
+        if children.stopped or code or not stage.result.exists():
+            return code or 1
+        print(f"{stage.title} took {time.monotonic() - begun:.0f} s", flush=True)
     for file, line in stage.drawings():
-        if file.exists():
+        if file.exists() or children.stopped:
             continue
         print(shlex.join(line), flush=True)
-        code, stopped = follow(line)
-        if stopped:
-            return True
-        if code:
+        if children.follow(line, title, shared) and not children.stopped:
             print(f"{stage.title}: {file.name} could not be made: it will be missing in the report", file=sys.stderr)
-    return False
+    return 0
 
 
 def tabulate(work: Path, scale: str, lead: str | None = None) -> None:
@@ -237,6 +267,8 @@ def main() -> int:
     work = Path(args.work_dir or Path("work_dirs") / args.scale)
     gpus = args.gpus or ("8" if args.scale == "paper" else "1")
     gpus = int(gpus) if args.dry_run and gpus.isdigit() and int(gpus) else check_processes(gpus)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: give 1 or more")
     if args.nodes < 1:
         raise UserError(f"--nodes {args.nodes}: give 1 or more")
     if args.nodes > 1 and not args.dry_run:
@@ -254,7 +286,7 @@ def main() -> int:
         return 0
     check(stages, chosen)
     check_work_dir(work)
-    code = work_through(chosen)
+    code = work_through(chosen, args.jobs)
     if code == 0:
         drawn = [read(stage.result) for stage in stages if stage.name == "scenes"]
         tabulate(work, args.scale, LEAD.format(level=drawn[0].get("level", "normal")) if drawn else None)

@@ -55,26 +55,64 @@ def in_words(options: dict[str, object]) -> dict[str, str]:
     return {key: str(value).replace(" ", "") for key, value in options.items()}
 
 
+class Children:
+    """Commands that run now; within it, a signal to this process is passed on to all of them, for them to save.
+
+    Attributes:
+        stopped: the signals that came.
+    """
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen] = set()
+        self.stopped: list[int] = []
+
+    def __enter__(self) -> "Children":
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # One that is ignored stays so, as by nohup.
+        self.before = {n: signal.signal(n, self.stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame=None) -> None:
+        """Have all of them end, after saving."""
+        self.stopped.append(number)
+        for child in list(self.running):
+            self.tell(child)
+
+    def tell(self, child: subprocess.Popen) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT if self.stopped[-1] == signal.SIGINT else signal.SIGTERM)
+
+    def follow(self, line: list[str], title: str = "", environment: dict[str, str] | None = None) -> int:
+        """Run a command to its end; its exit status. With a title, which its lines then begin with, in any thread."""
+        # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this
+        # process, which may be killed before it can pass anything on.
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        child = subprocess.Popen(
+            line,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+            env={**os.environ, **(environment or {})},
+            **(piped if title else {}),
+        )
+        self.running.add(child)
+        if self.stopped:  # it came while this one was started
+            self.tell(child)
+        for text in child.stdout or ():
+            print(f"[{title}] {text}", end="", flush=True)
+        code = child.wait()
+        self.running.discard(child)
+        return code if code >= 0 else 128 - code
+
+
 def follow(line: list[str]) -> tuple[int, bool]:
     """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
-    # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this process,
-    # which may be killed before it can pass anything on.
-    child = subprocess.Popen(line, start_new_session=True, preexec_fn=end_with_parent)
-    stopped = []
-
-    def pass_on(number: int, frame) -> None:
-        stopped.append(number)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, pass_on) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as by nohup
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code, bool(stopped)
+    with Children() as children:
+        code = children.follow(line)
+    return code, bool(children.stopped)
 
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:

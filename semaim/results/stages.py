@@ -158,7 +158,9 @@ class Stage:
     def command(self) -> list[str]:
         """The command line as one would type it here, on one node; it goes on with what its folder holds."""
         if self.name == "scenes":
-            flags = [word for name, value in self.options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+            flags = []
+            for name, value in self.options.items():
+                flags += [f"--{name.replace('_', '-')}", str(value)]
             return [*tool("")[:1], "-m", "semaim.data.scenes", str(self.folder), *flags]
         line = [*tool("train.py" if self.trains else "test.py"), here(ROOT / self.config)]
         line += [str(self.pretrained)] if self.pretrained and not self.trains else []
@@ -258,7 +260,7 @@ def plan(
                     root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue
-stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
+                stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
                 if name == "pretrain":
                     first = stage = replace(stage, scenes=scenes)
                 stages.append(stage)

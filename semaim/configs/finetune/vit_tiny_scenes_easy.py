@@ -3,7 +3,7 @@
 _base_ = "vit_tiny_scenes.py"
 
 model = dict(network=dict(embed_dim=128, num_heads=2))
-dataset = dict(images_per_class=10)
+dataset = dict(root="data/scenes_easy/classes", images_per_class=10)
 total_batch_size = 50
 base_lr = 5.12e-3  # peak 1e-3 = 5.12e-3 x 50 / 256
 param_scheduler = dict(warmup_epochs=8)

@@ -19,7 +19,7 @@ model = dict(
         target=dict(blur_kernel=0),
     )
 )
-dataset = dict(root="data/scenes/unlabelled")
+dataset = dict(root="data/scenes_easy/unlabelled")
 total_batch_size = 32
 num_workers = 1
 base_lr = 1.6e-2  # peak 2e-3 = 1.6e-2 x 32 / 256

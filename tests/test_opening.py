@@ -107,7 +107,7 @@ def test_what_is_sure_and_what_is_not(tmp_path):
              (("x/s", PRETRAINED), ("x/r", SCRATCH))}  # fmt: skip
     assert opened(tmp_path / "wrong", wrong)[0].lines[0].differences[0].words == "+0.0 (no shares: no interval)"
     (told,) = opening.verdicts
-    assert told.endswith("above random weights in k-NN, k = 20; cannot tell in fine-tuning.")
+    assert told.endswith("above random weights in k-NN; cannot tell in fine-tuning.")
 
 
 def test_no_opening_without_random_weights_of_the_same(tmp_path):
@@ -123,6 +123,14 @@ def test_no_opening_without_random_weights_of_the_same(tmp_path):
     assert opening.encoders == ["MAE", "SemAIM", "random weights"] and len(opening.lines) == 1
     assert opening.headings == ["Difference of MAE", "Difference of SemAIM"]
     assert [it.words[:5] for it in opening.lines[0].differences] == ["+26.7", "+40.0"]
+    # Two data sets are two lines, which are told apart.
+    files |= {"t/knn": knn(150, **PRETRAINED, data="e/few"), "r7/knn": knn(150, **SCRATCH, data="e/few")}
+    opening, _ = opened(tmp_path, files)
+    assert sorted(line.measure for line in opening.lines) == [
+        "k-NN, k = 20 (classes, k.py)",
+        "k-NN, k = 20 (few, k.py)",
+    ]
+    assert opening.verdicts[1].endswith("weights in k-NN (classes, k.py); cannot tell in k-NN (few, k.py).")
 
 
 def test_several_seeds_are_a_mean_with_the_images_of_one(tmp_path):

@@ -136,7 +136,9 @@ def test_the_report_opens_with_what_pretraining_changed(whole):
     report = (work / "report.html").read_text(encoding="utf-8")
     opening = report[report.index('<section id="short"') : report.index('<section id="results"')]
     right = {name: results(work / name / "seed0/knn")["metrics"]["knn20_top1"] for name in ("semaim", "scratch")}
-    assert f"{right['semaim'] - right['scratch']:+.1f} (95 %: " in opening and "drawn scenes at level normal" in opening
+    assert f"{right['semaim'] - right['scratch']:+.1f} (95 %: " in opening
+    level = json.loads((work / "scenes/scenes.json").read_text()).get("level", "normal")
+    assert f"drawn scenes at level {level}, " in opening
     assert opening.count("<img ") == 1, "of the encoder that stands beside random weights in k-NN alone"
     rows = json.loads((work / "semaim/seed0/pretrain/centres.json").read_text())["rows"]
     assert f"in {100 * rows[0]['on_object']:.0f} % of 20 validation scenes" in opening and rows[0]["used"]

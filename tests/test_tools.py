@@ -159,6 +159,9 @@ def test_pictures_show_what_there_is(target):
     assert model.network.training, "drawing must not leave the network in another mode"
     # Four columns with pixels; with features there is nothing to rebuild, but a similarity map.
     assert picture.width == (640 if target == "PixelTarget" else 480)
+    # Turned: a row for each of them, with its name beside it, and the same first cell.
+    across = draw_orders(model, images, across=True)
+    assert across.width == 350 and across.height == (670 if target == "PixelTarget" else 510)
 
 
 def build(network):

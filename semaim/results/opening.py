@@ -64,8 +64,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Line:
-    """A measure: words, validation images, figures by encoder, differences by pretrained encoder."""
+    """A measure: its name, and in full; validation images, figures by encoder, differences by pretrained encoder."""
 
+    name: str
     measure: str
     images: str
     figures: list[str]
@@ -108,7 +109,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
         cells = places[place]
         figures = ["; ".join(map(seeds_words, cells.get(it, []))) for it in (*encoders, random)]
         judged = [judge(cells.get(it, []), cells[random]) for it in encoders]
-        lines.append(Line(words_of(place, order), str(place.val_images or "not recorded"), figures, judged))
+        lines.append(Line(*words_of(place, order), str(place.val_images or "not recorded"), figures, judged))
     cells_of = {it: [cell for place in order for cell in places[place].get(it, [])] for it in encoders}
     return Opening(
         names,
@@ -166,14 +167,14 @@ def names_of(encoders: list[tuple]) -> list[str]:
     return names
 
 
-def words_of(place: Place, all_places: Iterable[Place]) -> str:
-    """The measure in words, with data, backbone and config where another line is of the same."""
-    words = measure_of(place.task, place.metric)[2]
+def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
+    """The measure's name, and in full; both with data, backbone and config where another line is of the same."""
+    name = measure_of(place.task, place.metric)[2]
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
-    words += f", {more}" if more else ""
+    told = ""
     if sum(other[:2] == place[:2] for other in all_places) > 1:
-        words += f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
-    return words
+        told = f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
+    return f"{name}{told}", f"{name}{f', {more}' if more else ''}{told}"
 
 
 def seeds_words(cell: Cell) -> str:
@@ -217,10 +218,15 @@ def verdict(name: str, place: int, lines: list[Line]) -> str:
     sides: dict[int, list[str]] = {}
     for line in lines:
         if line.differences[place].side is not None:
-            sides.setdefault(line.differences[place].side, []).append(line.measure.removesuffix(", top-1"))
+            sides.setdefault(line.differences[place].side, []).append(line.name)
     words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
-    told = [f"{text} {', '.join(sides[side])}" for side, text in words.items() if side in sides]
+    told = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
     return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(told)}." if told else ""
+
+
+def listed(names: list[str]) -> str:
+    """A, B and C."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 # Of its pretraining

@@ -26,7 +26,7 @@ from semaim.results.stages import CONFIGS, METHODS, NAMES, VARIANTS, lengths_of,
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-SMALL = ["images=100", "unlabelled=80", "size=32", "pretrain=7", "finetune=2", "detection=2", "segmentation=2"]
+SMALL = ["images=130", "unlabelled=80", "size=32", "pretrain=7", "finetune=2", "detection=2", "segmentation=2"]
 QUICK = ["--scale", "quick", "--length", *SMALL]
 
 spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools/reproduce.py")

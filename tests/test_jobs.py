@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,9 +127,8 @@ def test_a_signal_while_a_command_starts_reaches_it_once(tmp_path, monkeypatch):
                 signal.raise_signal(signal.SIGINT)
 
         monkeypatch.setattr(running.subprocess, "Popen", Popen)
-        begun = time.monotonic()
-        assert children.follow(["sleep", "60"]) == 128 + signal.SIGINT and told == [signal.SIGINT]
-        assert time.monotonic() - begun < 50 and not children.running
+        assert children.follow(["sleep", "600"]) == 128 + signal.SIGINT and told == [signal.SIGINT]
+        assert not children.running
         # After it nothing starts.
         assert children.follow(["touch", str(tmp_path / "file")]) == 130 and not (tmp_path / "file").exists()
 
@@ -157,12 +156,12 @@ def test_an_error_of_ours_beside_a_stage_ends_it_and_is_one_line(tmp_path, carri
     beside = stage(tmp_path, "other", SAVES)
     broken = stage(tmp_path, "one", "", name="finetune")  # begins first
     (tmp_path / "one").write_text("a file where its folder should be")
-    begun = time.monotonic()
+    before = set(threading.enumerate())
     status, output, error = carried(beside, broken)
-    while beside.folder.joinpath("begun").exists() and not beside.folder.joinpath("saved").exists():
-        assert time.monotonic() - begun < 50
-        time.sleep(0.05)
-    assert status == 2 and error == f"error: {broken.folder}: Not a directory\n"
+    for thread in set(threading.enumerate()) - before:
+        thread.join()  # until it has ended too, whether it had come to begin or not
+    assert (beside.folder / "saved").exists() or not (beside.folder / "begun").exists()
+    assert not beside.result.exists() and status == 2 and error == f"error: {broken.folder}: Not a directory\n"
     assert carried(broken, jobs=1)[::2] == (2, error)
 
 
@@ -182,7 +181,7 @@ sys.exit(jobs.reproduce.run(lambda: jobs.reproduce.work_through(stages, 2)))
             if row == "[one/seed0/knn] line\n":
                 break
         parent.stdout.close()
-        assert (parent.wait(60), parent.stderr.read()) == (141, "")
+        assert (parent.wait(600), parent.stderr.read()) == (141, "")
     assert (tmp_path / "other/seed0/knn/saved").read_text() == "saved\n"
 
 

@@ -16,7 +16,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DATASETS, MODELS  # noqa: E402
 
 from semaim import checkpoint  # noqa: E402
-from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
+from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
@@ -70,8 +70,12 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 80
         assert "classes" not in cfg.train_dataset.metainfo and cfg.train_dataset.ann_file == cfg.val_dataset.ann_file
     elif "scenes" in path.stem:
-        size = "tiny"
-        assert tuple(cfg.train_dataset.metainfo.classes) == CLASSES == tuple(cfg.val_dataset.metainfo.classes)
+        size, level = ("tiny", "normal") if "easy" not in path.stem else (None, "easy")
+        classes = tuple(cfg.train_dataset.metainfo.classes)
+        assert classes == LEVELS[level].classes == tuple(cfg.val_dataset.metainfo.classes)
+        heads = cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head
+        assert [head.num_classes for head in heads] == [len(classes)] * 2
+        assert size or detector.backbone.embed_dim == 128
     else:
         assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1]["end"]
         quarter = SIZES[size]["depth"] // 4

@@ -177,16 +177,14 @@ def test_knn_and_fast_probe(labelled, pretrained, tmp_path):
     assert "held-out training images" in done.stdout
 
 
-def test_from_scratch_says_so(labelled, tmp_path):
+def test_from_scratch_and_with_few_labels_says_so(labelled, tmp_path):
     arguments = ["--data-root", labelled, "--work-dir", tmp_path / "out"]
-    done = tool(
-        "train.py",
-        CONFIG.format("finetune"),
-        *arguments,
-        *training(**ONE_EPOCH),
-    )
+    small = training(**ONE_EPOCH, **{"dataset.images_per_class": 2})
+    done = tool("train.py", CONFIG.format("finetune"), *arguments, *small)
     assert done.returncode == 0 and "training starts from random weights" in done.stdout, done.stderr
-    assert results(tmp_path / "out")["checkpoint"] is None
+    found = results(tmp_path / "out")
+    assert found["checkpoint"] is None and (found["train_images"], found["val_images"]) == (10, 10)  # of five classes
+    assert max(losses(tmp_path / "out")) == 1, "a step of 8 images; 2 wait for the next epoch"
 
 
 def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):

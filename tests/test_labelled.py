@@ -50,6 +50,32 @@ def test_every_split_needs_every_class(folder):
         find_labelled(folder, "val")
 
 
+def test_few_labels_are_the_first_of_each_class_by_name(folder):
+    for name in ("10.png", "9.png"):  # as text, 10 comes before 2
+        shutil.copy(folder / "train/b/deep/0.png", folder / "train/b/deep" / name)
+    for count, second in ((1, ["0"]), (2, ["0", "1"]), (3, ["0", "1", "10"])):
+        few = LabelledImages(folder, 32, "train", images_per_class=count)
+        names = [path.decode().removeprefix(f"{folder}/train/") for path in few.paths]
+        assert names == [f"a/deep/{i}.png" for i in range(count)] + [f"b/deep/{name}.png" for name in second]
+        assert few.labels.tolist() == [0] * count + [1] * count and few.classes == ["a", "b"] and len(few) == 2 * count
+        assert [few[index]["label"] for index in range(len(few))] == few.labels.tolist()
+        val, whole = (LabelledImages(folder, 32, "val", images_per_class=n) for n in (count, None))
+        assert len(val) == 4 and val.paths.tolist() == whole.paths.tolist(), "validation is on all"
+    assert len(LabelledImages(folder, 32, "train")) == 8
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", True, [1]])
+def test_few_labels_are_a_whole_number(folder, count):
+    with pytest.raises(UserError, match="images_per_class .*: give 1 or more, or None for all$"):
+        LabelledImages(folder, 32, "train", images_per_class=count)
+
+
+def test_more_labels_than_a_class_has_are_refused(folder):
+    shutil.copy(folder / "train/a/deep/0.png", folder / "train/a/deep/3.png")
+    with pytest.raises(UserError, match="images_per_class 4: class b has 3 training images$"):
+        LabelledImages(folder, 32, "train", images_per_class=4)
+
+
 def test_evaluation_images_are_timms_and_never_random(folder):
     data = LabelledImages(folder, 32, "val", crop_pct=0.8)
     theirs = timm_transform(

@@ -18,6 +18,7 @@ from semaim.errors import UserError, nearest, run
 ROOT = Path(__file__).resolve().parent.parent
 SEMAIM = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
 FINETUNE = "semaim/configs/finetune/vit_tiny_scenes.py"
+FEW = "semaim/configs/finetune/vit_tiny_scenes_easy.py"
 DETECTOR = "mmdet_configs/semaim_mask_rcnn_scenes.py"
 SEGMENTOR = "mmseg_configs/semaim_upernet_scenes.py"
 WANDB = "visualizer.vis_backends.0.type=WandbVisBackend"
@@ -122,11 +123,27 @@ def refused(done, *messages):
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_the_right_one(typed, data, tmp_path, config, option, message):
-    folder = {SEMAIM: "classes", FINETUNE: "classes", DETECTOR: "coco", SEGMENTOR: "ade"}[config]
+    folder = {DETECTOR: "coco", SEGMENTOR: "ade"}.get(config, "classes")
     words = [config, "--data-root", data / folder, "--work-dir", tmp_path / "out", "--cfg-options", option]
     if "wandb" in message:
         assert importlib.util.find_spec("wandb") is None, "an environment with wandb cannot show what is said without"
     refused(typed("train", *words, *(["2"] if option == "max_epochs" else [])), message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "message"),
+    [
+        (FINETUNE, "0", "dataset.images_per_class 0: give 1 or more, or None for all"),
+        (FINETUNE, "ten", "dataset.images_per_class=ten: dataset.images_per_class is a number"),
+        (FEW, "ten", "dataset.images_per_class=ten: dataset.images_per_class is a number"),
+        (FEW, "1.5", "dataset.images_per_class 1.5: give 1 or more, or None for all"),
+        (FEW, "99", "dataset.images_per_class 99: class "),
+    ],
+)
+def test_a_wrong_number_of_labels_is_one_line(typed, labelled, tmp_path, config, count, message):
+    words = [config, "--data-root", labelled, "--work-dir", tmp_path / "out"]
+    refused(typed("train", *words, "--cfg-options", f"dataset.images_per_class={count}", "num_workers=0"), message)
     assert not (tmp_path / "out").exists()
 
 

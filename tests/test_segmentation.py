@@ -19,7 +19,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after
 
 from mmengine.registry import MODELS  # noqa: E402
 
-from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
+from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
@@ -64,9 +64,10 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert len(cfg.train_dataset.metainfo.classes) == len(cfg.train_dataset.metainfo.palette) == 11
         assert cfg.model.decode_head.num_classes == 11 == cfg.model.auxiliary_head.num_classes
     elif "scenes" in path.stem:
-        size = "tiny"
+        size, level = ("tiny", "normal") if "easy" not in path.stem else (None, "easy")
         names = tuple(cfg.train_dataset.metainfo.classes)
-        assert names == (*CLASSES, "background") == tuple(cfg.val_dataset.metainfo.classes)
+        assert names == (*LEVELS[level].classes, "background") == tuple(cfg.val_dataset.metainfo.classes)
+        assert len(cfg.train_dataset.metainfo.palette) == len(names) and (size or segmentor.backbone.embed_dim == 128)
         assert cfg.model.decode_head.num_classes == len(names) == cfg.model.auxiliary_head.num_classes
     else:
         assert cfg.train_cfg.max_iters == 160000 == cfg.param_scheduler[-1]["end"] and cfg.total_batch_size == 16

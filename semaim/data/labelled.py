@@ -50,7 +50,7 @@ def first_of_each(
     paths: list[str], labels: list[int], classes: list[str], count: int
 ) -> tuple[list[str], list[int]]:
     """The first `count` paths of each class, and their labels; `UserError` where a class has fewer."""
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:  # True is an int too
         raise UserError(f"dataset.images_per_class {count!r}: give 1 or more, or None for all")
     chosen = []
     for label, name in enumerate(classes):

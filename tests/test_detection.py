@@ -90,6 +90,7 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert round(cfg.train_cfg.max_iters * cfg.total_batch_size / 118000) == int(epochs[1])
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
     assert detector.data_preprocessor.side == cfg.model.backbone.img_size  # what relative positions are made for
+    dense.check_positions(detector)
     if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
         shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
         assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size in ("tiny", None)

@@ -231,6 +231,22 @@ def test_what_cannot_be_predicted_is_said_in_a_line(change, message, here, data,
     assert not out.exists()
 
 
+def test_a_file_with_more_than_the_model_is_refused_without_a_flag_that_is_not_there(here, data, weights, tmp_path):
+    content = torch.load(weights, weights_only=True)
+    content["model"]["backbone.blocks.0.ls1.gamma"] = torch.ones(32)
+    torch.save(content, tmp_path / "more.pth")
+    tools = {
+        "predict.py": [CONFIG, tmp_path / "more.pth", data / "val2017", "--out", tmp_path / "out"],
+        "visualize.py": ["predictions", tmp_path / "more.pth", "--config", CONFIG, "--out", tmp_path / "x.png"],
+        "test.py": [CONFIG, tmp_path / "more.pth", "--work-dir", tmp_path / "test", "--data-root", data],
+    }
+    for name, words in tools.items():
+        more = [f"val_dataset.data_root={data}"] if name == "visualize.py" else []
+        done = here(name, *words, *OPTIONS, *more)
+        one_line(done, "which does not read backbone.blocks.*.ls1.gamma")
+        assert ("--allow-partial" in done.err) == (name == "test.py"), done.err
+
+
 def test_other_configs_are_refused(here, weights, tmp_path):
     classifier = "semaim/configs/finetune/vit_tiny_scenes.py"
     one_line(here("predict.py", classifier, weights, "x.jpg", "--out", tmp_path), "no detector's or segmentor's")

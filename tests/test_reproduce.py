@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 from commands import results, tool
 
+from semaim.data.scenes import LEVELS
+from semaim.engine.config import load_config
 from semaim.engine.results import METHODS as BY_ORDER
 from semaim.engine.results import backbone_of, commit, method_of, origin_of, task_of
 from semaim.errors import UserError
@@ -26,8 +29,9 @@ from semaim.results.stages import CONFIGS, METHODS, NAMES, VARIANTS, lengths_of,
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-SMALL = ["images=130", "unlabelled=80", "size=32", "pretrain=7", "finetune=2", "detection=2", "segmentation=2"]
+SMALL = ["images=130", "unlabelled=80", "size=32", "pretrain=4", "finetune=2", "detection=2", "segmentation=2"]
 QUICK = ["--scale", "quick", "--length", *SMALL]
+SEMAIM = method_of(load_config(ROOT / CONFIGS["quick"]["pretrain"][""]).model)  #: as results name the quick scale's
 
 spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools/reproduce.py")
 reproduce = importlib.util.module_from_spec(spec)
@@ -80,7 +84,7 @@ def cells(work):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """All stages of SemAIM on 100 scenes, then k-NN of the untrained encoder: the folder, and what was printed."""
+    """All stages of SemAIM on 130 scenes, then k-NN of the untrained encoder: the folder, and what was printed."""
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     work = tmp_path_factory.mktemp("reproduce")
@@ -113,15 +117,16 @@ def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
         file = files[folder]
         assert (
             row["method"]
-            == ("SemAIM" if "/semaim/" in folder else "random weights")
+            == (SEMAIM if "/semaim/" in folder else "random weights")
             == (file["method"] or "random weights")
         )
-        assert row["backbone"] == file["backbone"] == "ViT, 4 blocks of 192 channels"
+        assert row["backbone"] == file["backbone"] == "ViT, 4 blocks of 128 channels"
         assert row["task"] == file["task"] and row["config"] == file["config"]
-        assert row["pretraining_epochs"] == ("7" if "/semaim/" in folder else "none")
-        assert (row["training_images"], row["validation_images"], row["seed"]) == ("80", "20", "0")
+        assert row["pretraining_epochs"] == ("4" if "/semaim/" in folder else "none")
+        labels = 10 * len(LEVELS["easy"].classes) if folder.endswith("finetune") else 104  # a fifth is to validate
+        assert (row["training_images"], row["validation_images"], row["seed"]) == (str(labels), "26", "0")
         assert row["commit"] == (file["commit"] or "unknown") and row["hardware"] == file["device"]
-        assert "reduced: 80 images" in row["remark"]
+        assert f"reduced: {labels} images" in row["remark"]
     text = (work / "table.md").read_text()
     page = (work / "table.html").read_text(encoding="utf-8")
     assert "84.1" in text and "<table" in page and "charset" in page and "\\toprule" in (work / "table.tex").read_text()
@@ -141,7 +146,8 @@ def test_the_report_opens_with_what_pretraining_changed(whole):
     assert f"drawn scenes at level {level}, " in opening
     assert opening.count("<img ") == 1, "of the encoder that stands beside random weights in k-NN alone"
     rows = json.loads((work / "semaim/seed0/pretrain/centres.json").read_text())["rows"]
-    assert f"in {100 * rows[0]['on_object']:.0f} % of 20 validation scenes" in opening and rows[0]["used"]
+    (used,) = [row for row in rows if row["used"] and row["checkpoint"]]
+    assert f"in {100 * used['on_object']:.0f} % of 26 validation scenes" in opening
     for stage, file in (
         ("pretrain", "orders.png"),
         ("detection", "predictions.png"),
@@ -154,9 +160,9 @@ def test_the_report_opens_with_what_pretraining_changed(whole):
 def test_results_tell_where_weights_and_code_came_from(whole):
     work, _ = whole
     tuned = results(work / "semaim/seed0/finetune")
-    assert (tuned["method"], tuned["pretrain_epochs"], tuned["pretrain_images"]) == ("SemAIM", 7, 80)
+    assert (tuned["method"], tuned["pretrain_epochs"], tuned["pretrain_images"]) == (SEMAIM, 4, 80)
     assert (tuned["epochs"], tuned["cfg_options"]["train_cfg.max_epochs"]) == (2, 2)
-    assert tuned["pretrain_options"]["train_cfg.max_epochs"] == 7
+    assert tuned["pretrain_options"]["train_cfg.max_epochs"] == 4
     assert tuned["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", tuned["commit"])
     assert results(work / "semaim/seed0/detection")["iterations"] == 2
     scratch = results(work / "scratch/seed0/knn")
@@ -164,10 +170,10 @@ def test_results_tell_where_weights_and_code_came_from(whole):
     # A measured checkpoint of a stage tells how it was trained; one that is started from is of another method.
     path = work / "semaim/seed0/finetune/latest.pth"
     measured = origin_of(path, same=True, trained=True)
-    assert (measured["method"], measured["epochs"], measured["cfg_options"]) == ("SemAIM", 2, tuned["cfg_options"])
-    assert origin_of(path)["method"] == "SemAIM after fine-tuning" and origin_of(path)["pretrain_images"] == 80
+    assert (measured["method"], measured["epochs"], measured["cfg_options"]) == (SEMAIM, 2, tuned["cfg_options"])
+    assert origin_of(path)["method"] == f"{SEMAIM} after fine-tuning" and origin_of(path)["pretrain_images"] == 80
     detector = origin_of(work / "semaim/seed0/detection/latest.pth", same=True, trained=True)
-    assert (detector["iterations"], detector["pretrain_epochs"]) == (2, 7)
+    assert (detector["iterations"], detector["pretrain_epochs"]) == (2, 4)
 
 
 def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
@@ -176,7 +182,7 @@ def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
     names = [words[words.index("--work-dir") + 1].rsplit("/", 1)[1] for words in lines[1:]]
     assert lines[0][1:3] == ["-m", "semaim.data.scenes"] and names == list(NAMES)
     for words in lines[2:]:
-        assert str(work / "semaim/seed0/pretrain/epoch_7.pth") in words
+        assert str(work / "semaim/seed0/pretrain/epoch_4.pth") in words
     assert "val_interval=" not in shlex.join(lines[1]) and "train_cfg.val_interval=2" in lines[4]
     assert len(commands(second)) == 1 and second.count("has finished") == 2  # the scenes, and one of the two k-NN
     status, output, error = here(*QUICK, "--work-dir", work, "--methods", "semaim")
@@ -184,32 +190,70 @@ def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
     assert "| Method" in output
 
 
-def test_a_kill_in_each_stage_changes_nothing(whole, tmp_path):
-    reference, _ = whole
-    line = command(tmp_path, reference / "scenes", *NAMES)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENV, "cwd": ROOT}
-    for stage in NAMES:
-        # When it has saved for the first time or, where it measures or is soon through, has said its first word.
-        sign = "INFO" if stage in ("knn", "linear", "finetune") else r"saved .*(epoch|iter)_\d+\.pth"
-        result = tmp_path / f"semaim/seed0/{stage}/results.json"
-        for _ in range(3):
-            with subprocess.Popen(line, **pipes, start_new_session=True) as parent:
-                assert any(f"semaim/seed0/{stage}:\n" in row for row in parent.stdout)
-                assert any(re.search(sign, row) for row in parent.stdout)
-                for group in (parent.pid, *children(parent.pid)):
-                    with suppress(ProcessLookupError):  # the stage ends with the tool
-                        os.killpg(group, signal.SIGKILL)
-                parent.stdout.read()  # until all who hold the pipe are gone, loader workers too
-            if not result.exists():
-                break
-            result.unlink()  # it was sooner than the kill
-        else:
-            pytest.fail(f"{stage} was never killed")
-    assert (tmp_path / "semaim/seed0/pretrain/epoch_5.pth").exists() and not (tmp_path / "table.csv").exists()
+def until(pattern, rows, seen):
+    """Read a running tool's lines, keeping them, to the first with the pattern."""
+    for row in rows:
+        seen.append(row)
+        if re.search(pattern, row):
+            return
+    pytest.fail(f"no {pattern!r} in:\n" + "".join(seen[-30:]))
 
-    done = subprocess.run(line, **pipes, timeout=1800)
+
+def test_cut_by_kills_and_an_interrupt_and_with_two_at_a_time_figures_stay_the_same(whole, tmp_path):
+    reference, _ = whole
+    line, two = command(tmp_path, reference / "scenes", *NAMES), ["--jobs", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENV, "cwd": ROOT}
+    own, seen = tmp_path / "semaim/seed0", []
+    for picture in ("pretrain/centres.json", "detection/predictions.png", "segmentation/predictions.png"):
+        (own / picture).parent.mkdir(parents=True)
+        shutil.copy(reference / "semaim/seed0" / picture, own / picture)  # to be sooner
+
+    def kill(parent):
+        for group in (*children(parent.pid), parent.pid):
+            with suppress(ProcessLookupError):  # the stage ends with the tool
+                os.killpg(group, signal.SIGKILL)
+        parent.stdout.read()  # until all who hold the pipe are gone, loader workers too
+
+    with subprocess.Popen(line, **pipes, start_new_session=True) as parent:
+        until(r"saved .*epoch_\d+\.pth", parent.stdout, seen)
+        kill(parent)
+    assert any("semaim/seed0/pretrain:\n" in row for row in seen) and not (own / "pretrain/epoch_4.pth").exists()
+
+    # It goes on, then detector and segmentor begin together. Each is held where it has saved, before its validation.
+    seen.clear()
+    with subprocess.Popen([*line, *two], **pipes, start_new_session=True) as parent:
+        held = {}
+        while len(held) < 2:
+            until(r"saved .*iter_\d+\.pth", parent.stdout, seen)
+            name = re.match(r"\[semaim/seed0/(\w+)\] ", seen[-1])[1]
+            running = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children(parent.pid)}
+            (held[name],) = [child for child, words in running.items() if f"{own}/{name}\0" in words]
+            os.killpg(held[name], signal.SIGSTOP)
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # for the tool to pass it on
+        for group in held.values():
+            os.killpg(group, signal.SIGCONT)
+        seen += parent.stdout
+    assert parent.returncode == 130 and set(held) == {"detection", "segmentation"}
+    assert sum("the same command goes on from there" in row for row in seen) == 2
+    for name in held:
+        assert (own / name / "latest.pth").exists() and not (own / name / "results.json").exists()
+        assert f"interrupted in semaim/seed0/{name}: the same command goes on from there\n" in seen
+    said = [row for row in seen if " INFO " in row or "saved " in row]
+    assert all(re.match(r"\[semaim/seed0/(pretrain|detection|segmentation)\] ", row) for row in said), said
+    assert any(row.startswith("[semaim/seed0/pretrain] ") and "resumed from" in row for row in said)
+    assert (own / "pretrain/orders.png").exists() and not any((own / name).exists() for name in ("knn", "linear"))
+
+    # Killed while it measures.
+    seen.clear()
+    with subprocess.Popen([*line, *two], **pipes, start_new_session=True) as parent:
+        until(r"\[semaim/seed0/linear\] .*INFO", parent.stdout, seen)
+        kill(parent)
+    assert not (own / "linear/results.json").exists() and not (tmp_path / "table.csv").exists()
+
+    done = subprocess.run([*line, *two], **pipes, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("has finished") == 6 and "resumed from" in done.stdout
+    assert "semaim/seed0/detection: has finished" in done.stdout and "semaim/seed0/linear:\n" in done.stdout
     own = ("checkpoint", "folder", "date", "commit")
     rows, expected = (
         [{k: v for k, v in row.items() if k not in own} for row in cells(work) if "/semaim/" in row["folder"]]
@@ -252,7 +296,7 @@ def test_runs_of_several_seeds_are_one_cell(whole, tmp_path):
             (folder / "results.json").write_text(json.dumps(raw))
     reproduce.tabulate(tmp_path, "quick")
     rows = cells(tmp_path)
-    assert sorted(row["method"] for row in rows) == ["SemAIM", "random weights"]
+    assert sorted(row["method"] for row in rows) == [SEMAIM, "random weights"]
     for row in rows:
         assert (row["n"], row["seed"]) == ("2", "0, 1") and float(row["std"]) == pytest.approx(2**0.5)
 
@@ -280,6 +324,23 @@ def test_the_paper_names_every_command_and_what_it_costs(here):
     assert "NNODES=2" in output  # 16 images are split over 16 GPUs at most
 
 
+@pytest.mark.parametrize("scale", list(CONFIGS))
+def test_costs_are_told_by_a_tool_that_has_trained_nothing(scale, tmp_path):
+    """In a process of its own: here other tests have imported what a config names."""
+    if scale == "quick":
+        pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+        pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
+        more, stages = [], 1 + 6 + 5
+    else:
+        more, stages = ["--methods", "semaim", "mae", "--only", "pretrain", "knn"], 4
+    more += ["--cifar", tmp_path] if scale == "study" else []
+    done = tool("reproduce.py", "--scale", scale, "--dry-run", "--work-dir", tmp_path / "work", *more)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert len(commands(done.stdout)) == stages and f"# stage {stages} of {stages}, " in done.stdout
+    assert done.stdout.count("checkpoints: ") + done.stdout.count("features: ") == stages - (scale == "quick")
+    assert re.search(r"# total: .* of disk", done.stdout) and not (tmp_path / "work").exists()
+
+
 def test_without_a_rate_no_time_is_told(here):
     status, output, _ = here("--scale", "paper", "--dry-run", "--methods", "semaim", "--only", "pretrain", "knn")
     assert status == 0 and "total: GPU-hours unknown; " in output and not re.search(r"\d GPU-hours| h on ", output)
@@ -294,10 +355,11 @@ def test_a_rate_is_taken_from_the_logs_of_an_earlier_run(whole, here):
     rates = sorted(row["images_per_second"] for row in rows)
     rate = (rates[(len(rates) - 1) // 2] + rates[len(rates) // 2]) / 2
     assert status == 0 and f"/ {rate:g} images/s (median logged in {work / 'semaim/seed0/pretrain'})" in output
-    # One checkpoint of 5 epochs and the last; as large as those that were written.
-    file = (work / "semaim/seed0/pretrain/epoch_7.pth").stat().st_size
-    told = float(re.search(r"checkpoints: 2 x ([\d.]+) MB", output)[1]) * 1e6
-    assert told == pytest.approx(file, rel=0.01) and (work / "semaim/seed0/pretrain/epoch_5.pth").exists()
+    # As many checkpoints, and as large, as those that were written.
+    files = list((work / "semaim/seed0/pretrain").glob("epoch_*.pth"))
+    count, told = re.search(r"checkpoints: (\d+) x ([\d.]+) MB", output).groups()
+    assert int(count) == len(files) >= 1
+    assert float(told) * 1e6 == pytest.approx((work / "semaim/seed0/pretrain/epoch_4.pth").stat().st_size, rel=0.01)
 
 
 @pytest.mark.parametrize("scale", list(CONFIGS))
@@ -308,15 +370,13 @@ def test_every_config_builds(scale):
     stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots=roots)
     assert [stage.name for stage in stages if stage.method == "mae"] == list(NAMES)
     widths = {sizes_of(stage.config)[2] for stage in stages if stage.method}
-    assert widths == {{"quick": 192, "study": 128, "paper": 768}[scale]}  # one encoder all along
+    assert widths == {{"quick": 128, "study": 128, "paper": 768}[scale]}  # one encoder all along
     assert [stage.title for stage in stages if stage.needs is None and stage.name not in ("scenes", "pretrain")] == [
         f"scratch/seed0/{name}" for name in NAMES[1:]
     ]
 
 
 def test_methods_differ_by_what_makes_them():
-    from semaim.engine.config import load_config
-
     for scale in CONFIGS:
         stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots={"images": Path("i")})
         for stage in stages:
@@ -325,6 +385,8 @@ def test_methods_differ_by_what_makes_them():
                 order, *target = stage.method.split("-")
                 named = {"semaim": "SemAIM", "saim": "SAIM", "raster": "raster order", "mae": "MAE"}
                 named = named.get(order, f"order {order}") + ", EMA features" * (target == ["ema"])
+                centre = cfg.model.network.get("similarity", "cls")
+                named += f", similarity {centre}" * (centre != "cls" and order != "mae")
                 assert method_of(cfg.model) == named and task_of(cfg) is None
 
 
@@ -383,8 +445,6 @@ def test_a_batch_is_split_evenly_over_as_many_as_can():
 
 
 def test_few_checkpoints_are_kept():
-    from semaim.engine.config import load_config
-
     cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_vit_base_800e.py")  # every 20 epochs, the newest 3
     assert [checkpoints_kept(cfg, length) for length in (1, 20, 21, 800)] == [1, 1, 2, 3]
     assert totals([]) == "total: GPU-hours unknown; 0.0 MB of disk; validation is not counted"
@@ -463,6 +523,7 @@ def test_commits_of_a_checkout_alone(tmp_path, monkeypatch):
         (["--scale", "quick", "--rate", "pretrain=0"], "give a number above 0"),
         (["--scale", "quick", "--nodes", "2"], "several nodes: print the commands with --dry-run"),
         (["--scale", "quick", "--nodes", "0"], "--nodes 0: give 1 or more"),
+        (["--scale", "quick", "--jobs", "0"], "--jobs 0: give 1 or more"),
         (["--scale", "quick", "--gpus", "x"], "'x' GPUs asked for"),
         (["--scale", "quick", "--only", "knn", "--skip", "knn"], "no stage is left"),
         (["--scale", "quick", "--only", "knn"], "semaim/seed0/knn needs"),
@@ -476,10 +537,10 @@ def test_errors(arguments, message, tmp_path, here):
 def test_changed_settings_are_refused(whole, here):
     work, _ = whole
     start = ["--scale", "quick", "--work-dir", work, "--methods", "semaim", "--length"]
-    longer = [word.replace("pretrain=7", "pretrain=9") for word in SMALL]
-    refused(here(*start, *longer), "train_cfg.max_epochs = 7, now it is 9: choose another --work-dir")
-    more = [word.replace("images=100", "images=120") for word in SMALL]
-    refused(here(*start, *more), "was drawn with images = 100, now it is 120")
+    longer = [word.replace("pretrain=4", "pretrain=9") for word in SMALL]
+    refused(here(*start, *longer), "train_cfg.max_epochs = 4, now it is 9: choose another --work-dir")
+    more = [word.replace("images=130", "images=150") for word in SMALL]
+    refused(here(*start, *more), "was drawn with images = 130, now it is 150")
 
 
 def test_runs_of_other_origin_are_left_alone(tmp_path, here):

@@ -79,6 +79,7 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert cfg.test_pipeline == cfg.val_dataset.pipeline and cfg.test_pipeline[1].scale == (4 * crop, crop)
     assert not size or segmentor.backbone.embed_dim == SIZES[size]["embed_dim"]
     assert len(segmentor.backbone.out_blocks) == 4
+    dense.check_positions(segmentor)
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
     if "1gpu" in path.stem:  # nothing is accumulated, so that batch normalisation sees the whole batch
         assert cfg.images_per_gpu == cfg.total_batch_size and cfg.model.backbone.with_cp

@@ -171,17 +171,16 @@ def show(chosen: list[Stage], rates: dict[str, float]) -> None:
 def work_through(chosen: list[Stage], jobs: int = 1) -> int:
     """Run what has not finished, `jobs` stages at a time; the exit status."""
     left, running, code = list(chosen), {}, 0
-    ended: queue.Queue[tuple[Stage, int]] = queue.Queue()
+    ended: queue.Queue[tuple[Stage, int | BaseException]] = queue.Queue()
     with Children() as children:
 
         def work(stage: Stage) -> None:
             try:
                 ended.put((stage, carry_out(stage, children, jobs)))
-            except BaseException as error:  # of a thread, which nobody would see
-                print(f"{stage.title}: {error}", file=sys.stderr)
-                ended.put((stage, 1))
+            except BaseException as error:  # in a thread nobody would see it
+                ended.put((stage, error))
 
-        while left or running:
+        while True:
             waiting = {stage.title for stage in [*left, *running.values()]}
             for stage in sorted(left, key=lambda stage: LONGEST_FIRST.index(stage.name)) if jobs > 1 else left[:1]:
                 ready = stage.needs not in waiting and (not stage.method or "scenes" not in waiting)
@@ -198,13 +197,21 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
                 break
             stage, failed = ended.get()
             del running[stage.title]
-            if children.stopped and not code:
+            if isinstance(failed, BaseException):
+                raise failed
+            if code:
+                print(f"{stage.title} was ended beside it: the same command goes on from there", file=sys.stderr)
+            elif children.stopped:
                 print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
-            elif failed and not code:
+            elif failed:
                 print(f"{stage.title} failed with exit status {failed}; what has finished stays", file=sys.stderr)
                 code = failed
                 children.stop(signal.SIGTERM)  # those beside it save and end
-        return code or (130 if children.stopped else 0)
+        if not code and children.stopped:
+            return 130
+        if not code and left:
+            raise UserError(f"{left[0].title} waits for {left[0].needs}, which waits too")
+        return code
 
 
 def carry_out(stage: Stage, children: Children, jobs: int) -> int:

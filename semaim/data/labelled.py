@@ -46,9 +46,7 @@ def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[
     return paths, labels, classes
 
 
-def first_of_each(
-    paths: list[str], labels: list[int], classes: list[str], count: int
-) -> tuple[list[str], list[int]]:
+def first_of_each(paths: list[str], labels: list[int], classes: list[str], count: int) -> tuple[list[str], list[int]]:
     """The first `count` paths of each class, and their labels; `UserError` where a class has fewer."""
     if type(count) is not int or count < 1:  # True is an int too
         raise UserError(f"dataset.images_per_class {count!r}: give 1 or more, or None for all")

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
+from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -119,9 +120,26 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     check_fit(cfg, val)
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     model = build(cfg.model, MODELS, "model")
+    check_positions(model)
     if cfg.get("pretrained"):
         load_encoder(model.backbone, cfg)
     return plan
+
+
+def check_positions(model: nn.Module) -> None:
+    """`UserError` where relative positions would be trained at another size than they are made for.
+
+    Not of a test: what was trained runs at other sizes too, with its tables resampled.
+    """
+    made_for = getattr(model.backbone, "made_for", None)
+    sizes = {name: getattr(model.data_preprocessor, name, None) for name in ("side", "size")}
+    name, size = next(((name, size) for name, size in sizes.items() if size), (None, None))
+    if made_for and size and made_for != to_2tuple(size):
+        height, width = to_2tuple(size)
+        raise UserError(
+            f"model.data_preprocessor.{name} makes images of {width} x {height} pixels, and the relative positions are"
+            f" made for {made_for[1]} x {made_for[0]}: set model.backbone.img_size to the same"
+        )
 
 
 def check_fit(cfg: Config, images: Dataset) -> None:
@@ -416,7 +434,7 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def load_whole(
-    model: nn.Module, path: str, log: Callable[[str], None], partial: bool = False
+    model: nn.Module, path: str, log: Callable[[str], None], partial: bool | None = None
 ) -> checkpoint.LoadReport:
     """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
 
@@ -427,7 +445,7 @@ def load_whole(
         model: the whole model.
         path: the file.
         log: is given what was loaded, in words.
-        partial: leave in the file what the model does not read.
+        partial: leave in the file what the model does not read; None where the command has no --allow-partial.
     """
     content = checkpoint.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
@@ -443,12 +461,13 @@ def load_whole(
         shapes = f" ({tuple(weights[name].shape)}, in the model {tuple(own[name].shape)})" if name in wrong else ""
         raise UserError(
             f"{path} does not fit this config: {len(missing)} weights are missing and {len(wrong)} of another shape,"
-            f" such as {name}{shapes}: test with the config of its training"
+            f" such as {name}{shapes}: give the config of its training"
         )
     if extra and not partial:
+        flag = "" if partial is None else " (--allow-partial leaves them out, and results say so)"
         raise UserError(
             f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)} (first"
-            f" {extra[0]}): test with the config of its training (--allow-partial leaves them out, and results say so)"
+            f" {extra[0]}): give the config of its training{flag}"
         )
     model.load_state_dict({name: weights[name] for name in own})
     left = f"; NOT TAKEN: {checkpoint.kinds(extra)}" if extra else ""

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,6 +111,9 @@ class SegmentationViT(VisionTransformer):
         rel_bias: add a relative position bias in every block, zero at the start.
         layer_scale: start of a learned scale per channel of each branch; None for none.
         **encoder: of `VisionTransformer`.
+
+    Attributes:
+        made_for: (height, width) in pixels of the crops that the bias tables are made for; None without any.
     """
 
     resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
@@ -125,6 +129,7 @@ class SegmentationViT(VisionTransformer):
     ):
         super().__init__(size, img_size, **encoder)
         del self.norm
+        self.made_for = to_2tuple(img_size) if rel_bias else None
         self.pos_embed.requires_grad_(True)
         if out_blocks is None:
             quarters = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})

@@ -144,6 +144,9 @@ class ViTDet(VisionTransformer):
         rel_pos: add decomposed relative positions, zero at the start.
         out_blocks: indices of the blocks whose maps are given; None for the last one's alone.
         **encoder: of `VisionTransformer`.
+
+    Attributes:
+        made_for: (height, width) in pixels of the images that relative positions are made for; None without any.
     """
 
     resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
@@ -172,6 +175,7 @@ class ViTDet(VisionTransformer):
         self.global_blocks, self.window_size = tuple(global_blocks), window_size
         self.out_blocks = out_blocks and tuple(out_blocks)
         whole = self.grid_of(to_2tuple(img_size))
+        self.made_for = to_2tuple(img_size) if rel_pos and self.global_blocks else None
         for index, block in enumerate(self.blocks):
             window, table = (0, whole) if index in self.global_blocks else (window_size, to_2tuple(window_size))
             plain = block.attn

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,13 +59,16 @@ def in_words(options: dict[str, object]) -> dict[str, str]:
 class Children:
     """Commands that run now; within it, a signal to this process is passed on to all of them, for them to save.
 
+    An error that leaves it ends them too.
+
     Attributes:
         stopped: the signals that came.
     """
 
     def __init__(self) -> None:
-        self.running: set[subprocess.Popen] = set()
+        self.running: dict[subprocess.Popen, int] = {}  # how many of the signals each has been told of
         self.stopped: list[int] = []
+        self.lock = threading.RLock()  # a signal's handler runs in the main thread, which may hold it
 
     def __enter__(self) -> "Children":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -72,7 +76,9 @@ class Children:
         self.before = {n: signal.signal(n, self.stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, *error) -> None:
+        if kind:
+            self.stop(signal.SIGTERM)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -83,11 +89,19 @@ class Children:
             self.tell(child)
 
     def tell(self, child: subprocess.Popen) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGINT if self.stopped[-1] == signal.SIGINT else signal.SIGTERM)
+        """Pass the last signal on, once: a second one would cut the saving."""
+        with self.lock:
+            new = self.running.get(child, len(self.stopped)) < len(self.stopped)
+            if new:
+                self.running[child] = len(self.stopped)
+        if new:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT if self.stopped[-1] == signal.SIGINT else signal.SIGTERM)
 
     def follow(self, line: list[str], title: str = "", environment: dict[str, str] | None = None) -> int:
         """Run a command to its end; its exit status. With a title, which its lines then begin with, in any thread."""
+        if self.stopped:
+            return 128 + self.stopped[0]
         # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this
         # process, which may be killed before it can pass anything on.
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -98,13 +112,22 @@ class Children:
             env={**os.environ, **(environment or {})},
             **(piped if title else {}),
         )
-        self.running.add(child)
-        if self.stopped:  # it came while this one was started
-            self.tell(child)
-        for text in child.stdout or ():
-            print(f"[{title}] {text}", end="", flush=True)
-        code = child.wait()
-        self.running.discard(child)
+        self.running[child] = 0
+        self.tell(child)  # of a signal that came while it was started
+        try:
+            for text in child.stdout or ():
+                # In one piece, with the end that a last line may lack: others print too.
+                print(f"[{title}] {text.rstrip()}\n", end="", flush=True)
+        except BaseException:  # nobody hears it any more
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+            raise
+        finally:
+            if child.stdout:
+                child.stdout.close()
+            code = child.wait()
+            with self.lock:
+                del self.running[child]
         return code if code >= 0 else 128 - code
 
 

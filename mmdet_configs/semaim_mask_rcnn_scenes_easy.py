@@ -19,9 +19,13 @@ model = dict(
 )
 train_dataset = dict(data_root="data/scenes_easy/coco", metainfo=dict(classes=classes))
 val_dataset = dict(data_root="data/scenes_easy/coco", metainfo=dict(classes=classes))
+total_batch_size = 4
+images_per_gpu = 4
+base_lr = 8e-3  # peak 5e-4 = 8e-3 x 4 / 64
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=500, milestones=[400, 460], gamma=0.1),
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=700, milestones=[560, 650], gamma=0.1),
 ]
-train_cfg = dict(max_iters=500, val_interval=500)
+train_cfg = dict(max_iters=700, val_interval=700)
+default_hooks = dict(logger=dict(interval=20))
 del classes, strides

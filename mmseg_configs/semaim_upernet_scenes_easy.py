@@ -29,6 +29,7 @@ test_pipeline = [
 ]
 train_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=pipeline)
 val_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=test_pipeline)
+base_lr = 8e-3  # peak 4e-3 = 8e-3 x 8 / 16
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=400),

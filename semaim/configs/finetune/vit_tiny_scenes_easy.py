@@ -5,7 +5,7 @@ _base_ = "vit_tiny_scenes.py"
 model = dict(network=dict(embed_dim=128, num_heads=2))
 dataset = dict(root="data/scenes_easy/classes", images_per_class=10)
 total_batch_size = 50
-base_lr = 5.12e-3  # peak 1e-3 = 5.12e-3 x 50 / 256
+base_lr = 1.024e-2  # peak 2e-3 = 1.024e-2 x 50 / 256
 param_scheduler = dict(warmup_epochs=8)
 train_cfg = dict(max_epochs=80, val_interval=80)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=20))

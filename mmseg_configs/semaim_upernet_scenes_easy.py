@@ -29,7 +29,8 @@ test_pipeline = [
 ]
 train_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=pipeline)
 val_dataset = dict(data_root="data/scenes_easy/ade", metainfo=metainfo, pipeline=test_pipeline)
-base_lr = 8e-3  # peak 4e-3 = 8e-3 x 8 / 16
+base_lr = 8e-3  # peak 4e-3 = 8e-3 x 8 / 16, for the new layers; the blocks have 1/2 to 1/16 of it
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.5))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=400),

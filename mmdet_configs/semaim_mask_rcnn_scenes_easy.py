@@ -24,8 +24,8 @@ images_per_gpu = 4
 base_lr = 8e-3  # peak 5e-4 = 8e-3 x 4 / 64
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=700, milestones=[560, 650], gamma=0.1),
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=900, milestones=[720, 840], gamma=0.1),
 ]
-train_cfg = dict(max_iters=700, val_interval=700)
+train_cfg = dict(max_iters=900, val_interval=900)
 default_hooks = dict(logger=dict(interval=20))
 del classes, strides

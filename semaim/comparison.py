@@ -31,7 +31,7 @@ Pair = tuple[Image.Image, Image.Image, str]  #: what is there, what was found, a
 
 
 def draw_predictions(
-    cfg: Config, weights: str, paths: Sequence[str] = (), most: int = 8, threshold: float = 0.3
+    cfg: Config, weights: str, paths: Sequence[str] = (), most: int = 8, threshold: float = 0.3, columns: int = 1
 ) -> Image.Image:
     """What is there and what was found side by side, an image a row; of classes also their annotated shares.
 
@@ -41,6 +41,7 @@ def draw_predictions(
         paths: images of that set; nothing for `most` spread over it.
         most: show at most so many.
         threshold: least score of a found object.
+        columns: pairs beside each other.
     """
     if cfg.get("default_scope") not in SCOPES:
         raise UserError(f"{cfg.filename} is no detector's or segmentor's config")
@@ -74,7 +75,8 @@ def draw_predictions(
             right = f"{len(true.labels)} there, {len(found.labels)} found"
             drawn = [draw_instances(image, objects, names, scale) for objects in (true, found)]
         pairs.append((*drawn, f"{Path(path).name}: {right}"))
-    picture = side_by_side(pairs)
+    rows = -(-len(pairs) // columns)
+    picture = beside([side_by_side(pairs[first : first + rows]) for first in range(0, len(pairs), rows)])
     if not maps:
         return picture
     true, found = (shares_of(np.concatenate(parts), len(names)) for parts in zip(*maps, strict=True))
@@ -103,6 +105,16 @@ def truth_of(info: dict) -> Instances:
     masks = info.get("gt_masks")
     masks = None if masks is None else masks.to_ndarray().astype(bool)[kept]
     return Instances(boxes[kept], labels[kept], None, masks)
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures from left to right, on white."""
+    whole = Image.new("RGB", (sum(it.width for it in pictures), max(it.height for it in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width
+    return whole
 
 
 def side_by_side(pairs: Sequence[Pair], heads: tuple[str, str] = ("annotated", "predicted")) -> Image.Image:

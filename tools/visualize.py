@@ -47,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     predictions.add_argument(
         "--score-thr", type=float, default=0.3, metavar="S", help="least score of an object (default: %(default)s)"
     )
+    predictions.add_argument(
+        "--columns", type=int, default=1, metavar="N", help="so many images beside each other (default: %(default)s)"
+    )
     for command in (*(commands.choices[name] for name in LOOKS), predictions):
         command.add_argument("--most", type=int, default=8, help="show at most so many images (default: %(default)s)")
         command.add_argument(
@@ -86,10 +89,12 @@ def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:
 
     if not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
+    if args.columns < 1:
+        raise UserError(f"--columns {args.columns}: give 1 or more")
     cfg = load_config(args.config, args.cfg_options)
     if args.data_root and cfg.get("default_scope") in SCOPES:
         set_data_root(cfg, args.data_root)
-    return draw_predictions(cfg, args.checkpoint, paths, args.most, args.score_thr)
+    return draw_predictions(cfg, args.checkpoint, paths, args.most, args.score_thr, args.columns)
 
 
 def main() -> int:

@@ -181,7 +181,7 @@ class Stage:
             file = self.folder / "predictions.png"
             line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
             line += ["--data-root", str(self.data_root)] if self.data_root else []
-            return [(file, [*line, "--most", "4", "--out", str(file)])]
+            return [(file, [*line, "--most", "8", "--columns", "2", "--out", str(file)])]
         if self.name != "pretrain":
             return []
         found = []

@@ -566,7 +566,8 @@ def test_predictions_picture(kind, here, scenes, tmp_path):
             for left, classes in zip((6, 492), maps, strict=True):
                 expected = np.asarray(draw_classes(image, classes, 21, 15.0)).astype(int)
                 assert (picture[top : top + 480, left : left + 480] == expected).all()
-        assert here("visualize.py", "predictions", weights, *paths, "--columns", 2, "--out", out, *options).returncode == 0
+        line = ["visualize.py", "predictions", weights, *paths, "--columns", 2, "--out", out, *options]
+        assert here(*line).returncode == 0
         wide = np.asarray(Image.open(out)).astype(int)  # the second pair beside the first: 2 x 480 and three gaps on
         for place, top in enumerate(tops):
             assert (wide[27:507, 978 * place + 6 : 978 * (place + 1)] == picture[top : top + 480, 6:978]).all()

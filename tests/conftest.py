@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from hypothesis import settings
 # before all of it is written. Imported here, in the process that starts the test workers: none reads half a file.
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell starts what runs in its background with Ctrl-C ignored, nohup with SIGHUP, and so would be all that a test
+# starts. Tests send them.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 # The same examples in every run, and none fails for being slow on a busy machine.
 settings.register_profile("semaim", deadline=None, derandomize=True, max_examples=40)

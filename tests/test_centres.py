@@ -13,9 +13,9 @@ from commands import ROOT
 from PIL import Image
 
 from semaim.benchmarks.centres import measure, on_objects, scenes_of, similarities_of
+from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
 from semaim.data.scenes import LEVELS
-from semaim.engine.checkpointing import read_checkpoint
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.errors import UserError
 

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from commands import tool
 from safetensors.torch import load_file, save_file
 
-from semaim import checkpoint
-from semaim.engine.checkpointing import read_checkpoint
+from semaim import checkpoints
+from semaim.checkpoints import checkpoint as checkpoint_module
+from semaim.checkpoints.files import read_checkpoint
 from semaim.errors import UserError
 from semaim.models import MAE, PixelTarget, SemAIM
 from semaim.models.classifier import Classifier
@@ -155,7 +156,7 @@ DIALECTS = {
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     path, expected = write(tmp_path, dialect, states)
-    found = checkpoint.read(path)
+    found = checkpoints.read(path)
     assert found.dialect == DIALECTS[dialect]
     assert found.state.keys() == expected.keys()
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
@@ -172,8 +173,8 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     told = r"backbone.layers.\*.attn.q_bias" if dialect == "mmpretrain" else tuned and "it lacks norm.weight, norm.bias"
     if told:
         with pytest.raises(UserError, match=told):
-            checkpoint.load(model, path)
-    report = checkpoint.load(model, path, partial=bool(told))
+            checkpoints.load(model, path)
+    report = checkpoints.load(model, path, partial=bool(told))
     assert report.whole == (not told)
     assert report.missing == (["norm.weight", "norm.bias"] if tuned else [])
     assert len(report.matched) == (28 if tuned else 30) and not report.resized
@@ -189,24 +190,24 @@ def test_a_classifier_comes_back_whole_and_a_new_one_is_told(kind, states, tmp_p
     torch.save({"format": "semaim", "model": states[kind], "config": None}, tmp_path / "x.pth")
     options = {"pool": "avg" if kind == "tuned" else "cls", "probe": kind == "probe", **SIZES}
     model = Classifier(5, **options)
-    report = checkpoint.load(model, tmp_path / "x.pth")
+    report = checkpoints.load(model, tmp_path / "x.pth")
     assert not report.missing and not report.new and not report.unexpected
     assert all(torch.equal(tensor, states[kind][name]) for name, tensor in model.state_dict().items())
     # Another number of classes: the head stays in the file, and the new one is expected or missing.
     last = "head.1" if kind == "probe" else "head"
     wider = Classifier(7, **options)
-    report = checkpoint.load(wider, tmp_path / "x.pth", HEAD)
+    report = checkpoints.load(wider, tmp_path / "x.pth", HEAD)
     assert report.new == [f"{last}.weight", f"{last}.bias"] and report.unexpected == report.new and not report.missing
-    assert checkpoint.load(wider, tmp_path / "x.pth").missing == report.new
+    assert checkpoints.load(wider, tmp_path / "x.pth").missing == report.new
 
 
-@pytest.mark.parametrize("to", checkpoint.DIALECTS)
+@pytest.mark.parametrize("to", checkpoints.DIALECTS)
 @pytest.mark.parametrize("kind", ["encoder", "semaim", "mae", "tuned", "tuned_cls", "probe"])
 def test_round_trips_are_bit_equal(kind, to, states, tmp_path):
     start, there, back = tmp_path / "a.pth", tmp_path / "b.pth", tmp_path / "c.pth"
     torch.save({"format": "semaim", "model": states[kind], "config": None, "epoch": 7}, start)
-    left = checkpoint.convert(start, there, to)
-    checkpoint.convert(there, back, "semaim")
+    left = checkpoints.convert(start, there, to)
+    checkpoints.convert(there, back, "semaim")
     final = read_checkpoint(back)["model"]
     decoder = {"semaim": ("query_blocks", "prediction_head"), "mae": ("decoder_", "mask_token")}.get(kind, ())
     kept = to == "semaim" or (to in ("mae", "mmpretrain") and kind == "mae")
@@ -218,18 +219,18 @@ def test_round_trips_are_bit_equal(kind, to, states, tmp_path):
     assert final.keys() == expected.keys()
     assert all(torch.equal(final[name], tensor) for name, tensor in expected.items())
     assert set(left) == states[kind].keys() - expected.keys()
-    assert checkpoint.read(there).dialect == to
+    assert checkpoints.read(there).dialect == to
     if to in ("semaim", "mmpretrain"):
-        assert checkpoint.read(there).epoch == 7
+        assert checkpoints.read(there).epoch == 7
 
 
-@pytest.mark.parametrize("to", checkpoint.DIALECTS)
+@pytest.mark.parametrize("to", checkpoints.DIALECTS)
 @pytest.mark.parametrize("start", ["mmpretrain mae", "mmpretrain tuned bare", "mae", "mae tuned", "timm", "dino"])
 def test_foreign_files_come_back_under_their_own_names(start, to, states, tmp_path):
     path, weights = write(tmp_path, start, states)
     own = DIALECTS[start]
-    checkpoint.convert(path, tmp_path / "there.pth", to)
-    checkpoint.convert(tmp_path / "there.pth", tmp_path / "back.pth", own)
+    checkpoints.convert(path, tmp_path / "there.pth", to)
+    checkpoints.convert(tmp_path / "there.pth", tmp_path / "back.pth", own)
     holds = {"mmpretrain": "state_dict", "mae": "model"}.get(own)
     back, first = (torch.load(p, weights_only=p.name == "back.pth") for p in (tmp_path / "back.pth", path))
     back, first = (content[holds] if holds and holds in content else content for content in (back, first))
@@ -242,25 +243,25 @@ def test_foreign_files_come_back_under_their_own_names(start, to, states, tmp_pa
 
 def test_what_a_dialect_has_no_name_for_is_told(states, tmp_path):
     torch.save({**states["encoder"], "blocks.0.attn.rel_pos_h": torch.zeros(7, 16)}, tmp_path / "x.pth")
-    left = checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain", partial=True)
+    left = checkpoints.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain", partial=True)
     assert left == ["blocks.0.attn.rel_pos_h"]
-    report = checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth", partial=True)
+    report = checkpoints.load(VisionTransformer(**SIZES), tmp_path / "x.pth", partial=True)
     assert "NOT TAKEN, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h" in str(report)
     torch.save(states["encoder"], tmp_path / "x.pth")
-    assert "NOT TAKEN" not in str(checkpoint.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
+    assert "NOT TAKEN" not in str(checkpoints.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
 
 
 def test_the_encoder_is_taken_and_not_its_average(states, tmp_path):
     average = prefixed("ema.", {name: tensor + 1 for name, tensor in states["encoder"].items()})
     torch.save({"state_dict": {**average, **prefixed("module.", states["encoder"])}}, tmp_path / "x.pth")
-    found = checkpoint.read(tmp_path / "x.pth")
+    found = checkpoints.read(tmp_path / "x.pth")
     assert all(torch.equal(found.state[name], tensor) for name, tensor in states["encoder"].items())
     assert set(found.other) == set(average)
 
 
 def test_the_number_of_heads(states, tmp_path):
     weights = {"patch_embed.proj.weight": torch.zeros(1280, 3, 16, 16), "blocks.0.mlp.fc1.weight": torch.zeros(5120, 1)}
-    heads = lambda network, depth=4: checkpoint.sizes_of(  # noqa: E731
+    heads = lambda network, depth=4: checkpoints.sizes_of(  # noqa: E731
         {**weights, f"blocks.{depth - 1}.norm1.bias": torch.zeros(1)}, network
     )["num_heads"]
     assert heads({"size": "huge", "depth": 4}) == 16  # of the config's model
@@ -269,20 +270,20 @@ def test_the_number_of_heads(states, tmp_path):
     assert heads(None) == 20  # 64 channels each
     config = {"model": {"network": SIZES}}
     torch.save({"format": "semaim", "model": states["encoder"], "config": config}, tmp_path / "x")
-    assert not checkpoint.read(tmp_path / "x").heads_guessed and "guess" not in checkpoint.inspect(tmp_path / "x")
+    assert not checkpoints.read(tmp_path / "x").heads_guessed and "guess" not in checkpoints.inspect(tmp_path / "x")
     torch.save(states["encoder"], tmp_path / "x")
-    assert checkpoint.read(tmp_path / "x").heads_guessed and "guess" in checkpoint.inspect(tmp_path / "x")
+    assert checkpoints.read(tmp_path / "x").heads_guessed and "guess" in checkpoints.inspect(tmp_path / "x")
 
 
 def test_mmpretrain_names_are_theirs(states, tmp_path):
     torch.save(states["encoder"], tmp_path / "x.pth")
-    checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain")
+    checkpoints.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain")
     written, expected = torch.load(tmp_path / "y.pth", weights_only=True)["state_dict"], mmpretrain(states["encoder"])
     assert written.keys() == expected.keys() and all(torch.equal(written[n], expected[n]) for n in expected)
     heads = {"tuned": "head.fc", "tuned_cls": "head.layers.head", "probe": "head.layers.head"}
     for kind, head in heads.items():
         torch.save(states[kind], tmp_path / "x.pth")
-        checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain")
+        checkpoints.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain")
         written = torch.load(tmp_path / "y.pth", weights_only=True)["state_dict"]
         ours = "head.1.weight" if kind == "probe" else "head.weight"
         assert torch.equal(written[f"{head}.weight"], states[kind][ours])
@@ -306,9 +307,9 @@ def test_features_are_timms_for_the_same_weights(file_size, size, tmp_path):
     images = torch.randn(2, 3, size, size)
     token = Classifier(0, "cls", img_size=size, **options).eval()
     mean = Classifier(0, "avg", probe=True, img_size=size, **options).eval()
-    report = checkpoint.load(token, path, HEAD)
+    report = checkpoints.load(token, path, HEAD)
     assert bool(report.resized) == (size != file_size)
-    checkpoint.load(mean, path, HEAD)
+    checkpoints.load(mean, path, HEAD)
     with torch.no_grad():
         tokens = theirs.forward_features(images)
         torch.testing.assert_close(token.features(images), tokens[:, 0], atol=1e-5, rtol=0)
@@ -325,11 +326,11 @@ def test_timm_opens_an_export(kind, states, tmp_path):
     state |= {name: tensor for name, tensor in states[kind].items() if not tensor.is_floating_point()}
     config = {"model": {"network": {**SIZES}}}
     torch.save({"format": "semaim", "model": state, "config": config, "classes": list("abcde")}, tmp_path / "x.pth")
-    checkpoint.export(tmp_path / "x.pth", tmp_path / "out")
+    checkpoints.export(tmp_path / "x.pth", tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     classes = 0 if kind in ("encoder", "semaim") else 5
     ours = Classifier(classes, "avg" if kind == "tuned" else "cls", probe=kind == "probe", **SIZES).eval()
-    checkpoint.load(ours, tmp_path / "x.pth")
+    checkpoints.load(ours, tmp_path / "x.pth")
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         out = ours(images) if classes else ours.features(images)
@@ -343,7 +344,7 @@ def test_a_published_architecture_is_named_and_opens_at_another_size(tmp_path):
     torch.manual_seed(0)
     model = VisionTransformer("tiny", img_size=64)
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    assert checkpoint.export(tmp_path / "x.pth", tmp_path / "out") == "vit_tiny_patch16_224"
+    assert checkpoints.export(tmp_path / "x.pth", tmp_path / "out") == "vit_tiny_patch16_224"
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=96).eval()
     images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
@@ -353,10 +354,10 @@ def test_a_published_architecture_is_named_and_opens_at_another_size(tmp_path):
 def test_timm_opens_an_encoder_without_final_norm(states, tmp_path):
     state = {name: tensor * 0.1 for name, tensor in states["encoder"].items() if not name.startswith("norm.")}
     torch.save({"format": "semaim", "model": state, "config": {"model": {"network": SIZES}}}, tmp_path / "x.pth")
-    checkpoint.export(tmp_path / "x.pth", tmp_path / "out")
+    checkpoints.export(tmp_path / "x.pth", tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     ours = Classifier(0, "avg", probe=True, **SIZES).eval()
-    assert not checkpoint.load(ours, tmp_path / "x.pth", HEAD).missing
+    assert not checkpoints.load(ours, tmp_path / "x.pth", HEAD).missing
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours.features(images), atol=1e-5, rtol=1e-5)
@@ -368,9 +369,9 @@ def test_published_models_have_timms_names_and_shapes(size, patch, tmp_path, mon
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in VisionTransformer(size, 224, patch).state_dict().items()}
         state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    monkeypatch.setattr(checkpoint, "read", lambda path: checkpoint.Checkpoint(Path(path), "timm", state, []))
-    monkeypatch.setattr(checkpoint, "_save_tensors", lambda state, out: out.parent.mkdir())
-    name = checkpoint.export("x", tmp_path / "out")
+    monkeypatch.setattr(checkpoint_module, "read", lambda path: checkpoints.Checkpoint(Path(path), "timm", state, []))
+    monkeypatch.setattr(checkpoint_module, "_save_tensors", lambda state, out: out.parent.mkdir())
+    name = checkpoints.export("x", tmp_path / "out")
     assert name == ("vit_base_patch16_224" if patch == 8 else f"vit_{size}_patch{patch}_224")
     args = json.loads((tmp_path / "out/config.json").read_text())["model_args"]
     assert ("patch_size" in args) == (patch == 8)
@@ -380,7 +381,7 @@ def test_exports_that_timm_could_not_open_are_refused(states, tmp_path):
     def refuses(message, state, out=tmp_path / "out"):
         torch.save(state, tmp_path / "x.pth")
         with pytest.raises(UserError, match=message) as error:
-            checkpoint.export(tmp_path / "x.pth", out)
+            checkpoints.export(tmp_path / "x.pth", out)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     encoder = states["encoder"]
@@ -395,7 +396,7 @@ def test_exports_that_timm_could_not_open_are_refused(states, tmp_path):
     save_file(encoder, own)
     before = own.read_bytes()
     with pytest.raises(UserError, match="is the checkpoint itself"):
-        checkpoint.export(own, own.parent)
+        checkpoints.export(own, own.parent)
     assert own.read_bytes() == before
 
 
@@ -407,7 +408,7 @@ def test_tables_are_fitted(states, tmp_path):
     torch.save({**states["encoder"], "pos_embed": table[:, 1:]}, tmp_path / "x.pth")
     model = VisionTransformer(**{**SIZES, "img_size": (48, 32)})
     model.pos_embed.data.normal_()
-    checkpoint.load(model, tmp_path / "x.pth")
+    checkpoints.load(model, tmp_path / "x.pth")
     assert not model.pos_embed[:, :1].any()  # the file has no row for the class token, which is added to nothing
     image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     expected = F.interpolate(image, (6, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
@@ -416,13 +417,13 @@ def test_tables_are_fitted(states, tmp_path):
     model.pos_embed = torch.nn.Parameter(torch.zeros(1, 16, 32))
     model.grid = (4, 4)
     torch.save(states["encoder"], tmp_path / "x.pth")
-    checkpoint.load(model, tmp_path / "x.pth")
+    checkpoints.load(model, tmp_path / "x.pth")
     torch.testing.assert_close(model.pos_embed.data, table[:, 1:])
     # Relative positions: linear along their length.
     model.blocks[0].attn.register_parameter("rel_pos_h", torch.nn.Parameter(torch.zeros(5, 3)))
     tall = torch.arange(9.0)[:, None] * torch.tensor([1.0, 2.0, -1.0])
     torch.save({**states["encoder"], "blocks.0.attn.rel_pos_h": tall}, tmp_path / "x.pth")
-    report = checkpoint.load(model, tmp_path / "x.pth")
+    report = checkpoints.load(model, tmp_path / "x.pth")
     assert any("rel_pos_h (9, 3) -> (5, 3)" in line for line in report.resized)
     torch.testing.assert_close(model.blocks[0].attn.rel_pos_h[2], tall[4])
 
@@ -432,13 +433,13 @@ def test_a_table_of_as_many_rows_on_another_grid(states, tmp_path):
     content = {"format": "semaim", "model": states["encoder"], "config": {"model": {"network": SIZES}}}
     wide = VisionTransformer(**{**SIZES, "img_size": (16, 64)})
     torch.save(content, tmp_path / "x.pth")
-    assert len(checkpoint.load(wide, tmp_path / "x.pth").resized) == 1
+    assert len(checkpoints.load(wide, tmp_path / "x.pth").resized) == 1
     table = states["encoder"]["pos_embed"]
     image = table[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     expected = F.interpolate(image, (2, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(wide.pos_embed[:, 1:], expected)
     torch.save(states["encoder"], tmp_path / "x.pth")
-    assert not checkpoint.load(wide, tmp_path / "x.pth").resized and torch.equal(wide.pos_embed, table)
+    assert not checkpoints.load(wide, tmp_path / "x.pth").resized and torch.equal(wide.pos_embed, table)
 
 
 def test_new_names_are_expected_by_any_part(states, tmp_path):
@@ -446,7 +447,7 @@ def test_new_names_are_expected_by_any_part(states, tmp_path):
     model = VisionTransformer(**SIZES)
     model.blocks[1].attn.register_parameter("rel_pos_h", torch.nn.Parameter(torch.zeros(5, 3)))
     model.headless = torch.nn.Linear(2, 2)
-    report = checkpoint.load(model, tmp_path / "x.pth", ("head", "rel_pos_h"))
+    report = checkpoints.load(model, tmp_path / "x.pth", ("head", "rel_pos_h"))
     assert report.new == ["blocks.1.attn.rel_pos_h"] and report.missing == ["headless.weight", "headless.bias"]
 
 
@@ -456,7 +457,7 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
 
     def refuses(message, **changes):
         with pytest.raises(UserError, match=message) as error:
-            checkpoint.load(VisionTransformer(**{**SIZES, **changes}), path)
+            checkpoints.load(VisionTransformer(**{**SIZES, **changes}), path)
         assert "\n" not in str(error.value)
 
     refuses("x.pth is a ViT of width 32, depth 2, patch 8; the model a ViT of width 64", embed_dim=64)
@@ -466,13 +467,13 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     refuses("trained with 2 heads, the model has 4", num_heads=4)
     refuses("patch 8; the model a ViT of width 32, depth 2, patch 8, MLP ratio 2", mlp_ratio=2)
     with pytest.raises(UserError, match="SwinTransformer is no ViT of ours"), torch.device("meta"):
-        checkpoint.load(timm.create_model("swin_tiny_patch4_window7_224"), path)
+        checkpoints.load(timm.create_model("swin_tiny_patch4_window7_224"), path)
     with pytest.raises(UserError, match="Linear is no ViT of ours"):
-        checkpoint.load(torch.nn.Linear(2, 2), path)
+        checkpoints.load(torch.nn.Linear(2, 2), path)
 
     def unreadable(message, name="x.pth"):
         with pytest.raises(UserError, match=message) as error:
-            checkpoint.read(tmp_path / name)
+            checkpoints.read(tmp_path / name)
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
     unreadable("no such checkpoint", "none.pth")
@@ -485,14 +486,14 @@ def test_files_that_do_not_fit_say_so_in_one_line(states, tmp_path):
     torch.save({n: t for n, t in states["encoder"].items() if "fc1" not in n}, path)
     unreadable("no plain ViT encoder in .*no blocks.0.mlp.fc1")
     torch.save({"meta": "x", "state_dict": states["encoder"], "epoch": "last"}, path)
-    assert checkpoint.read(path).epoch is None
+    assert checkpoints.read(path).epoch is None
     unreadable("is a folder: name a file", ".")
     (tmp_path / "s.pkl").write_bytes(pickle.dumps({"model": {"names": np.array(["x"])}}))
     unreadable("no ViT encoder", "s.pkl")
     table = {**states["encoder"], "pos_embed": torch.zeros(1, 14, 32)}
     torch.save(table, path)
     with pytest.raises(UserError, match="x.pth: a position table of 14 rows"):
-        checkpoint.load(VisionTransformer(**SIZES), path)
+        checkpoints.load(VisionTransformer(**SIZES), path)
     torch.save([1, 2], path)
     unreadable("no ViT encoder in .*it holds nothing")
     torch.save({"patch_embed.proj.weight": torch.zeros(3, 3, 3, 3), "layers.0.blocks.0.x": torch.zeros(3)}, path)
@@ -519,7 +520,7 @@ def test_conversion_refuses_what_it_cannot_write(states, tmp_path):
         (path / "y.safetensors", "timm", "cannot write"),
     ):
         with pytest.raises(UserError, match=message):
-            checkpoint.convert(path, out, to)
+            checkpoints.convert(path, out, to)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -559,7 +560,7 @@ def test_hostile_files_are_refused_by_name_and_never_run(suffix, where, states, 
     else:
         torch.save(content, path, _use_new_zipfile_serialization=suffix == "pth")
     with pytest.raises(UserError, match=f"x.{suffix} is refused: reading it would call ") as error:
-        checkpoint.read(path)
+        checkpoints.read(path)
     assert not made.exists() and "\n" not in str(error.value)
     # What the file asks for does what it is accused of.
     if where != "getattr":
@@ -590,11 +591,11 @@ def test_getattr_is_a_stand_in_whatever_the_program_allows(chain, allowed, envir
     before = set(torch.serialization.get_safe_globals())  # a list in no order
     with torch.serialization.safe_globals(list(allowed)):
         if chain == "attribute":
-            held = checkpoint.read_file(path)
+            held = checkpoints.read_file(path)
             assert type(held).__name__ == "StandIn" and held == held and not held
         else:  # the stand-in that getattr gave is no function that torch would call
             with pytest.raises(UserError, match="cannot read .*more than tensors and plain containers"):
-                checkpoint.read_file(path)
+                checkpoints.read_file(path)
         assert set(torch.serialization.get_safe_globals()) == {*before, *allowed}
     assert set(torch.serialization.get_safe_globals()) == before
 
@@ -615,9 +616,9 @@ def test_containers_and_configs_are_read(zipped, states, tmp_path, monkeypatch):
         Path("a"): {Path("b")}, "mean": np.float64(3), "array": np.arange(3),
     }  # fmt: skip
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    found = checkpoint.read(tmp_path / "x.pth")
+    found = checkpoints.read(tmp_path / "x.pth")
     assert found.epoch == 4 and all(torch.equal(found.state[n], t) for n, t in states["encoder"].items())
-    held = checkpoint.read_file(tmp_path / "x.pth")
+    held = checkpoints.read_file(tmp_path / "x.pth")
     assert held["config"] == {"lr": 0.1} and type(held["config"]) is not node and held["history"] == {"loss": [1.0]}
     assert type(held["last"]).__name__ == type(held["array"]).__name__ == "StandIn"
 
@@ -625,14 +626,14 @@ def test_containers_and_configs_are_read(zipped, states, tmp_path, monkeypatch):
 def test_whole_models_are_refused_by_name(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
     with pytest.raises(UserError, match="would call torch.nn.modules.linear.Linear"):
-        checkpoint.read(tmp_path / "x.pth")
+        checkpoints.read(tmp_path / "x.pth")
 
 
 def test_numpys_other_functions_are_refused(tmp_path):
     for name in ("load", "memmap"):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": Call(getattr(np, name), str(tmp_path / "y"))}))
         with pytest.raises(UserError, match=f"x.pkl is refused: reading it would call numpy.*{name}"):
-            checkpoint.read(tmp_path / "x.pkl")
+            checkpoints.read(tmp_path / "x.pkl")
     assert not (tmp_path / "y").exists()
 
 
@@ -648,9 +649,9 @@ def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeyp
                "epoch": 4, "path": Path("x")}  # fmt: skip
     buffer.mean = Call(getattr, HistoryBuffer, "mean")
     torch.save(content, tmp_path / "x.pth")
-    found = checkpoint.read(tmp_path / "x.pth")
+    found = checkpoints.read(tmp_path / "x.pth")
     assert found.epoch == 4 and len(found.state) == 30 and not ran
-    held = checkpoint.read_file(tmp_path / "x.pth")
+    held = checkpoints.read_file(tmp_path / "x.pth")
     assert not isinstance(held["args"], argparse.Namespace) and not isinstance(held["path"], Path)
     assert type(held["message_hub"]["loss"]).__name__ == "StandIn"
 
@@ -688,7 +689,7 @@ def test_a_converted_checkpoint_says_what_it_cannot_do(states, tiny_config, tmp_
     from semaim.engine.training import train
 
     torch.save(states["encoder"], tmp_path / "timm.pth")
-    checkpoint.convert(tmp_path / "timm.pth", tmp_path / "ours.pth", "semaim")
+    checkpoints.convert(tmp_path / "timm.pth", tmp_path / "ours.pth", "semaim")
     with pytest.raises(UserError, match="weights without a config"):
         model_from_checkpoint(read_checkpoint(tmp_path / "ours.pth"))
     with pytest.raises(UserError, match="no run to go on with: start from it with --pretrained"):

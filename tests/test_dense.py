@@ -19,9 +19,9 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS  # noqa: E402
 
 from semaim.data.scenes import write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.checkpointing import restore_training_state, training_state  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.runner import ResumableIterations  # noqa: E402
+from semaim.engine.saving import restore_training_state, training_state  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,10 +15,10 @@ pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/se
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DATASETS, MODELS  # noqa: E402
 
-from semaim import checkpoint  # noqa: E402
+from semaim import checkpoints  # noqa: E402
+from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.optim import layer_depths  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
@@ -241,7 +241,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
         assert done.returncode == 0, done.stderr[-3000:]
         assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6)
     # The checkpoint flows on: into another detector, and into the other tools.
-    found = checkpoint.read(whole / "latest.pth")
+    found = checkpoints.read(whole / "latest.pth")
     assert found.sizes["depth"] == 2 and "blocks.0.attn.rel_pos_h" in found.state
 
 

@@ -14,10 +14,10 @@ pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/se
 from mmengine.registry import MODELS, TRANSFORMS  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from semaim import checkpoint  # noqa: E402
-from semaim.consumers import NEW_IN_BACKBONES  # noqa: E402
+from semaim import checkpoints  # noqa: E402
+from semaim.checkpoints.consumers import NEW_IN_BACKBONES  # noqa: E402
+from semaim.checkpoints.files import write_checkpoint  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.checkpointing import write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.optim import group_model, group_parameters  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
@@ -169,7 +169,7 @@ def test_patches_of_14_pixels_are_resampled_to_16_and_reported(kind, tmp_path):
     path = tmp_path / "mae_h14.pth"
     write_checkpoint({"model": given.state_dict()}, path)
     model = kind(img_size=224, **sizes)
-    report = checkpoint.load(model, path, NEW_IN_BACKBONES)
+    report = checkpoints.load(model, path, NEW_IN_BACKBONES)
     expected = F.interpolate(given.patch_embed.proj.weight, (16, 16), mode="bicubic", align_corners=False)
     assert torch.equal(model.patch_embed.proj.weight, expected) and not report.missing
     assert "patch_embed.proj.weight (64, 3, 14, 14) -> (64, 3, 16, 16)" in str(report)
@@ -182,4 +182,4 @@ def test_patches_of_14_pixels_are_resampled_to_16_and_reported(kind, tmp_path):
         ours, theirs = model.patch_embed(flat).flatten(0, -2)[0], given.patch_embed(flat).flatten(0, -2)[0]
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9
     with pytest.raises(UserError, match="patch 14; the model a .*patch 16"):
-        checkpoint.load(VisionTransformer(img_size=224, **sizes), path)
+        checkpoints.load(VisionTransformer(img_size=224, **sizes), path)

@@ -16,11 +16,11 @@ pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/se
 
 from mmengine.registry import MODELS  # noqa: E402
 
+from semaim.checkpoints.safe_reading import read_file  # noqa: E402
 from semaim.detection import detectron2_names  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
-from semaim.safe_reading import read_file  # noqa: E402
 
 MAIN = "mmdet_configs/semaim_mask_rcnn.py"
 #: The recorded detector: 48 channels, 4 blocks, 5 classes, photos of 256 pixels.

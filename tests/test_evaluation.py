@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import flags, losses, one_line, results, tool
 
-from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
+from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
 from semaim.engine.evaluation import check_evaluation, evaluate
 from semaim.engine.training import plan_run
@@ -21,8 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
 ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0}
 CONFIG = "semaim/configs/{}/vit_tiny_scenes.py"
-
-
 
 
 def options(**more):
@@ -47,8 +45,6 @@ def training(**more):
         "log_processor.window_size": 1,
     }
     return options(**{**small, **more})
-
-
 
 
 @pytest.mark.parametrize("stage", ["finetune", "linear"])

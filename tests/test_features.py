@@ -268,7 +268,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=ROOT,
         )  # fmt: skip
         for rank in range(2)
     ]

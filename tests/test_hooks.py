@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from semaim.engine.checkpointing import newest_checkpoint, read_checkpoint
+from semaim.checkpoints.files import newest_checkpoint, read_checkpoint
 from semaim.engine.training import train
 
 

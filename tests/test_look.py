@@ -9,8 +9,8 @@ import torch
 from commands import ROOT
 
 from semaim.benchmarks.look import centres, compare
+from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops, find_images
-from semaim.engine.checkpointing import read_checkpoint
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.errors import UserError
 

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import _hub
 
-from semaim import checkpoint, hub_config
-from semaim.engine.checkpointing import read_checkpoint, write_checkpoint
+from semaim import checkpoints
+from semaim.checkpoints import hub_config
+from semaim.checkpoints.files import read_checkpoint, write_checkpoint
+from semaim.checkpoints.normalisation import choose, settle
 from semaim.engine.config import load_config
 from semaim.engine.dense import averaged
 from semaim.engine.evaluation import evaluate
@@ -22,7 +24,6 @@ from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.results import statistics_of
 from semaim.engine.training import build_datasets, train
 from semaim.errors import UserError
-from semaim.normalisation import choose, settle
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -120,18 +121,18 @@ def test_a_run_of_ours_hands_its_statistics_on(ours, scenes, tmp_path):
         found = settle(cfg, ours)
         assert (cfg.dataset.mean, cfg.dataset.std) == (MEAN, STD) and found.origin == "from the config in epoch_1.pth"
         assert settle(cfg, None).origin == found.origin  # a process that is asked twice
-    checkpoint.export(ours, tmp_path / "timm")
+    checkpoints.export(ours, tmp_path / "timm")
     opened = resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True))
     assert (list(opened["mean"]), list(opened["std"])) == (MEAN, STD)
-    checkpoint.convert(tmp_path / "timm/model.safetensors", tmp_path / "mae.pth", "mae")
-    checkpoint.convert(tmp_path / "mae.pth", tmp_path / "mm.pth", "mmpretrain")
-    checkpoint.convert(tmp_path / "mm.pth", tmp_path / "semaim.pth", "semaim")
+    checkpoints.convert(tmp_path / "timm/model.safetensors", tmp_path / "mae.pth", "mae")
+    checkpoints.convert(tmp_path / "mae.pth", tmp_path / "mm.pth", "mmpretrain")
+    checkpoints.convert(tmp_path / "mm.pth", tmp_path / "semaim.pth", "semaim")
     for name in ("mae", "mm", "semaim"):
-        assert list(checkpoint.read(tmp_path / f"{name}.pth").statistics.mean) == MEAN, name
-    assert "mean (0.5, 0.4, 0.3), std (0.5, 0.25, 0.2), from" in checkpoint.inspect(ours)
+        assert list(checkpoints.read(tmp_path / f"{name}.pth").statistics.mean) == MEAN, name
+    assert "mean (0.5, 0.4, 0.3), std (0.5, 0.25, 0.2), from" in checkpoints.inspect(ours)
     done = tool("checkpoint.py", "convert", ours, tmp_path / "bare.safetensors", "--to", "timm")
     assert "this file holds none: set dataset.mean and dataset.std" in done.stdout
-    assert checkpoint.read(tmp_path / "bare.safetensors").statistics is None
+    assert checkpoints.read(tmp_path / "bare.safetensors").statistics is None
 
 
 @pytest.mark.parametrize("augment", ["randaugment", "resized_crop", "random_crop"])
@@ -281,8 +282,8 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
 
 def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
-    from semaim.comparison import draw_predictions
     from semaim.data.scenes import write_scenes
+    from semaim.drawing.comparison import draw_predictions
     from semaim.engine import dense
 
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)

@@ -23,10 +23,7 @@ from pycocotools.coco import COCO  # noqa: E402
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights  # noqa: E402
 
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
-from semaim.engine.dense import build, enter  # noqa: E402
-from semaim.errors import run  # noqa: E402
-from semaim.prediction import (  # noqa: E402
+from semaim.drawing.prediction import (  # noqa: E402
     Instances,
     add_legend,
     category_ids,
@@ -38,6 +35,9 @@ from semaim.prediction import (  # noqa: E402
     enlargement,
     shares_of,
 )
+from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.dense import build, enter  # noqa: E402
+from semaim.errors import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "mmdet_configs/semaim_mask_rcnn_scenes.py"

@@ -16,21 +16,15 @@ import torch
 from operations import Operations
 from safetensors.torch import save_file
 
+from semaim.checkpoints.files import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.data.folder import ResumableBatches, find_images
-from semaim.engine.checkpointing import (
-    CannotSave,
-    choose_checkpoint,
-    newest_checkpoint,
-    plain,
-    read_checkpoint,
-    write_checkpoint,
-)
+from semaim.drawing.pictures import read_scalars
 from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import build_teacher, model_from_checkpoint
 from semaim.engine.runner import Resumable
+from semaim.engine.saving import choose_checkpoint
 from semaim.engine.training import plan_run, train
 from semaim.errors import UserError
-from semaim.pictures import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -503,7 +497,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
     write_checkpoint({"format": "semaim", "n": 1}, tmp_path / "a.pth")
     script = (
-        "import sys, time, torch; from semaim.engine.checkpointing import write_checkpoint\n"
+        "import sys, time, torch; from semaim.engine.saving import write_checkpoint\n"
         "save = torch.save\n"
         "def slow(checkpoint, file):\n"
         "    save(checkpoint, file); file.flush(); print('half', flush=True); time.sleep(60)\n"

@@ -16,14 +16,14 @@ import torch
 from commands import losses, one_line, tool
 from PIL import Image
 
+from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
-from semaim.engine.checkpointing import read_checkpoint
+from semaim.drawing.pictures import draw_orders, draw_reconstruction, draw_similarity, read_lines, read_scalars
 from semaim.engine.config import load_config
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
 from semaim.engine.results import write_results
 from semaim.engine.training import train
 from semaim.errors import UserError, run
-from semaim.pictures import draw_orders, draw_reconstruction, draw_similarity, read_lines, read_scalars
 from semaim.results import load_published
 from semaim.results.charts import BOTTOM, HEIGHT, TOP, charts_of, make_chart, ticks
 from semaim.results.report import find_runs, pictures_of, read_part, write_report
@@ -521,8 +521,8 @@ def test_predictions_picture(kind, here, scenes, tmp_path):
     )
     from mmengine.registry import MODELS
 
+    from semaim.drawing.prediction import build_pipeline, colour_of, draw_classes, predict
     from semaim.engine.dense import build, enter
-    from semaim.prediction import build_pipeline, colour_of, draw_classes, predict
 
     data, (file, small) = scenes.parent / kind, CASES[kind]
     cfg = load_config(ROOT / file, small)

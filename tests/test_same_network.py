@@ -8,8 +8,8 @@ import torch
 from commands import flags, one_line, results, tool
 from safetensors.torch import save_file
 
-from semaim import checkpoint
-from semaim.consumers import NEW_IN_BACKBONES, load_backbone
+from semaim import checkpoints
+from semaim.checkpoints.consumers import NEW_IN_BACKBONES, load_backbone
 from semaim.engine.dense import load_whole
 from semaim.engine.training import load_pretrained
 from semaim.errors import UserError
@@ -139,25 +139,25 @@ def test_the_config_beside_a_file_tells_what_no_name_does(options, told, tmp_pat
     path = hub(tmp_path / "x", "vit_tiny_patch16_224", **options)
     model = Classifier(0, "cls", **SIZES)
     with pytest.raises(UserError, match=told) as error:
-        checkpoint.load(model, path)
+        checkpoints.load(model, path)
     assert "\n" not in str(error.value)
-    report = checkpoint.load(model, path, partial=True)
+    report = checkpoints.load(model, path, partial=True)
     assert len(report.matched) == 30 and report.differs and not report.whole
     (path.parent / "config.json").unlink()
-    assert checkpoint.load(model, path).whole
+    assert checkpoints.load(model, path).whole
 
 
 def test_names_of_architectures_are_looked_up_and_never_opened(tmp_path):
     for number, name in enumerate(("hf-hub:someone/something", "local-dir:/tmp", "resnet_of_mine")):
         path = hub(tmp_path / str(number), name)
         with pytest.raises(UserError, match=f"its config names the architecture '{name}', which timm"):
-            checkpoint.load(Classifier(0, "cls", **SIZES), path)
+            checkpoints.load(Classifier(0, "cls", **SIZES), path)
     path = hub(tmp_path / "plain", "vit_tiny_patch16_224")
-    assert checkpoint.load(Classifier(0, "cls", **SIZES), path).whole
-    assert checkpoint.read(path).sizes["num_heads"] == 2 and not checkpoint.read(path).heads_guessed
+    assert checkpoints.load(Classifier(0, "cls", **SIZES), path).whole
+    assert checkpoints.read(path).sizes["num_heads"] == 2 and not checkpoints.read(path).heads_guessed
     (path.parent / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json, which stands beside model.safetensors"):
-        checkpoint.read(path)
+        checkpoints.read(path)
 
 
 def test_a_class_token_without_position_is_left_without(tmp_path):
@@ -166,14 +166,14 @@ def test_a_class_token_without_position_is_left_without(tmp_path):
     save_file(theirs.state_dict(), path)
     ours = Classifier(0, "cls", **SIZES).eval()
     ours.pos_embed.data.normal_()
-    checkpoint.load(ours, path)
+    checkpoints.load(ours, path)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours.features(images), theirs.forward_features(images)[:, 0], atol=1e-5, rtol=1e-5)
         # timm opens an export of it with the same numbers; the config beside the file tells its heads.
         told = {"architecture": "vit_tiny_patch16_224", "model_args": {**SIZES, "no_embed_class": True}}
         path.with_suffix(".json").write_text(json.dumps(told))
-        checkpoint.export(path, tmp_path / "out")
+        checkpoints.export(path, tmp_path / "out")
         again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         torch.testing.assert_close(again.forward_features(images), theirs.forward_features(images))
 
@@ -183,7 +183,7 @@ def test_a_conversion_says_that_the_heads_get_lost(tmp_path):
     path = hub(tmp_path / "x", "vit_tiny_patch16_224", num_heads=4)
     done = tool("checkpoint.py", "convert", path, tmp_path / "x.pth", "--to", "mae")
     assert done.returncode == 0 and "it has 4 heads" in done.stdout, done.stdout + done.stderr
-    guess = checkpoint.read(tmp_path / "x.pth").sizes["num_heads"]
+    guess = checkpoints.read(tmp_path / "x.pth").sizes["num_heads"]
     assert guess != 4 and f"is taken for one of {guess}" in done.stdout
 
 
@@ -202,15 +202,15 @@ def test_no_road_leaves_it_out_in_silence(options, tmp_path):
         lambda: load_pretrained(Classifier(5, "avg", **SIZES), path),
         lambda: load_backbone(detector, path, "mmdet"),
         lambda: load_backbone(segmentor, path, "mmseg"),
-        lambda: checkpoint.convert(path, tmp_path / "y.pth", "semaim"),
-        lambda: checkpoint.convert(path, tmp_path / "y.pth", "timm"),
-        lambda: checkpoint.export(path, tmp_path / "out"),
+        lambda: checkpoints.convert(path, tmp_path / "y.pth", "semaim"),
+        lambda: checkpoints.convert(path, tmp_path / "y.pth", "timm"),
+        lambda: checkpoints.export(path, tmp_path / "out"),
     )
     for road in roads:
         with pytest.raises(UserError, match=f"x.pth holds another network's encoder: .*{named}.*--allow-partial"):
             road()
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-    told = checkpoint.inspect(path)
+    told = checkpoints.inspect(path)
     assert told.count(named) >= 6 and " tensors;" not in told
 
 
@@ -227,7 +227,7 @@ def test_an_encoder_that_lacks_something_is_refused(lost, tmp_path):
 def test_inspect_says_what_the_loaders_take(tmp_path):
     path, model = tmp_path / "x.pth", timms()
     torch.save({**model.state_dict(), "mask_token": torch.zeros(1, 1, 32), "head.weight": torch.zeros(3, 32)}, path)
-    lines = {line[:15].strip(): line[16:] for line in checkpoint.inspect(path).splitlines()}
+    lines = {line[:15].strip(): line[16:] for line in checkpoints.inspect(path).splitlines()}
     taken = {
         "k-NN, probes": load_pretrained(Classifier(0, "cls", probe=True, **SIZES), path),
         "with pool=avg": load_pretrained(Classifier(0, "avg", probe=True, **SIZES), path),
@@ -240,10 +240,10 @@ def test_inspect_says_what_the_loaders_take(tmp_path):
     assert [len(report.matched) for report in taken.values()] == [30, 28, 28, 27, 28]
     # A classifier of pooled patches has no norm for the class token; a detector has no class token.
     torch.save(Classifier(5, "avg", **SIZES).state_dict(), path)
-    lines = {line[:15].strip(): line[16:] for line in checkpoint.inspect(path).splitlines()}
+    lines = {line[:15].strip(): line[16:] for line in checkpoints.inspect(path).splitlines()}
     assert "it lacks norm.weight, norm.bias" in lines["k-NN, probes"] and lines["fine-tuning"].startswith("30 tensors")
     torch.save({f"backbone.{n}": t for n, t in ViTDet(pretrain_img_size=32, **SIZES).state_dict().items()}, path)
-    lines = {line[:15].strip(): line[16:] for line in checkpoint.inspect(path).splitlines()}
+    lines = {line[:15].strip(): line[16:] for line in checkpoints.inspect(path).splitlines()}
     assert "rel_pos_h" in lines["k-NN, probes"] and "it lacks cls_token" in lines["segmentation"]
 
 
@@ -252,10 +252,10 @@ def test_layer_scale_of_another_family_is_not_taken_for_ours(tmp_path):
     model = SegmentationViT(layer_scale=1.0, rel_bias=False, **SIZES)
     torch.save(model.state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"it computes with blocks.\*.gamma_1 \(2\), blocks.\*.gamma_2 \(2\)"):
-        checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES)
+        checkpoints.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES)
     config = {"model": {"backbone": {"type": "SegmentationViT", **SIZES}}, "default_scope": "mmseg"}
     torch.save({"format": "semaim", "model": model.state_dict(), "config": config}, tmp_path / "x.pth")
-    assert checkpoint.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES).whole
+    assert checkpoints.load(model, tmp_path / "x.pth", NEW_IN_BACKBONES).whole
 
 
 def test_a_whole_model_with_more_tensors_is_refused(tmp_path):
@@ -268,10 +268,10 @@ def test_a_whole_model_with_more_tensors_is_refused(tmp_path):
 
 
 def test_conversion_goes_on_where_it_is_told_to(scaled, tmp_path):
-    left = checkpoint.convert(scaled, tmp_path / "x.pth", "mae", partial=True)
+    left = checkpoints.convert(scaled, tmp_path / "x.pth", "mae", partial=True)
     assert not left  # its tensors are the encoder's, so they are kept, and refused again where they are read
     with pytest.raises(UserError, match=r"x.pth holds another network's encoder: it computes with blocks.\*.ls1"):
-        checkpoint.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mae")
+        checkpoints.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mae")
     done = tool("checkpoint.py", "export", scaled, tmp_path / "out", "--allow-partial")
     assert done.returncode == 0, done.stderr
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)

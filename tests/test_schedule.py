@@ -84,9 +84,7 @@ def test_a_plan_keeps_the_total_batch(total, processes, most):
 
 def test_the_papers_plan_in_words():
     plan = str(plan_batch(2048, 8, 128, 2e-4))
-    assert plan == (
-        "batch 2048 = 8 processes x 128 images x 2 accumulated; learning rate 0.0016 = 0.0002 x 2048 / 256"
-    )
+    assert plan == ("batch 2048 = 8 processes x 128 images x 2 accumulated; learning rate 0.0016 = 0.0002 x 2048 / 256")
 
 
 def test_groups_decay_matrices_alone_and_hold_every_trained_parameter_once():

@@ -19,9 +19,9 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after
 
 from mmengine.registry import MODELS  # noqa: E402
 
+from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.checkpointing import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semaim import checkpoint
+from semaim import checkpoints
 from semaim.models.segvit import SegmentationViT, bias_index, resize_bias
 from semaim.models.vit import VisionTransformer
 
@@ -136,11 +136,11 @@ def resized(table, old, new):
 
 def test_a_pretrained_encoder_flows_in_and_its_positions_are_resized_once(pretrained):
     model = SegmentationViT(img_size=64, embed_dim=32, depth=2, num_heads=2, patch_size=8, layer_scale=1.0)
-    report = checkpoint.load(model, pretrained, expected=("rel_bias", "gamma_1", "gamma_2"))
+    report = checkpoints.load(model, pretrained, expected=("rel_bias", "gamma_1", "gamma_2"))
     assert not report.missing and len(report.new) == 6 and len(report.matched) == 28
     assert model.get_layer_depth("blocks.1.attn.rel_bias") == (2, 4)
     assert report.resized == ["pos_embed (1, 17, 32) -> (1, 65, 32)"] and model.pos_embed.requires_grad
-    table = checkpoint.read(pretrained).state["pos_embed"]
+    table = checkpoints.read(pretrained).state["pos_embed"]
     torch.testing.assert_close(model.pos_embed.data, resized(table, (4, 4), (8, 8)))
     images = torch.randn(1, 3, 48, 80)
     tokens = model.patch_embed(images) + resized(model.pos_embed.data, (8, 8), (6, 10))[:, 1:]

@@ -14,10 +14,10 @@ from commands import one_line, tool
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from semaim.drawing.pictures import draw_orders, reconstruct
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.training import train
 from semaim.models.vit import patchify
-from semaim.pictures import draw_orders, reconstruct
 
 ROOT = Path(__file__).resolve().parent.parent
 DETECTORS = pytest.mark.skipif(not find_spec("mmdet"), reason="no mmdet: runs after tools/setup.sh --extras all")

@@ -12,7 +12,8 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope  # noqa: E402
 
-from semaim import checkpoint  # noqa: E402
+from semaim import checkpoints  # noqa: E402
+from semaim.checkpoints.safe_reading import read_file  # noqa: E402
 from semaim.data.scenes import write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
@@ -21,7 +22,6 @@ from semaim.errors import UserError
 from semaim.models.classifier import Classifier  # noqa: E402
 from semaim.parity import FAMILIES  # noqa: E402
 from semaim.parity.cases import Case, run_case  # noqa: E402
-from semaim.safe_reading import read_file  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "mmseg_configs/mae_upernet.py"
@@ -236,13 +236,13 @@ def test_what_is_no_mae_of_mmsegs_or_an_older_file_of_ours_is_refused(released, 
 
 
 def test_a_released_file_is_told_from_a_pretrained_encoder(released):
-    found = checkpoint.read(released)
+    found = checkpoints.read(released)
     assert found.dialect == "mmseg segmentor" and not any("relative_position_index" in name for name in found.other)
     assert {"blocks.0.attn.rel_bias", "blocks.11.gamma_2"} <= found.state.keys()
-    assert "mmseg segmentor" in checkpoint.inspect(released)
+    assert "mmseg segmentor" in checkpoints.inspect(released)
     model = Classifier(0, "avg", embed_dim=24, num_heads=4, img_size=64)
     with pytest.raises(UserError, match="another network's encoder: it computes with .*rel_bias"):
-        checkpoint.load(model, released, ("fc_norm",))
+        checkpoints.load(model, released, ("fc_norm",))
 
 
 @pytest.mark.parametrize(

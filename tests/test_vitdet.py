@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from semaim import checkpoint
+from semaim import checkpoints
 from semaim.engine.optim import layer_depths
 from semaim.models import PixelTarget, SemAIM, VisionTransformer
 from semaim.models.vitdet import (
@@ -327,7 +327,7 @@ def test_pretraining_flows_in(tmp_path):
     source = SemAIM(PixelTarget((PATCH, PATCH)), img_size=16, **size)
     torch.save({"model": source.state_dict()}, tmp_path / "latest.pth")
     model = ViTDet(img_size=32, pretrain_img_size=16, window_size=3, global_blocks=(1,), **size)
-    report = checkpoint.load(model, tmp_path / "latest.pth", expected=TABLES)
+    report = checkpoints.load(model, tmp_path / "latest.pth", expected=TABLES)
     own, theirs = model.state_dict(), source.state_dict()
     assert set(report.new) == {name for name in own if name.endswith(TABLES)} and not report.missing
     assert set(report.matched) == set(own) - set(report.new)

@@ -11,11 +11,8 @@ import numpy as np
 from mmengine.registry import DATASETS
 from PIL import Image, ImageDraw
 
-from semaim.engine.config import load_config
-from semaim.engine.dense import SCOPES, SeededImages, build, enter, set_data_root
-from semaim.errors import UserError, run
-from semaim.options import ConfigOptions
-from semaim.prediction import (
+from semaim.cli.options import ConfigOptions
+from semaim.drawing.prediction import (
     READABLE,
     Instances,
     add_legend,
@@ -27,6 +24,9 @@ from semaim.prediction import (
     text_size,
     to_picture,
 )
+from semaim.engine.config import load_config
+from semaim.engine.dense import SCOPES, SeededImages, build, enter, set_data_root
+from semaim.errors import UserError, run
 
 
 def parse_args() -> argparse.Namespace:

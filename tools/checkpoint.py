@@ -4,9 +4,9 @@
 import argparse
 import sys
 
-from semaim import checkpoint
+from semaim import checkpoints
+from semaim.checkpoints.normalisation import Statistics
 from semaim.errors import UserError, run
-from semaim.normalisation import Statistics
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     convert.add_argument(
         "--to",
         required=True,
-        choices=(*checkpoint.DIALECTS, "mmdet"),
+        choices=(*checkpoints.DIALECTS, "mmdet"),
         help="mmdet takes a whole ViTDet detector of detectron2's, the others an encoder",
     )
     export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def convert_detector(file: str, out: str, to: str) -> list[str]:
-    """As `checkpoint.convert`, of a whole detector; `UserError` where mmdet is not installed."""
+    """As `checkpoints.convert`, of a whole detector; `UserError` where mmdet is not installed."""
     try:
         from semaim.detection.released import convert
     except ImportError as error:
@@ -44,7 +44,7 @@ def convert_detector(file: str, out: str, to: str) -> list[str]:
 
 def tell_heads(file: str, out: str) -> None:
     """Say it where the written file will be taken for one of another number of heads, which leave no tensor."""
-    heads, guess = (checkpoint.read(path).sizes["num_heads"] for path in (file, out))
+    heads, guess = (checkpoints.read(path).sizes["num_heads"] for path in (file, out))
     if heads != guess:
         print(f"it has {heads} heads; {out} does not tell, and is taken for one of {guess}: set num_heads, or use")
         print(f"    tools/checkpoint.py export {file} DIR")
@@ -53,24 +53,24 @@ def tell_heads(file: str, out: str) -> None:
 def main() -> int:
     args = parse_args()
     if args.command == "inspect":
-        print(checkpoint.inspect(args.file))
+        print(checkpoints.inspect(args.file))
     elif args.command == "convert":
         if args.to == "mmdet":
             left = convert_detector(args.file, args.out, args.to)
         else:
-            left = checkpoint.convert(args.file, args.out, args.to, args.allow_partial)
-        print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoint.grouped(left)}" if left else ""))
+            left = checkpoints.convert(args.file, args.out, args.to, args.allow_partial)
+        print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoints.grouped(left)}" if left else ""))
         if args.to != "mmdet":
             tell_heads(args.file, args.out)
-        statistics = checkpoint.read(args.file).statistics if args.to == "timm" else None
+        statistics = checkpoints.read(args.file).statistics if args.to == "timm" else None
         if statistics and not statistics.same(Statistics()):
             print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
             print(f"    tools/checkpoint.py export {args.file} DIR")
     else:
-        architecture = checkpoint.export(args.file, args.folder, args.allow_partial)
+        architecture = checkpoints.export(args.file, args.folder, args.allow_partial)
         print(f"wrote {args.folder}, a {architecture} of timm, opened by")
         print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
-        found = checkpoint.read(args.file)
+        found = checkpoints.read(args.file)
         if found.heads_guessed:
             heads = found.sizes["num_heads"]
             print(f"{heads} head{'s' * (heads > 1)}, a guess: the file does not tell; see num_heads in its config.json")

@@ -12,13 +12,10 @@ from pathlib import Path
 import torch
 from mmengine.registry import MODELS
 
+from semaim.checkpoints.normalisation import settle
+from semaim.cli.options import ConfigOptions
 from semaim.data.folder import find_images
-from semaim.engine.config import load_config
-from semaim.engine.dense import SCOPES, build, enter, load_whole
-from semaim.errors import UserError, run
-from semaim.normalisation import settle
-from semaim.options import ConfigOptions
-from semaim.prediction import (
+from semaim.drawing.prediction import (
     Instances,
     add_legend,
     build_pipeline,
@@ -33,6 +30,9 @@ from semaim.prediction import (
     predict,
     shares_of,
 )
+from semaim.engine.config import load_config
+from semaim.engine.dense import SCOPES, build, enter, load_whole
+from semaim.errors import UserError, run
 
 
 def parse_args() -> argparse.Namespace:

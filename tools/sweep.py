@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from semaim.cli.options import ConfigOptions
 from semaim.engine.config import load_config
 from semaim.engine.launcher import launched
 from semaim.errors import Diverged, UserError, check_work_dir, run
-from semaim.options import ConfigOptions
 from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"

@@ -5,10 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from semaim.cli.options import ConfigOptions
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
 from semaim.errors import UserError, check_work_dir, run
-from semaim.options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,6 +43,7 @@ def main() -> int:
         from semaim.engine.dense import check_test as check
         from semaim.engine.dense import set_data_root
         from semaim.engine.dense import test_dense as work
+
         cfg.tta = args.tta or cfg.get("tta", False)
     else:
         if args.tta:

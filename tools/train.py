@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from semaim.cli.options import ConfigOptions
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
 from semaim.errors import check_work_dir, run
-from semaim.options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,8 +23,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pretrained", metavar="FILE", help="checkpoint, of any dialect, whose encoder to start from")
     parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
     parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="FILE", help="go on, with the run's own settings, from FILE or the"
-        " work folder's newest"
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="go on, with the run's own settings, from FILE or the work folder's newest",
     )
     parser.add_argument(
         "--override", action="store_true", help="with --resume: what is given here changes what the run had"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from semaim.cli.options import ConfigOptions
 from semaim.data.folder import centre_crops, find_images
 from semaim.errors import UserError, run
-from semaim.options import ConfigOptions
 
 #: Pictures of a pretraining checkpoint: command -> what it shows.
 LOOKS = {
@@ -64,8 +64,8 @@ def parse_args() -> argparse.Namespace:
 
 def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     """The picture of a pretraining checkpoint."""
-    from semaim import pictures
-    from semaim.engine.checkpointing import read_checkpoint
+    from semaim.checkpoints.files import read_checkpoint
+    from semaim.drawing import pictures
     from semaim.engine.pretraining import model_from_checkpoint
 
     draw = {
@@ -83,7 +83,7 @@ def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
 
 def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     """The picture of a detector's or segmentor's checkpoint."""
-    from semaim.comparison import draw_predictions
+    from semaim.drawing.comparison import draw_predictions
     from semaim.engine.config import load_config
     from semaim.engine.dense import SCOPES, set_data_root
 
@@ -103,7 +103,7 @@ def main() -> int:
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
     if args.command == "curve":
-        from semaim.pictures import draw_curve, read_scalars
+        from semaim.drawing.pictures import draw_curve, read_scalars
 
         picture = draw_curve(read_scalars(args.work_dir), title=Path(args.work_dir).name)
     else:

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from semaim.benchmarks.look import random_again
+from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
-from semaim.engine.checkpointing import read_checkpoint
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
 from semaim.errors import UserError, run
 from semaim.models import SemAIM

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops, find_images
-from semaim.engine.checkpointing import read_checkpoint
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
 from semaim.errors import UserError, run
 from semaim.models import SemAIM

@@ -236,8 +236,7 @@ def _background(rng: np.random.Generator, size: int, level: Level) -> np.ndarray
     """(size, size, 3) uint8: two colours mixed by a random pattern, with a little grain."""
     # Glyphs have black outlines, so colours stay light enough to keep them apart from the background.
     colours = [
-        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.9), rng.uniform(0.45, 1.0)))
-        for _ in range(2)
+        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.9), rng.uniform(0.45, 1.0))) for _ in range(2)
     ]
     angle, cells = rng.uniform(0, np.pi), rng.uniform(2, 9)
     rows, columns = np.mgrid[0:size, 0:size] / size - 0.5

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from semaim.checkpoints.files import CannotSave, write_checkpoint
+from semaim.checkpoints.safe_reading import read_file
 from semaim.detection.detectron2_names import INERT, to_ours
-from semaim.engine.checkpointing import CannotSave, write_checkpoint
 from semaim.errors import UserError
-from semaim.safe_reading import read_file
 
 
 def weights_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:

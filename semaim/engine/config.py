@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
 from semaim.errors import UserError, close, nearest
-from semaim.normalisation import of_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

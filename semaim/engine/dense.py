@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
-from semaim import checkpoint
-from semaim.consumers import load_backbone
+from semaim import checkpoints
+from semaim.checkpoints.consumers import load_backbone
+from semaim.checkpoints.normalisation import choose, settle
 from semaim.data.folder import EndlessBatches, check_whole, load_image
 from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
@@ -28,7 +29,6 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
-from semaim.normalisation import choose, settle
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
@@ -154,7 +154,7 @@ def check_fit(cfg: Config, images: Dataset) -> None:
             raise UserError(f"model.test_cfg.mode is {test['mode']!r}{more}")
 
 
-def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoint.LoadReport:
+def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoints.LoadReport:
     """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
     return load_backbone(backbone, cfg.pretrained, cfg.default_scope, cfg.get("allow_partial", False))
 
@@ -375,7 +375,7 @@ def check_test(cfg: Config, weights: str | None) -> None:
 
 def check_names(weights: str, images: Dataset) -> None:
     """`UserError` where a checkpoint was trained on other classes than these images have, or in another order."""
-    trained, own = checkpoint.classes_of(checkpoint.read_file(weights)), list(images.metainfo["classes"])
+    trained, own = checkpoints.classes_of(checkpoints.read_file(weights)), list(images.metainfo["classes"])
     if trained and trained != own:
         pairs = zip_longest(trained, own, fillvalue="none")
         place, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
@@ -435,7 +435,7 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
 
 def load_whole(
     model: nn.Module, path: str, log: Callable[[str], None], partial: bool | None = None
-) -> checkpoint.LoadReport:
+) -> checkpoints.LoadReport:
     """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
 
     Files of ours and of mm's, and those whose names the scope's package knows: detectron2's whole ViTDet detectors,
@@ -447,7 +447,7 @@ def load_whole(
         log: is given what was loaded, in words.
         partial: leave in the file what the model does not read; None where the command has no --allow-partial.
     """
-    content = checkpoint.read_file(path)
+    content = checkpoints.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
     scope = DefaultScope.get_current_instance()
     if scope and scope.scope_name in SCOPES:
@@ -466,10 +466,10 @@ def load_whole(
     if extra and not partial:
         flag = "" if partial is None else " (--allow-partial leaves them out, and results say so)"
         raise UserError(
-            f"{path} computes with more than this config's model, which does not read {checkpoint.kinds(extra)} (first"
+            f"{path} computes with more than this config's model, which does not read {checkpoints.kinds(extra)} (first"
             f" {extra[0]}): give the config of its training{flag}"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    left = f"; NOT TAKEN: {checkpoint.kinds(extra)}" if extra else ""
+    left = f"; NOT TAKEN: {checkpoints.kinds(extra)}" if extra else ""
     log(f"loaded {len(own)} tensors from {path}{left}")
-    return checkpoint.LoadReport(Path(path), "whole model", list(own), unexpected=extra, unread=extra)
+    return checkpoints.LoadReport(Path(path), "whole model", list(own), unexpected=extra, unread=extra)

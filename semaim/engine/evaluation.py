@@ -12,8 +12,9 @@ from mmengine.logging import MMLogger
 from mmengine.registry import LOOPS, MODELS
 from torch import Tensor, nn
 
-from semaim import checkpoint
-from semaim.consumers import NEW_IN_CLASSIFIERS
+from semaim import checkpoints
+from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
+from semaim.checkpoints.normalisation import choose, settle
 from semaim.engine.features import extract_features, fast_probe, knn_accuracy
 from semaim.engine.launcher import join
 from semaim.engine.network import NetworkModel
@@ -21,7 +22,6 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader
 from semaim.engine.training import build_datasets, build_validation, load_pretrained
 from semaim.errors import UserError
-from semaim.normalisation import choose, settle
 
 RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
 
@@ -116,11 +116,11 @@ def check_evaluation(cfg: Config, weights: str | None) -> None:
     choose(cfg, None if weights == RANDOM else weights)
     if weights == RANDOM:
         return
-    found = checkpoint.read(weights)
+    found = checkpoints.read(weights)
     if "evaluation" in cfg:
         with torch.device("meta"):  # names and sizes are compared without memory
             network = MODELS.build(cfg.model).network
-        checkpoint.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
+        checkpoints.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))
 
 
 def evaluate_features(cfg: Config, weights: str) -> dict[str, float]:
@@ -182,7 +182,7 @@ def digest_of(network: nn.Module) -> str:
 
 def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
     """Top-1, top-5 and loss of a fine-tuned or probed checkpoint on the validation images."""
-    found = checkpoint.read(weights)
+    found = checkpoints.read(weights)
     head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
     if head is None:
         raise UserError(f"{weights} has no classifier: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
@@ -211,7 +211,7 @@ def evaluate_classifier(cfg: Config, weights: str) -> dict[str, float]:
         cfg=cfg,
     )
     model = getattr(runner.model, "module", runner.model)
-    report = checkpoint.load(model.network, found, partial=True)
+    report = checkpoints.load(model.network, found, partial=True)
     runner.logger.info(str(report))
     runner.logger.info(f"images normalised with {statistics}")
     if report.missing:

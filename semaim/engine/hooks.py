@@ -107,7 +107,8 @@ class TrainLog(LogProcessor):
             place = f"iteration {runner.iter + 1:{len(str(runner.max_iters))}}/{runner.max_iters}"
         parts = [f"{name} {value:.3f}" for name, value in tag.items() if name.startswith(("loss_", "decode."))]
         line = (
-            place + f"  loss {tag['loss']:.4f}  lr {tag['lr']:.3e}"
+            place
+            + f"  loss {tag['loss']:.4f}  lr {tag['lr']:.3e}"
             + (f" ({', '.join(parts)})" if parts else "")
             + (f"  grad {tag['grad_norm']:.3f}" if "grad_norm" in tag else "")
             + f"  {tag['images_per_second']:.1f} images/s  data {100 * tag['data_share']:.0f}%"
@@ -196,8 +197,8 @@ class OrderPictures(Hook):
         state = gathered(model.network.state_dict()) if is_sharded(model) else None
         if not is_main_process():
             return
+        from semaim.drawing.pictures import draw_orders  # matplotlib takes a second to import
         from semaim.engine.pretraining import model_from_checkpoint
-        from semaim.pictures import draw_orders  # matplotlib takes a second to import
 
         if state:
             model = model_from_checkpoint({"config": runner.cfg.to_dict(), "model": state})

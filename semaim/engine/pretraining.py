@@ -11,13 +11,13 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor
 
+from semaim.checkpoints.normalisation import Statistics, of_run
 from semaim.data.folder import PretrainImages
 from semaim.engine.config import merge
 from semaim.engine.config_keys import Types, check_options
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models import MAE, FeatureTarget, PixelTarget, SemAIM, Teacher
-from semaim.normalisation import Statistics, of_run
 
 DATASETS.register_module(module=PretrainImages)
 
@@ -167,7 +167,7 @@ class Pretraining(NetworkModel):
 
 
 def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pretraining:
-    """The model of a checkpoint of `checkpointing.read_checkpoint`, with its weights, in eval mode.
+    """The model of a checkpoint of `files.read_checkpoint`, with its weights, in eval mode.
 
     The config in the file is data from elsewhere: it names sizes and options, never what else to build.
 

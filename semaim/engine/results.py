@@ -12,11 +12,11 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
-from semaim.checkpoint import LoadReport
-from semaim.engine.checkpointing import FORMAT
+from semaim.checkpoints.checkpoint import LoadReport
+from semaim.checkpoints.files import FORMAT
+from semaim.checkpoints.normalisation import of_config
+from semaim.checkpoints.safe_reading import read_file
 from semaim.models.vit import SIZES
-from semaim.normalisation import of_config
-from semaim.safe_reading import read_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
 CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: the folders in it that a figure depends on

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from mmengine.config import Config
 
-from semaim.engine.checkpointing import choose_checkpoint, read_checkpoint
+from semaim.checkpoints.files import read_checkpoint
 from semaim.engine.classes import keep_classes
 from semaim.engine.config import check_keys, is_dense, merge, top_keys, types_of
 from semaim.engine.results import config_name
+from semaim.engine.saving import choose_checkpoint
 from semaim.errors import UserError
 
 #: What may be another in a resumed run without --override: where and how it computes, writes and logs, as the number of

@@ -13,9 +13,10 @@ from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from semaim.checkpoints.files import CannotSave, read_checkpoint
 from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
-from semaim.engine.checkpointing import CannotSave, SaveCheckpoints, read_checkpoint, restore_training_state
 from semaim.engine.launcher import SPAWNED, end_with_parent
+from semaim.engine.saving import SaveCheckpoints, restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import Diverged, UserError

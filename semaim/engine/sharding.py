@@ -11,8 +11,9 @@ from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from semaim.checkpoints.divided import divided_like
 from semaim.models.vit import Block
 
 
@@ -50,20 +51,6 @@ def gathered(value: Any) -> Any:
     if isinstance(value, list):
         return [gathered(item) for item in value]
     return value
-
-
-def divided_like(value: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole -> this process's part of it, where `like` is divided; else itself."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-
-
-def load_whole_state(module: nn.Module, state: dict[str, Tensor], strict: bool = True) -> None:
-    """`module.load_state_dict` of whole tensors, also into a divided module."""
-    own = module.state_dict()
-    fitted = {name: divided_like(value, own[name]) if name in own else value for name, value in state.items()}
-    module.load_state_dict(fitted, strict=strict)
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

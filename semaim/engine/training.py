@@ -13,8 +13,9 @@ import semaim.engine.classification  # noqa: F401  registers what configs name
 import semaim.engine.hooks  # noqa: F401
 import semaim.engine.optim  # noqa: F401
 import semaim.engine.pretraining  # noqa: F401
-from semaim import checkpoint
-from semaim.consumers import NEW_IN_CLASSIFIERS
+from semaim import checkpoints
+from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
+from semaim.checkpoints.normalisation import choose, settle
 from semaim.data.folder import ResumableBatches
 from semaim.data.labelled import check_classes
 from semaim.engine.launcher import join
@@ -22,7 +23,6 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
-from semaim.normalisation import choose, settle
 
 
 def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
@@ -78,9 +78,9 @@ def model_config(cfg: Config) -> dict:
     return config
 
 
-def load_pretrained(network: torch.nn.Module, path: str, partial: bool = False) -> checkpoint.LoadReport:
-    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoint.load`."""
-    return checkpoint.load(network, path, NEW_IN_CLASSIFIERS, partial)
+def load_pretrained(network: torch.nn.Module, path: str, partial: bool = False) -> checkpoints.LoadReport:
+    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoints.load`."""
+    return checkpoints.load(network, path, NEW_IN_CLASSIFIERS, partial)
 
 
 def set_data_root(cfg: Config, root: str) -> None:

@@ -58,9 +58,7 @@ class Attention(nn.Module):
         Returns:
             (B, N, D).
         """
-        query, key, value = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, context)
-        )
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, context))
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -197,15 +195,11 @@ class VisionTransformer(nn.Module):
         self.in_chans = in_chans
         self.patch_size = to_2tuple(patch_size)
         self.grid = self.grid_of(to_2tuple(img_size))
-        self.patch_embed = PatchEmbed(
-            None, self.patch_size, in_chans, self.embed_dim, strict_img_size=False
-        )
+        self.patch_embed = PatchEmbed(None, self.patch_size, in_chans, self.embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(self.embed_dim, self.grid), requires_grad=False)
         rates = [drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth)]
-        self.blocks = nn.ModuleList(
-            Block(self.embed_dim, self.num_heads, mlp_ratio, rate, with_cp) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(self.embed_dim, self.num_heads, mlp_ratio, rate, with_cp) for rate in rates)
         self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
         self.reset_parameters()
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from timm.models import get_pretrained_cfg, list_models
 from torch import Tensor, nn
 
-from semaim import checkpoint
-from semaim.consumers import NEW_IN_BACKBONES, NEW_IN_CLASSIFIERS
+from semaim import checkpoints
+from semaim.checkpoints.consumers import NEW_IN_BACKBONES, NEW_IN_CLASSIFIERS
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
@@ -144,10 +144,10 @@ def sizes_in(theirs: nn.Module) -> dict:
     }
 
 
-def file_of(theirs: nn.Module, tag: str, config: bool, args: dict) -> checkpoint.Checkpoint:
-    """What `checkpoint.read` finds in timm's file of a network, with or without config.json beside it."""
+def file_of(theirs: nn.Module, tag: str, config: bool, args: dict) -> checkpoints.Checkpoint:
+    """What `checkpoints.read` finds in timm's file of a network, with or without config.json beside it."""
     told = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
-    return checkpoint.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), told)
+    return checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), told)
 
 
 def build(tag: str, **args) -> nn.Module:
@@ -190,11 +190,11 @@ def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True)
             yield Verdict(tags, config, name, refusal, None if refusal else errors.get(name))
 
 
-def refused(ours: nn.Module, found: checkpoint.Checkpoint, new: tuple[str, ...]) -> str | None:
+def refused(ours: nn.Module, found: checkpoints.Checkpoint, new: tuple[str, ...]) -> str | None:
     """Why a file is refused by a network on the meta device; None where it is not."""
     try:
         with torch.device("meta"):
-            checkpoint.fit(ours, found, new)
+            checkpoints.fit(ours, found, new)
     except UserError as error:
         return str(error)
     return None
@@ -211,7 +211,7 @@ def difference(use: Use, tag: str) -> float:
         noise = torch.randn(parameter.shape, generator=generator) * 0.05
         parameter.copy_(noise + ("norm" in name and name.endswith("weight")))
     ours = use.build(img_size=image, **sizes_in(theirs)).double().eval()
-    _, state = checkpoint.fit(ours, file_of(theirs, tag, True, args), use.new, partial=True)
+    _, state = checkpoints.fit(ours, file_of(theirs, tag, True, args), use.new, partial=True)
     ours.load_state_dict(state, strict=False)
     images = torch.randn(2, 3, *image, generator=generator).double()
     return (use.ours(ours, images) - use.theirs(theirs, images)).abs().max().item()

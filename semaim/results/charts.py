@@ -80,7 +80,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def charts_of(lines: Sequence[dict]) -> list[Chart]:
-    """Loss, learning rate and validations from the lines of `semaim.pictures.read_lines`."""
+    """Loss, learning rate and validations from the lines of `semaim.drawing.pictures.read_lines`."""
     training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
     charts = [
         make_chart(title, "iteration", {name: numbers(training, "iter", key)})

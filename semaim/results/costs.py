@@ -110,7 +110,7 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
     """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
-    from semaim.pictures import read_scalars  # matplotlib takes a second
+    from semaim.drawing.pictures import read_scalars  # matplotlib takes a second
 
     try:
         logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
 from semaim import __version__
+from semaim.drawing.pictures import read_lines
 from semaim.errors import UserError
-from semaim.pictures import read_lines
 from semaim.results import Catalogue, load_published
 from semaim.results.charts import Chart, charts_of
 from semaim.results.opening import make_opening

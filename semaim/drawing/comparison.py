@@ -8,10 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, TRANSFORMS
 from PIL import Image, ImageDraw
 
-from semaim.engine.dense import SCOPES, build, build_data, enter, load_whole
-from semaim.errors import UserError
-from semaim.normalisation import settle
-from semaim.prediction import (
+from semaim.checkpoints.normalisation import settle
+from semaim.drawing.prediction import (
     READABLE,
     Instances,
     add_legend,
@@ -26,6 +24,8 @@ from semaim.prediction import (
     shorten,
     text_size,
 )
+from semaim.engine.dense import SCOPES, build, build_data, enter, load_whole
+from semaim.errors import UserError
 
 Pair = tuple[Image.Image, Image.Image, str]  #: what is there, what was found, and a line about it
 

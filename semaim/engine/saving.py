@@ -1,13 +1,8 @@
-"""Checkpoints that hold tensors and plain containers only, are written whole or not at all, and resume exactly."""
+"""A run's checkpoints: what they hold, when they are saved, and how a run resumes from one exactly."""
 
-import errno
 import os
 import re
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -16,76 +11,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from semaim import __version__
+from semaim.checkpoints.divided import load_whole_state
+from semaim.checkpoints.files import FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
 from semaim.engine.hooks import LateRuntimeInfo
-from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer, load_whole_state
+from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.errors import UserError
 
-FORMAT = "semaim"  #: value of a checkpoint's `format`
 HISTORY = 100  #: logged values kept per scalar, so that smoothed numbers go on where they stood
-
-
-class CannotSave(UserError):
-    """A checkpoint could not be written."""
-
-
-def plain(value: Any) -> Any:
-    """`value` in dicts, lists and tuples, which `weights_only=True` reads back, with its tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else list(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a checkpoint holds no {type(value).__name__}: {value!r}")
-
-
-def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint atomically: a kill or a full disk leaves the file that was there before."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save(plain(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch wraps the file's OSError in a RuntimeError of its own
-        cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "no space left on the disk" if full else str(cause or error)
-        raise CannotSave(f"cannot save {path}: {reason}; earlier checkpoints are whole, go on with --resume") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
-    """Read one of our own checkpoints, on the CPU; `UserError` if it is something else.
-
-    Args:
-        path: of the file.
-        mmap: leave the tensors in the file until they are used, for a look at the rest.
-    """
-    try:
-        mmap = mmap and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"no such checkpoint: {path}") from None
-    except Exception as error:  # unpickling and zip errors are of many types
-        reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
-        raise UserError(f"{path} is no checkpoint of a run of ours: {reason}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path} is no checkpoint of a run of ours: it holds {held[:150]}")
-    return checkpoint
-
-
-def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
-    """The newest checkpoint in a work folder, or None."""
-    latest = Path(work_dir) / "latest.pth"
-    return latest if latest.exists() else None
 
 
 def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:

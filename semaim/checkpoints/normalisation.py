@@ -14,10 +14,10 @@ from typing import Any
 from mmengine.config import Config
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from semaim import hub_config
-from semaim.engine.checkpointing import FORMAT
+from semaim.checkpoints import hub_config
+from semaim.checkpoints.files import FORMAT
+from semaim.checkpoints.safe_reading import read_file
 from semaim.errors import UserError
-from semaim.safe_reading import read_file
 
 Triple = tuple[float, float, float]
 

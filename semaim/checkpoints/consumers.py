@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from semaim import checkpoint
-from semaim.checkpoint import Checkpoint, LoadReport
+from semaim import checkpoints
+from semaim.checkpoints.checkpoint import Checkpoint, LoadReport
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
@@ -31,10 +31,10 @@ class Consumer(NamedTuple):
     left: str = ""  #: what it does not read of a plain ViT
 
     def fit(self, found: Checkpoint, network: nn.Module, partial: bool = False) -> tuple[LoadReport, dict]:
-        """As `checkpoint.fit`; also `UserError` for the detector or segmentor of another task."""
+        """As `checkpoints.fit`; also `UserError` for the detector or segmentor of another task."""
         if self.scope and not partial:
             check_task(found, self.scope)
-        return checkpoint.fit(network, found, self.new, partial)
+        return checkpoints.fit(network, found, self.new, partial)
 
     def build(self, sizes: dict) -> nn.Module:
         """Its network on the meta device, which takes no memory."""
@@ -86,10 +86,10 @@ def check_task(found: Checkpoint, scope: str) -> None:
 
 def load_backbone(backbone: nn.Module, path: str, scope: str, partial: bool = False) -> LoadReport:
     """The pretrained encoder into a detector's or segmentor's backbone."""
-    found = checkpoint.read(path)
+    found = checkpoints.read(path)
     if not partial:
         check_task(found, scope)
-    return checkpoint.load(backbone, found, NEW_IN_BACKBONES, partial)
+    return checkpoints.load(backbone, found, NEW_IN_BACKBONES, partial)
 
 
 def verdicts(found: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import nn
 
-from semaim import checkpoint
+from semaim import checkpoints
 from semaim.data.folder import load_image
 from semaim.engine.dense import build
 from semaim.errors import UserError
@@ -218,7 +218,7 @@ def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[s
 
 def class_names(cfg: Config, weights: str) -> list[str]:
     """Names of the classes: those the checkpoint was trained on, else the config's, else its data set's own."""
-    if told := checkpoint.classes_of(checkpoint.read_file(weights)):
+    if told := checkpoints.classes_of(checkpoints.read_file(weights)):
         return told
     meta = _dataset_class(cfg, cfg.val_dataset.type)._load_metainfo(cfg.val_dataset.get("metainfo"))
     return list(meta.get("classes", ()))

@@ -22,14 +22,15 @@ from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from semaim import __version__, hub_config, same_network
-from semaim.engine.checkpointing import FORMAT, CannotSave, write_checkpoint
-from semaim.engine.sharding import load_whole_state
+from semaim import __version__
+from semaim.checkpoints import hub_config, same_network
+from semaim.checkpoints.divided import load_whole_state
+from semaim.checkpoints.files import FORMAT, CannotSave, write_checkpoint
+from semaim.checkpoints.normalisation import Statistics, of_content
+from semaim.checkpoints.safe_reading import read_file
+from semaim.checkpoints.same_network import ENCODER, kinds
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES, VisionTransformer
-from semaim.normalisation import Statistics, of_content
-from semaim.safe_reading import read_file
-from semaim.same_network import ENCODER, kinds
 
 #: Parts of a block in mmpretrain (left) and ours.
 MMPRETRAIN_BLOCK = (
@@ -79,8 +80,10 @@ RECOGNISED = (
     ("official SemAIM", lambda content, place, prefix, names: isinstance(content.get("model"), str)),
     (
         "mmseg segmentor",
-        lambda content, place, prefix, names: "patch_embed.projection.weight" in names
-        and any(str(name).startswith("decode_head.") for name in (content[place] if place else content)),
+        lambda content, place, prefix, names: (
+            "patch_embed.projection.weight" in names
+            and any(str(name).startswith("decode_head.") for name in (content[place] if place else content))
+        ),
     ),
     ("mmpretrain", lambda content, place, prefix, names: "patch_embed.projection.weight" in names),
     ("detectron2", lambda content, place, prefix, names: prefix.endswith("backbone.net.")),
@@ -481,9 +484,7 @@ def _told_grid(found: Checkpoint) -> tuple[int, int] | None:
     return _grid(found.sizes) if found.network.get("img_size") else None
 
 
-def _fit_positions(
-    table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint, partial: bool = False
-) -> Tensor:
+def _fit_positions(table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint, partial: bool = False) -> Tensor:
     """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it.
 
     With `partial`, rows of other tokens between the class token's and the patches' are left out.
@@ -682,7 +683,7 @@ def _fold_probe(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def inspect(path: str | os.PathLike) -> str:
     """What a checkpoint is, and what our consumers take from it, or why they refuse it."""
-    from semaim.consumers import verdicts  # which imports this module
+    from semaim.checkpoints.consumers import verdicts  # which imports this module
 
     found = read(path)
     state, sizes = found.state, found.sizes

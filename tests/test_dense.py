@@ -18,8 +18,8 @@ from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import MODELS, PARAM_SCHEDULERS  # noqa: E402
 
 from semaim.data.scenes import write_scenes  # noqa: E402
-from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine import dense, dense_task  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.engine.runner import ResumableIterations  # noqa: E402
 from semaim.engine.saving import restore_training_state, training_state  # noqa: E402
 
@@ -38,7 +38,7 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp
         cfg.model.neck.embed_dim, cfg.model.decode_head.in_channels = 64, [64] * 4
         cfg.model.auxiliary_head.in_channels = 64
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(tmp_path / "scenes" / folder))
+    set_data_root(cfg, str(tmp_path / "scenes" / folder))
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     train, val = dense.build_data(cfg)
@@ -113,7 +113,7 @@ def test_the_schedule_goes_on_with_another_accumulation_and_base_rate():
     def run(rate, accumulation):
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-        schedules = [{**part, "optimizer": optimizer} for part in dense.in_steps(parts, accumulation)]
+        schedules = [{**part, "optimizer": optimizer} for part in dense_task.in_steps(parts, accumulation)]
         batches = SimpleNamespace(accumulation=accumulation, length=50)
         return SimpleNamespace(
             model=model,

@@ -18,9 +18,10 @@ from mmengine.registry import DATASETS, MODELS  # noqa: E402
 from semaim import checkpoints  # noqa: E402
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
-from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine import dense, dense_task  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.engine.optim import layer_depths  # noqa: E402
+from semaim.engine.training import prepare_training
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES  # noqa: E402
 
@@ -118,7 +119,7 @@ def test_the_older_recipe_trains_on_four_maps():
     """The config of Li et al. 2021 with a small encoder."""
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py")
     assert (cfg.base_lr, cfg.total_batch_size, cfg.optim_wrapper.paramwise_cfg.layer_decay) == (8e-5, 64, 1.0)
-    scaled = dense.in_steps(cfg.param_scheduler, 2)
+    scaled = dense_task.in_steps(cfg.param_scheduler, 2)
     assert scaled[1]["T_max"] == scaled[1]["end"] == 2 * 184375 and cfg.model.backbone.window_size == 16
     small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
     cfg.model.backbone.update(small)
@@ -202,7 +203,7 @@ def test_layer_decay_reaches_the_backbone_and_not_the_heads():
 def test_samples_follow_from_seed_epoch_and_index(coco):
     cfg = load_config(ROOT / SCENES)
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(coco))
+    set_data_root(cfg, str(coco))
     one, two = (dense.SeededImages(DATASETS.build(cfg.train_dataset), 0) for _ in range(2))
     same = one[(1, 3)]["inputs"]
     two[(0, 0)]
@@ -247,7 +248,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
 
 def test_schedules_count_optimizer_steps():
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
-    scaled = dense.in_steps(cfg.param_scheduler, 2)
+    scaled = dense_task.in_steps(cfg.param_scheduler, 2)
     assert scaled[0]["end"] == 502 and scaled[1]["milestones"] == [327778, 355092]
     assert cfg.param_scheduler[0]["end"] == 251
 
@@ -255,10 +256,10 @@ def test_schedules_count_optimizer_steps():
 def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
     def fails(message, root=coco, weights=None, **more):
         cfg = load_config(ROOT / SCENES, {**SMALL, **more})
-        dense.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         cfg.pretrained = weights and str(weights)
         with pytest.raises(UserError, match=message) as error:
-            dense.plan_dense(cfg, 1)
+            prepare_training(cfg, 1)
         assert "\n" not in str(error.value)
 
     def broken(change):

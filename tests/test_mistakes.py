@@ -12,7 +12,7 @@ from PIL import Image
 
 from semaim.data.folder import load_image, load_pixels
 from semaim.data.scenes import write_scenes
-from semaim.engine.config import load_config
+from semaim.engine.config import load_config, set_data_root
 from semaim.errors import UserError, nearest, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +230,7 @@ def test_a_broken_image_is_named_in_detection_and_segmentation(tmp_path, typed, 
     config, root = (SEGMENTOR, tmp_path / "ade") if kind == "label" else (DETECTOR, tmp_path / "coco")
     cfg = load_config(ROOT / config)
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(root))
+    set_data_root(cfg, str(root))
     folder = root / ("annotations" if kind == "label" else "")
     names = ("training", "validation") if kind == "label" else ("train2017", "val2017")
     files = [sorted((folder / name).iterdir()) for name in names]

@@ -17,12 +17,13 @@ from semaim import checkpoints
 from semaim.checkpoints import hub_config
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.checkpoints.normalisation import choose, settle
-from semaim.engine.config import load_config
+from semaim.engine.config import load_config, set_data_root
 from semaim.engine.dense import averaged
-from semaim.engine.evaluation import evaluate
+from semaim.engine.images import build_datasets
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.results import statistics_of
-from semaim.engine.training import build_datasets, train
+from semaim.engine.testing import test as evaluate
+from semaim.engine.training import train
 from semaim.errors import UserError
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
@@ -185,7 +186,7 @@ def test_a_teacher_is_given_the_students_statistics(monkeypatch):
         seen.update(options)
         raise Guide
 
-    monkeypatch.setattr("semaim.engine.pretraining.build_teacher", teacher)
+    monkeypatch.setattr("semaim.methods.semaim.build_teacher", teacher)
     cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_clip_vit_base_800e.py")
     settle(cfg, None)
     from semaim.engine.training import MODELS, model_config
@@ -284,7 +285,6 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes
     from semaim.drawing.comparison import draw_predictions
-    from semaim.engine import dense
 
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)
     changed = {f"model.backbone.{key}": SIZES[key] for key in ("embed_dim", "num_heads", "depth")}
@@ -293,9 +293,9 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     options, name = flags(changed), "mmdet_configs/semaim_mask_rcnn_scenes.py"
 
     cfg = load_config(ROOT / name, changed)
-    dense.set_data_root(cfg, str(tmp_path / "scenes/coco"))
+    set_data_root(cfg, str(tmp_path / "scenes/coco"))
     cfg.pretrained, cfg.work_dir = ours, str(tmp_path / "run")
-    runner = dense.train_dense(cfg)
+    runner = train(cfg)
     assert runner.model.data_preprocessor.mean.flatten().tolist() == [127.5, 102, 76.5]
     trained = results(tmp_path / "run")
     assert (trained["mean"], trained["std"]) == (MEAN, STD)
@@ -310,7 +310,7 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     assert (tested["mean"], tested["std"]) == (MEAN, STD) and tested["metrics"] == trained["metrics"]
 
     cfg = load_config(ROOT / name, changed)
-    dense.set_data_root(cfg, str(tmp_path / "scenes/coco"))
+    set_data_root(cfg, str(tmp_path / "scenes/coco"))
     draw_predictions(cfg, str(weights), most=1)
     assert cfg.model.data_preprocessor.mean == [127.5, 102, 76.5]
 

@@ -20,10 +20,11 @@ from semaim.checkpoints.files import CannotSave, newest_checkpoint, plain, read_
 from semaim.data.folder import ResumableBatches, find_images
 from semaim.drawing.pictures import read_scalars
 from semaim.engine.launcher import check_processes
-from semaim.engine.pretraining import build_teacher, model_from_checkpoint
+from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.runner import Resumable
 from semaim.engine.saving import choose_checkpoint
-from semaim.engine.training import plan_run, train
+from semaim.engine.teachers import build_teacher
+from semaim.engine.training import prepare_training, train
 from semaim.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,7 +316,7 @@ def test_a_teacher_out_of_reach_names_the_file_to_give(monkeypatch):
 def build_teacher_without_weights(name):
     """`build_teacher` of a model that timm builds without fetching anything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semaim.engine.pretraining.create_model", lambda *_, **__: timm.create_model(name))
+        patch.setattr("semaim.engine.teachers.create_model", lambda *_, **__: timm.create_model(name))
         return build_teacher(name)
 
 
@@ -438,7 +439,7 @@ def test_more_gpus_than_there_are(monkeypatch):
 
 def test_a_batch_that_cannot_be_split(tiny_config):
     with pytest.raises(UserError, match="a total batch of 8 images cannot be split evenly over 3 processes"):
-        plan_run(tiny_config(), 3)
+        prepare_training(tiny_config(), 3)
 
 
 # Checkpoint files.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_BACKBONES, load_backbone
 from semaim.engine.dense import load_whole
-from semaim.engine.training import load_pretrained
+from semaim.engine.images import load_pretrained
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT

@@ -22,7 +22,8 @@ from mmengine.registry import MODELS  # noqa: E402
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
+from semaim.engine.training import prepare_training
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
 
@@ -201,10 +202,10 @@ def test_bad_input_is_one_line_before_training(tmp_path):
         shutil.copytree(good, root)
         change(root)
         cfg = load_config(ROOT / SCENES, {**SMALL, "model.decode_head.in_channels": [32] * 4, **more})
-        dense.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         cfg.pretrained = weights and str(weights)
         with pytest.raises(UserError, match=message) as error:
-            dense.plan_dense(cfg, 1)
+            prepare_training(cfg, 1)
         assert "\n" not in str(error.value)
 
     def paint(convert):
@@ -243,8 +244,8 @@ def test_bad_input_is_one_line_before_training(tmp_path):
     palette = Image.open(good / label).convert("P")
     palette.putpalette([3, 5, 7] * 256)
     value(palette, 255).save(good / label)
-    dense.set_data_root(cfg, str(good))
-    assert dense.plan_dense(cfg, 2).images == 2
+    set_data_root(cfg, str(good))
+    assert prepare_training(cfg, 2).plan.images == 2
 
 
 def test_slide_inference_is_the_mean_over_windows():

@@ -166,9 +166,9 @@ def test_pictures_show_what_there_is(target):
 
 def build(network):
     """The network of a config."""
-    from semaim.engine.pretraining import build_semaim
+    from semaim.engine.pretraining import build_network
 
-    return build_semaim(**{key: value for key, value in network.items() if key != "type"})
+    return build_network(network)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_s
 from semaim import checkpoints  # noqa: E402
 from semaim.checkpoints.safe_reading import read_file  # noqa: E402
 from semaim.data.scenes import write_scenes  # noqa: E402
-from semaim.engine import dense  # noqa: E402
+from semaim.engine import dense, dense_task  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.schedule import plan_batch  # noqa: E402
 from semaim.errors import UserError
@@ -251,6 +251,6 @@ def test_a_released_file_is_told_from_a_pretrained_encoder(released):
 )
 def test_how_many_images_a_batch_normalisation_sees(processes, images, synced, seen):
     norm = torch.nn.SyncBatchNorm(3) if synced else torch.nn.BatchNorm2d(3)
-    told = dense.batch_norm_note(torch.nn.Sequential(norm), plan_batch(16, processes, images, 1.0))
+    told = dense_task.batch_norm_note(torch.nn.Sequential(norm), plan_batch(16, processes, images, 1.0))
     assert told is None if seen is None else f"sees {seen} images at a time, not the 16 of a step" in told
-    assert dense.batch_norm_note(torch.nn.LayerNorm(3), plan_batch(16, 1, 4, 1.0)) is None
+    assert dense_task.batch_norm_note(torch.nn.LayerNorm(3), plan_batch(16, 1, 4, 1.0)) is None

@@ -24,8 +24,8 @@ from semaim.drawing.prediction import (
     text_size,
     to_picture,
 )
-from semaim.engine.config import load_config
-from semaim.engine.dense import SCOPES, SeededImages, build, enter, set_data_root
+from semaim.engine.config import load_config, set_data_root
+from semaim.engine.dense import SeededImages, build, check_dense, enter
 from semaim.errors import UserError, run
 
 
@@ -72,8 +72,7 @@ def main() -> int:
     if args.images < 1:
         raise UserError(f"--images {args.images}: give 1 or more")
     cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope not in SCOPES:
-        raise UserError(f"{args.config} is no detector's or segmentor's config")
+    check_dense(cfg)
     if args.data_root:
         set_data_root(cfg, args.data_root)
     enter(cfg)

@@ -31,7 +31,7 @@ from semaim.drawing.prediction import (
     shares_of,
 )
 from semaim.engine.config import load_config
-from semaim.engine.dense import SCOPES, build, enter, load_whole
+from semaim.engine.dense import build, check_dense, enter, load_whole
 from semaim.errors import UserError, run
 
 
@@ -90,8 +90,7 @@ def picture_names(paths: Sequence[str]) -> list[str]:
 def main() -> int:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope not in SCOPES:
-        raise UserError(f"{args.config} is no detector's or segmentor's config")
+    check_dense(cfg)
     if not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
     given = [path for name in args.images for path in (find_images(name) if Path(name).is_dir() else [name])]

@@ -15,18 +15,15 @@ from pathlib import Path
 
 from semaim.engine.launcher import check_processes, launched
 from semaim.errors import UserError, check_work_dir, run
+from semaim.registry import variants
 from semaim.results import load_published
 from semaim.results.costs import cost_of, parse_rates, totals
 from semaim.results.formats import FORMATS, glance
 from semaim.results.running import Children, here, read, refuse_changes
-from semaim.results.stages import METHODS, NAMES, PICTURES, SCALES, VARIANTS, Stage, plan
+from semaim.results.stages import PICTURES, SCALES, Stage, default_methods, plan, stage_names, stage_tasks
 from semaim.results.table import make_table
 
-#: What the stages of a task import: a package, and the stage's name.
-PACKAGES = {"detection": "mmdet", "segmentation": "mmseg"}
 FILES = {"md": "table.md", "csv": "table.csv", "html": "table.html", "latex": "table.tex"}
-#: Which stages begin first, where several can: the short ones then fill what is left.
-LONGEST_FIRST = ("scenes", "pretrain", "detection", "segmentation", "finetune", "linear", "knn")
 #: What the report of scale quick says first.
 LEAD = (
     "These are drawn scenes at level {level}, a tiny encoder and minutes of training. They show whether the parts work"
@@ -46,14 +43,14 @@ def parse_args() -> argparse.Namespace:
         help="quick: built-in scenes, on a CPU, minutes; study: small data, one GPU; paper: ImageNet, COCO, ADE20K",
     )  # fmt: skip
     parser.add_argument("--work-dir", metavar="DIR", help="folder of all runs (default: work_dirs/SCALE)")
-    methods = (*METHODS, *VARIANTS)
-    default = f"(default: quick, semaim scratch; else {' '.join(METHODS)})"
+    methods, stages = list(variants()), stage_names()
+    default = f"(default: quick, {' '.join(default_methods('quick'))}; else {' '.join(default_methods('paper'))})"
     parser.add_argument(
         "--methods", nargs="+", choices=methods, metavar="METHOD", help=f"{', '.join(methods)} {default}"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of each (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STAGE", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--skip", nargs="+", choices=NAMES, metavar="STAGE", default=[], help="all but these")
+    parser.add_argument("--only", nargs="+", choices=stages, metavar="STAGE", help=f"of {', '.join(stages)}")
+    parser.add_argument("--skip", nargs="+", choices=stages, metavar="STAGE", default=[], help="all but these")
     parser.add_argument("--gpus", metavar="N", help="of each node; all for all (default: 1, at paper scale 8)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --dry-run: commands for several")
     parser.add_argument(
@@ -114,7 +111,7 @@ def count_images(root: Path | None) -> tuple[int, int] | None:
 
 def choose(stages: list[Stage], args: argparse.Namespace) -> list[Stage]:
     """The stages asked for; `UserError` where one needs a pretraining that is neither there nor asked for."""
-    names = {"scenes", *(args.only or NAMES)} - set(args.skip)
+    names = {"scenes", *(args.only or stage_names())} - set(args.skip)
     chosen = [stage for stage in stages if stage.name in names]
     if not any(stage.method for stage in chosen):
         raise UserError("no stage is left: see --only, --skip and the folders of data")
@@ -140,7 +137,7 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
         needed = by_title.get(stage.needs)
         if needed and needed not in chosen and not needed.result.exists():
             raise UserError(f"{stage.title} needs {needed.result}, which is not there: let {needed.title} run first")
-        package = PACKAGES.get(stage.name)
+        package = stage.task and stage.task.needs
         if package and not stage.result.exists() and not importlib.util.find_spec(package):
             flags = "tools/setup.sh --extras all, or leave it out: --skip detection segmentation"
             raise UserError(f"{stage.title}: {package} is not installed: {flags}")
@@ -182,7 +179,7 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
 
         while True:
             waiting = {stage.title for stage in [*left, *running.values()]}
-            for stage in sorted(left, key=lambda stage: LONGEST_FIRST.index(stage.name)) if jobs > 1 else left[:1]:
+            for stage in sorted(left, key=weight, reverse=True) if jobs > 1 else left[:1]:
                 ready = stage.needs not in waiting and (not stage.method or "scenes" not in waiting)
                 if len(running) < jobs and ready and not code and not children.stopped:
                     left.remove(stage)
@@ -212,6 +209,11 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
         if not code and left:
             raise UserError(f"{left[0].title} waits for {left[0].needs}, which waits too")
         return code
+
+
+def weight(stage: Stage) -> int:
+    """Which stages begin first, where several can: the short ones then fill what is left."""
+    return stage.task.weight if stage.task else 100
 
 
 def carry_out(stage: Stage, children: Children, jobs: int) -> int:
@@ -285,9 +287,10 @@ def main() -> int:
     given = lengths(args.length)
     stages = plan(args.scale, work, args.methods, args.seeds, folders, given, counted, gpus, args.nodes)
     chosen = choose(stages, args)
-    for name, flag in (("detection", "coco"), ("segmentation", "ade")):
-        if args.scale == "study" and not folders[flag] and name in {*(args.only or NAMES)} - {*args.skip}:
-            print(f"{name} is left out: there is no --{flag} DIR", flush=True)
+    for name in [name for name in stage_tasks(args.scale) if name in {*(args.only or stage_names())} - {*args.skip}]:
+        source = stage_tasks(args.scale)[name].source
+        if args.scale == "study" and not folders[source]:
+            print(f"{name} is left out: there is no --{source} DIR", flush=True)
     if args.dry_run:
         show(chosen, rates)
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from semaim.cli.options import ConfigOptions
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
-from semaim.errors import UserError, check_work_dir, run
+from semaim.errors import check_work_dir, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,19 +38,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope != "mmengine":
-        from semaim.engine.dense import check_test as check
-        from semaim.engine.dense import set_data_root
-        from semaim.engine.dense import test_dense as work
+    from semaim.engine.config import set_data_root  # takes seconds
+    from semaim.engine.testing import prepare_test, test
 
-        cfg.tta = args.tta or cfg.get("tta", False)
-    else:
-        if args.tta:
-            raise UserError("--tta is for segmentors")
-        from semaim.engine.evaluation import check_evaluation as check
-        from semaim.engine.evaluation import evaluate as work
-        from semaim.engine.training import set_data_root
+    cfg = load_config(args.config, args.cfg_options)
+    if args.tta:
+        cfg.tta = True
     if args.data_root:
         set_data_root(cfg, args.data_root)
     weights = args.checkpoint or args.pretrained
@@ -58,11 +51,12 @@ def main() -> int:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
-    def prepare(processes: int) -> None:
-        check(cfg, weights)
+    def prepare(processes: int):
+        prepared = prepare_test(cfg, weights)
         check_work_dir(cfg.work_dir)
+        return prepared
 
-    return command(prepare, lambda: work(cfg, weights), args.gpus)
+    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.gpus)
 
 
 if __name__ == "__main__":

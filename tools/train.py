@@ -5,12 +5,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.config import Config
-
 from semaim.cli.options import ConfigOptions
 from semaim.engine.config import load_config
 from semaim.engine.launcher import command
 from semaim.errors import check_work_dir, run
+from semaim.reading import read_once
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,17 +46,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    from semaim.engine.resuming import data_roots, go_on  # takes seconds
+    from semaim.engine.config import data_roots, set_data_root
+    from semaim.engine.resuming import go_on  # takes seconds
+    from semaim.engine.training import prepare_training, train
 
     cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope != "mmengine":
-        from semaim.engine.dense import plan_dense as plan
-        from semaim.engine.dense import set_data_root
-        from semaim.engine.dense import train_dense as work
-    else:
-        from semaim.engine.training import plan_run as plan
-        from semaim.engine.training import set_data_root
-        from semaim.engine.training import train as work
     given = dict(args.cfg_options or {})
     if args.data_root:
         set_data_root(cfg, args.data_root)
@@ -67,16 +60,15 @@ def main() -> int:
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-    resume_from, notes = go_on(cfg, given, args.resume, args.override)
+    with read_once():
+        resume_from, notes = go_on(cfg, given, args.resume, args.override)
 
-    def prepare(processes: int) -> None:
-        planned = Config(cfg.to_dict(), filename=cfg.filename)
-        if resume_from:
-            planned.pop("pretrained")  # its weights are in the checkpoint
-        plan(planned, processes)
-        check_work_dir(cfg.work_dir)
+        def prepare(processes: int):
+            prepared = prepare_training(cfg, processes, resume_from)
+            check_work_dir(cfg.work_dir)
+            return prepared
 
-    return command(prepare, lambda: work(cfg, resume_from, notes), args.gpus)
+        return command(prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus)
 
 
 if __name__ == "__main__":

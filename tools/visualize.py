@@ -84,15 +84,15 @@ def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
 def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     """The picture of a detector's or segmentor's checkpoint."""
     from semaim.drawing.comparison import draw_predictions
-    from semaim.engine.config import load_config
-    from semaim.engine.dense import SCOPES, set_data_root
+    from semaim.engine.config import load_config, set_data_root
+    from semaim.engine.dense import is_dense
 
     if not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
     if args.columns < 1:
         raise UserError(f"--columns {args.columns}: give 1 or more")
     cfg = load_config(args.config, args.cfg_options)
-    if args.data_root and cfg.get("default_scope") in SCOPES:
+    if args.data_root and is_dense(cfg):
         set_data_root(cfg, args.data_root)
     return draw_predictions(cfg, args.checkpoint, paths, args.most, args.score_thr, args.columns)
 

@@ -1,5 +1,6 @@
 """What every detector's run shares: log line, checkpoints, writers, seed."""
 
+task = "detection"
 default_scope = "mmdet"
 num_workers = 4
 seed = 0

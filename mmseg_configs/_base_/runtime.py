@@ -1,5 +1,6 @@
 """What every segmentor's run shares: log line, checkpoints, writers, seed."""
 
+task = "segmentation"
 default_scope = "mmseg"
 num_workers = 4
 seed = 0

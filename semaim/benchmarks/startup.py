@@ -20,7 +20,7 @@ IMPORTS = {
 FIRST_STEP = """
 import time; start = time.perf_counter(); marks = {{}}
 from semaim.engine.config import load_config
-import semaim.engine.training as training
+import semaim.engine.images as training
 import torch
 from mmengine.registry import MODELS
 from semaim.engine.runner import training_loader

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from semaim.errors import UserError
+from semaim.reading import keeping, once
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
 
@@ -60,8 +61,8 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
         mmap: leave the tensors in the file until they are used, for a look at the rest.
     """
     try:
-        mmap = mmap and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        mapped = mmap and not keeping() and zipfile.is_zipfile(path)
+        checkpoint = once(path, lambda it: torch.load(it, map_location="cpu", weights_only=True, mmap=mapped))
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types

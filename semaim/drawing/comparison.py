@@ -24,7 +24,7 @@ from semaim.drawing.prediction import (
     shorten,
     text_size,
 )
-from semaim.engine.dense import SCOPES, build, build_data, enter, load_whole
+from semaim.engine.dense import build, build_data, check_dense, enter, load_whole
 from semaim.errors import UserError
 
 Pair = tuple[Image.Image, Image.Image, str]  #: what is there, what was found, and a line about it
@@ -43,8 +43,7 @@ def draw_predictions(
         threshold: least score of a found object.
         columns: pairs beside each other.
     """
-    if cfg.get("default_scope") not in SCOPES:
-        raise UserError(f"{cfg.filename} is no detector's or segmentor's config")
+    check_dense(cfg)
     enter(cfg)
     settle(cfg, weights)
     (images,) = build_data(cfg, ("val_dataset",))

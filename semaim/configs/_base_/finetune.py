@@ -5,6 +5,7 @@ MAE's recipe differs in its warm-up only, of 5 epochs.
 
 _base_ = "runtime.py"
 
+task = "finetune"
 model = dict(
     type="Classification",
     network=dict(

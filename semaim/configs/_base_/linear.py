@@ -2,6 +2,7 @@
 
 _base_ = "runtime.py"
 
+task = "linear"
 model = dict(
     type="Classification",
     network=dict(

@@ -2,6 +2,7 @@
 
 _base_ = "runtime.py"
 
+task = "pretrain"
 model = dict(
     type="Pretraining",
     network=dict(

@@ -1,6 +1,6 @@
 """What every stage on images shares: log line, checkpoints, writers, seed."""
 
-default_scope = "mmengine"  # our types are in its root registries
+default_scope = "semaim"
 compile = False
 num_workers = 8
 seed = 0

@@ -10,7 +10,6 @@ every scope can name them.
 """
 
 import importlib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,7 +46,7 @@ class Metric:
         factor: the recorded number times this is in that unit.
         higher_is_better: the direction.
         tabled: whether the table has it, or only the report.
-        least: a smaller number says that there was nothing to measure, as COCO's -1.
+        least: a smaller number says that there was nothing to measure, as COCO's -1; None where all are measured.
     """
 
     label: str
@@ -56,7 +55,11 @@ class Metric:
     factor: float = 1.0
     higher_is_better: bool = True
     tabled: bool = True
-    least: float = -math.inf
+    least: float | None = None
+
+    def measured(self, number: float | None) -> bool:
+        """Whether a recorded number is a figure."""
+        return number is not None and (self.least is None or number >= self.least)
 
 
 class Task:

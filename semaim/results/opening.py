@@ -1,7 +1,6 @@
 """What a report opens with: pretrained encoders beside random weights, and what of each difference is sure."""
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,13 +105,13 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
 
 
 def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
-    """The measures of a results.json that have a short name, AP50 included; of k-NN the usual k, or else the smallest."""
+    """The measures of a results.json that have a short name; of k-NN the usual k, or else the smallest."""
     found = read_runs(file, catalogue)
     for run in found[:1]:
         task = task_titled(run.task)
         for name, metric in (task.metrics if task else {}).items():
-            value = run.raw["metrics"].get(name, -math.inf)
-            if metric.short and not metric.tabled and value >= metric.least:
+            value = run.raw["metrics"].get(name)
+            if metric.short and not metric.tabled and metric.measured(value):
                 found.append(replace(run, metric=metric.label, value=metric.factor * float(value)))
     first: dict[str, Run] = {}  # of one short name, the first: numbers of neighbours are by rising k
     for run in found:

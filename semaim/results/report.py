@@ -143,8 +143,8 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
     named = [name for text in part.configs.values() for name in TASK.findall(text)]
     told = [task.title for task in tasks() if task.name in named]
-    tasks = [run.task for run in read_runs(results, catalogue)] if raw else []
-    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *tasks, raw.get("stage")) if stage), "")
+    measured = [run.task for run in read_runs(results, catalogue)] if raw else []
+    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *measured, raw.get("stage")) if stage), "")
     part.charts = charts_of(lines)
     part.facts = facts_of(lines, logs, raw)
     part.measured = {key: worded(value) for key, value in raw.get("metrics", {}).items()}

@@ -100,9 +100,9 @@ def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     runs = []
     for name, (title, metric) in reported(raw["metrics"], raw.get("task"), raw.get("reported")).items():
         title = title or raw.get("task") or (recipe.task if recipe else "classification")
-        value = metric.factor * float(raw["metrics"][name])
-        if value < metric.least:
+        if not metric.measured(raw["metrics"][name]):
             continue
+        value = metric.factor * float(raw["metrics"][name])
         follows = recipe if recipe and recipe.task == title else None
         label = measured(metric.label, scales_of(raw))
         label += f", {raw['features']}" if raw.get("features", CLS) != CLS else ""

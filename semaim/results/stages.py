@@ -197,8 +197,8 @@ def plan(
         scale: of `SCALES`.
         work: folder of all runs.
         methods, seeds: which; None for the scale's methods.
-        roots: folders of the images by `Task.source`: "images" (class folders), "coco", "ade"; "scenes" at quick scale. None, or
-            missing, is the config's own at paper scale; elsewhere the stages that need it are left out.
+        roots: folders of the images by `Task.source`: "images" (class folders), "coco", "ade"; "scenes" at quick scale.
+            None, or missing, is the config's own at paper scale; elsewhere the stages that need it are left out.
         lengths: in place of some of `LENGTHS`.
         images: training and validation images in the class folders, where they are known.
         gpus, nodes: GPUs of a node, and nodes, at most.

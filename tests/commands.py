@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from semaim.drawing.pictures import read_scalars
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 

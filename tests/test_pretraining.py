@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from semaim.checkpoints.files import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.data.folder import ResumableBatches, find_images
-from semaim.drawing.pictures import read_scalars
 from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import build_teacher, model_from_checkpoint
 from semaim.engine.runner import Resumable
 from semaim.engine.saving import choose_checkpoint
 from semaim.engine.training import plan_run, train
 from semaim.errors import UserError
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -197,7 +197,7 @@ class OrderPictures(Hook):
         state = gathered(model.network.state_dict()) if is_sharded(model) else None
         if not is_main_process():
             return
-        from semaim.drawing.pictures import draw_orders  # matplotlib takes a second to import
+        from semaim.drawing.encoder import draw_orders  # matplotlib takes a second to import
         from semaim.engine.pretraining import model_from_checkpoint
 
         if state:

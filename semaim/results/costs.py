@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from semaim.errors import UserError, nearest
+from semaim.results.logs import read_scalars
 from semaim.results.running import ROOT, read
 from semaim.results.stages import METHODS, NAMES, VARIANTS, Stage
 
@@ -110,8 +111,6 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
     """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
-    from semaim.drawing.pictures import read_scalars  # matplotlib takes a second
-
     try:
         logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
     except UserError:

@@ -180,7 +180,9 @@ class Method:
     Attributes:
         network: an nn.Module over our encoder, or None for random weights. Its call takes images (B, 3, H, W),
             normalised, and draw (B, L), uniform numbers in [0, 1) that come with each image; it gives an object with
-            a scalar `loss`, and `prediction` and `target` (B, L, width). Its parameters keep the encoder's names.
+            a scalar `loss`, and `prediction` and `target` (B, L, width). Its parameters keep the encoder's names. It
+            is drawn by what that object has besides: the `order` int64 (B, L) of the prediction, or a `mask` (B, L),
+            1 where a patch was removed; see `semaim.drawing.encoder`.
         variants: name for tools/reproduce.py -> `Variant`.
         place: where it stands among the others; a new one comes before random weights.
         picture: which picture of tools/visualize.py shows it best: "order" or "reconstruction".
@@ -207,18 +209,6 @@ class Method:
     def title(cls, config: Mapping) -> str:
         """The method's name as published.yaml spells it; `config` is the network's."""
         return str(config.get("type"))
-
-    @staticmethod
-    def columns(network, shown, output, rebuilt) -> dict[str, list]:
-        """How it is drawn: heading -> a panel for each image; see `semaim.drawing`.
-
-        Args:
-            network: on any device.
-            shown: the images, uint8 (B, 3, H, W).
-            output: what the network's call gave for them, normalised.
-            rebuilt: predictions as images, floats in [0, 1] (B, 3, H, W); None where the target is no pixels.
-        """
-        raise NotImplementedError
 
 
 def methods() -> dict[str, type[Method]]:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from semaim.drawing.pictures import read_scalars
 from semaim.registry import task_of
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,8 +1,11 @@
 """Fixtures of all tests."""
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yapf  # noqa: F401
@@ -89,6 +92,24 @@ def tiny_config(scenes, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """A tool in this process, which saves the seconds of imports."""
+    from semaim.errors import run
+
+    def start(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"tools_{name[:-3]}", ROOT / "tools" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        status = run(module.main)
+        done = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=done.out, stderr=done.err)
+
+    return start
 
 
 @pytest.fixture(scope="session")

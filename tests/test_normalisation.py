@@ -284,7 +284,7 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
 def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes
-    from semaim.drawing.comparison import draw_predictions
+    from semaim.engine.predicting import draw_predictions
 
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)
     changed = {f"model.backbone.{key}": SIZES[key] for key in ("embed_dim", "num_heads", "depth")}

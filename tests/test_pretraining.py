@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from semaim.checkpoints.files import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.data.folder import ResumableBatches, find_images
-from semaim.drawing.pictures import read_scalars
 from semaim.engine.launcher import check_processes
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.runner import Resumable
@@ -26,6 +25,7 @@ from semaim.engine.saving import choose_checkpoint
 from semaim.engine.teachers import build_teacher
 from semaim.engine.training import prepare_training, train
 from semaim.errors import UserError
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,10 @@ import torch
 from commands import flags, losses, one_line, results, tool
 
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
-from semaim.drawing.pictures import read_lines
 from semaim.engine.config import load_config
 from semaim.engine.resuming import go_on
 from semaim.errors import UserError
+from semaim.results.logs import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"

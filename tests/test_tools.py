@@ -14,7 +14,7 @@ from commands import one_line, tool
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from semaim.drawing.pictures import draw_orders, reconstruct
+from semaim.drawing.encoder import draw_orders, reconstruct
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.training import train
 from semaim.models.vit import patchify

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS
 from PIL import Image, ImageDraw
 
 from semaim.cli.options import ConfigOptions
-from semaim.drawing.prediction import (
+from semaim.drawing.objects import (
     READABLE,
     Instances,
     add_legend,
@@ -22,10 +22,10 @@ from semaim.drawing.prediction import (
     shares_of,
     shorten,
     text_size,
-    to_picture,
 )
 from semaim.engine.config import load_config, set_data_root
 from semaim.engine.dense import SeededImages, build, check_dense, enter
+from semaim.engine.predicting import to_picture
 from semaim.errors import UserError, run
 
 

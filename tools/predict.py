@@ -15,23 +15,10 @@ from mmengine.registry import MODELS
 from semaim.checkpoints.normalisation import settle
 from semaim.cli.options import ConfigOptions
 from semaim.data.folder import find_images
-from semaim.drawing.prediction import (
-    Instances,
-    add_legend,
-    build_pipeline,
-    category_ids,
-    class_names,
-    class_results,
-    coco_results,
-    draw_classes,
-    draw_instances,
-    name_of,
-    percent,
-    predict,
-    shares_of,
-)
+from semaim.drawing.objects import Instances, add_legend, draw_classes, draw_instances, name_of, percent, shares_of
 from semaim.engine.config import load_config
 from semaim.engine.dense import build, check_dense, enter, load_whole
+from semaim.engine.predicting import build_pipeline, category_ids, class_names, class_results, coco_results, predict
 from semaim.errors import UserError, run
 
 

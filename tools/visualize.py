@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     """The picture of a pretraining checkpoint."""
     from semaim.checkpoints.files import read_checkpoint
-    from semaim.drawing import pictures
+    from semaim.drawing import encoder as pictures
     from semaim.engine.pretraining import model_from_checkpoint
 
     draw = {
@@ -83,9 +83,9 @@ def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
 
 def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     """The picture of a detector's or segmentor's checkpoint."""
-    from semaim.drawing.comparison import draw_predictions
     from semaim.engine.config import load_config, set_data_root
     from semaim.engine.dense import is_dense
+    from semaim.engine.predicting import draw_predictions
 
     if not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
@@ -103,7 +103,8 @@ def main() -> int:
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
     if args.command == "curve":
-        from semaim.drawing.pictures import draw_curve, read_scalars
+        from semaim.drawing.curves import draw_curve
+        from semaim.results.logs import read_scalars
 
         picture = draw_curve(read_scalars(args.work_dir), title=Path(args.work_dir).name)
     else:

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS
 
 from semaim.errors import UserError, nearest
 from semaim.registry import task_of, variants
+from semaim.results.logs import read_scalars
 from semaim.results.running import ROOT, read
 from semaim.results.stages import Stage, stage_names
 
@@ -111,8 +112,6 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
     """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
-    from semaim.drawing.pictures import read_scalars  # matplotlib takes a second
-
     try:
         logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
     except UserError:

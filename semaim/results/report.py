@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
 from semaim import __version__
-from semaim.drawing.pictures import read_lines
+from semaim.drawing.curves import Chart, charts_of
 from semaim.errors import UserError
 from semaim.registry import tasks
 from semaim.results import Catalogue, load_published
-from semaim.results.charts import Chart, charts_of
+from semaim.results.logs import read_lines
 from semaim.results.opening import make_opening
 from semaim.results.runs import read_results, read_runs
 from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table

@@ -21,7 +21,7 @@ from semaim.engine.config import CONFIGS
 from semaim.engine.network import compile_blocks
 from semaim.engine.optim import fuse, group_parameters
 from semaim.errors import UserError
-from semaim.models import PixelTarget, SemAIM, linear
+from semaim.models import PixelTarget, SemAIM, cpu_products
 from semaim.models.vit import SIZES
 
 #: Largest relative differences between ours and the baseline, both in fp32, before anything is timed.
@@ -130,7 +130,7 @@ def step_flops(step: Callable[[], object]) -> int:
 
     Attention counts in full, masked half included. oneDNN is left aside for this once, as its products are not counted.
     """
-    with patch.object(linear, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
+    with patch.object(cpu_products, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 

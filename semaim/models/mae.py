@@ -20,9 +20,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from semaim.models.semaim import take
 from semaim.models.targets import PixelTarget
-from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions
+from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions, take
 
 
 class MAEOutput(NamedTuple):

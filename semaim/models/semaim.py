@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from semaim.models.linear import Linear, Mlp
 from semaim.models.ordering import SEMANTIC_ORDERS, check_order, make_order, similarity_map
+from semaim.models.recompute import Linear
 from semaim.models.targets import FeatureTarget, PixelTarget, Teacher
-from semaim.models.vit import Block, CrossAttention, VisionTransformer
+from semaim.models.vit import Block, CrossAttention, Mlp, VisionTransformer, take
 
 
 class Output(NamedTuple):
@@ -177,8 +177,3 @@ class SemAIM(VisionTransformer):
         weights = dict(self.named_parameters())
         averages = dict(self.ema.named_parameters())
         get_ema_multi_avg_fn(decay)(list(averages.values()), [weights[name] for name in averages], None)
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, N, D) at index (B, M) -> (B, M, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

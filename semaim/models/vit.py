@@ -12,7 +12,7 @@ from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semaim.models.linear import Linear, Mlp, linear, lowered
+from semaim.models.recompute import Linear, in_autocast_dtype, linear, linear_after_gelu, linear_after_norm
 
 #: Widths of the published models. `huge` has patch 14 in MAE and patch 16 in SemAIM's code: the config names it.
 SIZES = {
@@ -86,8 +86,26 @@ class CrossAttention(Attention):
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `x`, keys and values from `context`."""
-        context = lowered(context)
+        context = in_autocast_dtype(context)  # one copy for both layers
         return self.q(x), self.k(context), self.v(context)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), with timm's names.
+
+    Args:
+        dim, hidden, out: channels; `out` is `dim` if None.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, out or dim)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """(..., dim) -> (..., out), of norm(x) if a norm is given."""
+        hidden = self.fc1(x) if norm is None else linear_after_norm(x, norm, self.fc1)
+        return linear_after_gelu(hidden, self.fc2)
 
 
 class Block(nn.Module):
@@ -273,6 +291,11 @@ class VisionTransformer(nn.Module):
         last = self.blocks[-1]
         attention = last.attn.class_attention(last.norm1(tokens))
         return self.norm(last(tokens)), attention
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, N, D) at index (B, M) -> (B, M, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -44,7 +44,7 @@ def on_objects(files: Sequence[Path], grid: Grid, background: int) -> Tensor:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from None
         if classes.ndim != 2 or classes.shape[0] != classes.shape[1]:
-            raise UserError(f"{file} is no square map of classes: give --scenes a folder of built-in scenes")
+            raise UserError(f"{file} is not a square map of classes: give --scenes a folder of built-in scenes")
         objects = Image.fromarray(((classes != 0) & (classes != background)).astype(np.float32))
         rows.append(np.asarray(objects.resize(grid[::-1], Image.Resampling.BOX)).ravel())
     return torch.from_numpy(np.stack(rows)) >= 0.5 - 1e-6  # for rounding in the mean

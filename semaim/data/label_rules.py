@@ -147,7 +147,7 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
     if not labels.occurring:
         values = ", ".join(map(str, labels.values))
         text = f"all pixels of {labels.split} are ignored, its maps hold {values} with reduce_zero_label="
-        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{mend or ': nothing can be learned of it'}"
+        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{mend or ': nothing can be learned'}"
         return
     if len(labels.occurring) == 1:
         (one,) = labels.occurring
@@ -161,7 +161,7 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
             "counted from 0, it seems",
             f"{labels.split} holds every value from 0 to {classes - 1} and never {classes}, the last of {classes}"
             " classes with reduce_zero_label=True, which ignores 0: set it to False if the classes count from 0; if 0"
-            f" is unlabelled and {labels.name(classes - 1)} just absent, say so by"
+            f" is unlabelled and {labels.name(classes - 1)} just absent, say so with"
             f" most_ignored={math.ceil(100 * labels.ignored) / 100:g}",
         )
     if most_ignored is not None and labels.ignored > most_ignored:
@@ -170,8 +170,8 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         yield (
             "more ignored than the config expects",
             f"{labels.ignored:.1%} of the pixels of {labels.split} are ignored ({', '.join(shares)}), the config's"
-            f" most_ignored is {most_ignored:.1%}: are these labels numbered otherwise? (CamVid's own, 0 to 10 with 11"
-            " for void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
+            f" most_ignored is {most_ignored:.1%}: are these labels numbered differently? (CamVid's own, 0 to 10 with"
+            " 11 for void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
         )
 
 

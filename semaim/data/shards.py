@@ -25,14 +25,14 @@ def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
                     if member.offset_data + member.size > length:
-                        raise UserError(f"{shard} ends within {member.name}: copy it anew")
+                        raise UserError(f"{shard} ends within {member.name}: copy it again")
                     name = os.path.basename(member.name).lower()
                     image = name.endswith(extensions) and not name.startswith(".")
                     if image and member.isreg() and not member.issparse():
                         found.append(f"{shard}?{member.offset_data}+{member.size}={member.name}")
                     archive.members.clear()  # a header is 1 kB in memory
         except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{shard} is no tar file, or a broken one ({error}): copy it anew, or remove it") from None
+            raise UserError(f"{shard} is no tar file, or a broken one ({error}): copy it again, or remove it") from None
     return found
 
 

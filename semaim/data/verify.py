@@ -83,7 +83,7 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
     """
     document = _read_coco(ann, images)
     records = document["annotations"]
-    hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all that is wrong"
+    hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all problems"
     try:
         sizes = {record["id"]: (record["width"], record["height"]) for record in document["images"]}
         names = [record["file_name"] for record in document["images"]]
@@ -104,7 +104,7 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
     if absent:
         fault = f"{len(absent)} of its {len(names)} images are not in {images}, the first is {absent[0]}"
     elif len(sizes) < len(names) or distinct < len(records):
-        fault = "the same id stands for more than one image or annotation"
+        fault = "more than one image or annotation has the same id"
     elif unknown:
         fault = f"annotation {unknown[0]['id']} names category {unknown[0]['category_id']}, which is not listed"
         fault += f" ({len(unknown)} such annotations)"

@@ -27,7 +27,7 @@ def weights_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no whole detector of detectron2: no proposal_generator, of an RPN")
     weights = {name: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for name, v in held.items()}
     if wrong := [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path}: {wrong[0]} is not a tensor")
+        raise UserError(f"{path}: {wrong[0]} is no tensor")
     return weights
 
 

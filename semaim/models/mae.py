@@ -84,7 +84,7 @@ class MAE(VisionTransformer):
         """The number of patches kept of an image's `length`; ValueError for none or all."""
         kept = int(length * (1 - self.mask_ratio))
         if not 0 < kept < length:
-            raise ValueError(f"mask_ratio {self.mask_ratio} keeps {kept} of {length} patches: some must stay, some go")
+            raise ValueError(f"mask_ratio {self.mask_ratio} keeps {kept} of {length} patches: keep some, remove some")
         return kept
 
     def remove(self, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:

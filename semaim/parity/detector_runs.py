@@ -73,9 +73,7 @@ def watch(model: nn.Module) -> dict[str, Any]:
     parts |= stages(model) | {"pooled": roi.bbox_roi_extractor}
 
     def hook(name: str) -> Callable:
-        def kept(
-            module: nn.Module, args: tuple, out: Any
-        ) -> None:  # returns None: a hook's result would replace the module's
+        def kept(module: nn.Module, args: tuple, out: Any) -> None:  # a hook's result would replace the module's
             seen.setdefault(name, out)  # only the first: the stages of a cascade share the pooling
 
         return kept

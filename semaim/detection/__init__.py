@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers in its registries what ViTDet's configs name."""
+"""Extensions of mmdet: importing this package registers what the ViTDet configs name."""
 
 from semaim import compat
 

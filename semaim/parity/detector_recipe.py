@@ -1,4 +1,4 @@
-"""The recipe of ViTDet's detectors against detectron2: how photos are resized, and how each parameter is trained."""
+"""The recipe of ViTDet's detectors against detectron2: resizing of photos, and optimizer settings of each parameter."""
 
 from pathlib import Path
 
@@ -15,26 +15,26 @@ from semaim.parity.cases import EXACT, Case, CaseReport
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-#: Boxes are fp32 in mmdet: a product of two numbers below 512 is within 2^-24 of itself each, 512 x 3 x 2^-24 = 9e-5.
+#: Boxes are fp32 in mmdet, with a relative error of 2^-24 per operation: 512 x 3 x 2^-24 = 9e-5.
 BOX = 1e-4
 
-#: The configs of detectron2's projects/ViTDet (their sizes' letters) and ours.
+#: Letter of a size in detectron2's projects/ViTDet -> suffix of our config.
 SIZES = {"b": "", "l": "_large", "h": "_huge"}
 
 
 def check_resize(case: Case, report: CaseReport) -> None:
-    """Pixels, masks and boxes of photos at given scales and in testing, and the sizes of many photos."""
+    """Pixels, masks and boxes of photos resized by given scales and as in testing, and the sizes of many photos."""
     for image in sorted({name.split(".")[0] for name in case.tensors}):
         for what in [f"scale_{scale}" for scale in case.meta["config"]["scales"]] + ["shortest_edge"]:
             transform = _resizing(what, case.meta["config"]["target"])
-            given = {part: case.tensors[f"{image}.{part}"].numpy() for part in ("image", "mask", "box")}
-            for part, ours in _resized(transform, **given).items():
+            inputs = {part: case.tensors[f"{image}.{part}"].numpy() for part in ("image", "mask", "box")}
+            for part, ours in _resized(transform, **inputs).items():
                 name = f"{image}.{what}.{part}"
                 if name in case.tensors:
                     report.add(name, ours, case.tensors[name], BOX if part == "box" else EXACT)
                 elif part == "mask":
                     report.add_relative(f"{name}_sum", float(ours.double().sum()), case.scalars[f"{name}_sum"])
-                else:  # too large to be recorded whole
+                else:  # too large to be recorded in full
                     recorded, pixels = case.scalars[f"{image}.{what}"], ours.double()
                     report.add(f"{name}.size", torch.tensor(ours.shape[:2]), torch.tensor(recorded["size"]), EXACT)
                     report.add_relative(f"{name}.sum", float(pixels.sum()), recorded["sum"])
@@ -49,7 +49,7 @@ def check_resize(case: Case, report: CaseReport) -> None:
 
 
 def _resizing(what: str, target: int):
-    """The step of the configs' pipelines that resizes: in training to one scale, or in testing."""
+    """The resizing step of the configs' pipelines: of training at one scale, or of testing."""
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
     dense.enter(cfg)
     if what == "shortest_edge":
@@ -61,7 +61,7 @@ def _resizing(what: str, target: int):
 
 
 def _resized(transform, image: np.ndarray, mask: np.ndarray, box: np.ndarray) -> dict[str, Tensor]:
-    """A photo (H, W, 3), a mask (H, W) and its box (1, 4) through the transform."""
+    """Apply the transform to a photo (H, W, 3), a mask (H, W) and its box (1, 4)."""
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
 
@@ -72,7 +72,7 @@ def _resized(transform, image: np.ndarray, mask: np.ndarray, box: np.ndarray) ->
 
 
 def check_keys(case: Case, report: CaseReport) -> None:
-    """Names and shapes of all weights, their weight decay and factor on the learning rate, and the schedule."""
+    """Names and shapes of all weights, their weight decay and learning rate factor, and the schedule."""
     from semaim.detection.detectron2_names import our_name
 
     for theirs, shapes in case.meta["keys"].items():
@@ -85,7 +85,7 @@ def check_keys(case: Case, report: CaseReport) -> None:
         for name, shape in shapes.items():
             if names[name] not in parameters:
                 continue
-            if name.endswith("pos_embed"):  # nothing reads the class token's position
+            if name.endswith("pos_embed"):  # the class token's position is unused
                 shape = [1, shape[1] - 1, shape[2]]
             same = list(parameters[names[name]].shape) == shape
             report.add_relative(f"{theirs}.shape.{name}", 0 if same else 1, 0)
@@ -101,7 +101,8 @@ def check_keys(case: Case, report: CaseReport) -> None:
 def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
     """The config of a detector ("mask_rcnn", "cascade_mask_rcnn") of a size ("", "_large", "_huge"), and the detector.
 
-    Its weights are on the meta device. A cascade has a config of ViT-B's; what the other sizes' change is as in theirs.
+    Its weights are on the meta device. Cascades have a config for ViT-B only; for other sizes, the parts that depend on
+    the size come from the Mask R-CNN config.
     """
     cfg = load_config(ROOT / f"mmdet_configs/semaim_{kind}.py")
     if size:
@@ -116,14 +117,14 @@ def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
 
 
 def group(cfg: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Name of a parameter -> its weight decay, and its factor on the learning rate."""
+    """Name of a parameter -> its weight decay and learning rate factor."""
     wrapper = cfg.optim_wrapper
     groups = group_model(model, cfg.base_lr, wrapper.optimizer.weight_decay, **wrapper.paramwise_cfg)
     return {name: (group["weight_decay"], group["lr"] / cfg.base_lr) for group in groups for name in group["names"]}
 
 
 def schedule(cfg: Config, model: nn.Module, recorded: dict) -> dict[str, tuple[list, list]]:
-    """What -> numbers of ours and of the reference."""
+    """Name of a setting -> its values here and in the reference."""
     warm_up, steps = cfg.param_scheduler
     windows = [index for index, block in enumerate(model.backbone.blocks) if block.attn.window]
     values = [steps["gamma"] ** k for k in range(len(steps["milestones"]) + 1)]

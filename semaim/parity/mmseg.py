@@ -25,7 +25,7 @@ def our_name(name: str) -> str:
 
 
 def build_model(case: Case) -> SegmentationViT:
-    """Our backbone of a case's configuration, with its parameters but the position table, which we resize ourselves."""
+    """Our backbone with the configuration and parameters of a case; only the position table is resized by our code."""
     cfg = case.meta["config"]
     if cfg["norm_cfg"]["eps"] != LAYER_NORM_EPS:
         raise ValueError(f"{case.name}: LayerNorm eps {cfg['norm_cfg']['eps']}, ours is {LAYER_NORM_EPS}")
@@ -54,7 +54,7 @@ def positions(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """Run one case; what it holds decides what is checked."""
+    """Run one case; its contents decide what is checked."""
     if "pretrain.pos_embed" in case.tensors:
         check_backbone(case, report)
     elif find_spec("mmseg") is None:
@@ -66,7 +66,7 @@ def check(case: Case, report: CaseReport) -> None:
 
 
 def check_backbone(case: Case, report: CaseReport) -> None:
-    """The resized table, every step of the forward pass, the probe loss and its gradients, and the loss in fp64."""
+    """The resized table, every step of the forward pass, the probe loss, its gradients, and the loss in fp64."""
     model, steps = build_model(case), {}
     for index, block in enumerate(model.blocks):
         block.register_forward_hook(lambda _, args, out, index=index: steps.update({f"block.{index}": out}))
@@ -102,7 +102,7 @@ def check_backbone(case: Case, report: CaseReport) -> None:
 
 
 def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
-    """Sum over the maps (B, D, H, W) of the mean of map * channel * row * column, vectors of the case."""
+    """Sum over the maps (B, D, H, W) of the mean of map * channel * row * column; the vectors are the case's."""
     total = 0.0
     for index, one in enumerate(maps):
         vectors = (case.tensors[f"probe.map.{index}.{axis}"] for axis in ("channel", "row", "column"))
@@ -112,7 +112,7 @@ def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
 
 
 def check_test_sizes(case: Case, report: CaseReport) -> None:
-    """What the transforms of our multi-scale test make of blank images: sizes, and how often each one counts."""
+    """The sizes that the transforms of our multi-scale test give blank images, and the flips."""
     cfg = load_config(CONFIGS / "semaim_upernet_ms.py")
     dense.enter(cfg)
     released = case.meta["config"]
@@ -133,7 +133,7 @@ def check_test_sizes(case: Case, report: CaseReport) -> None:
 
 
 def check_keys(case: Case, report: CaseReport) -> None:
-    """The tensors of our MAE-Base UperNet under mmseg's names: the same ones, of the same shapes and types."""
+    """The tensors of our MAE-Base UperNet under mmseg's names: same names, shapes and dtypes."""
     cfg = load_config(CONFIGS / "mae_upernet.py")
     dense.enter(cfg)
     with torch.device("meta"):

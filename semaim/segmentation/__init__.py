@@ -1,4 +1,4 @@
-"""Our part in mmseg: importing this registers the segmentation encoder and the metric in mmseg's registries."""
+"""Extensions of mmseg: importing this package registers the segmentation encoder and the metric."""
 
 from semaim import compat
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from semaim import checkpoints
-from semaim.checkpoints.checkpoint import Checkpoint, LoadReport
+from semaim.checkpoints import loading
+from semaim.checkpoints.loading import LoadReport
+from semaim.checkpoints.reading import Checkpoint, read
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
@@ -31,10 +32,10 @@ class Consumer(NamedTuple):
     left: str = ""  #: what it does not read of a plain ViT
 
     def fit(self, found: Checkpoint, network: nn.Module, partial: bool = False) -> tuple[LoadReport, dict]:
-        """As `checkpoints.fit`; also `UserError` for the detector or segmentor of another task."""
+        """As `loading.fit`; also `UserError` for the detector or segmentor of another task."""
         if self.scope and not partial:
             check_task(found, self.scope)
-        return checkpoints.fit(network, found, self.new, partial)
+        return loading.fit(network, found, self.new, partial)
 
     def build(self, sizes: dict) -> nn.Module:
         """Its network on the meta device, which takes no memory."""
@@ -76,7 +77,7 @@ CONSUMERS = (
 def check_task(found: Checkpoint, scope: str) -> None:
     """`UserError` for a trained detector or segmentor of a task other than that of `scope`."""
     for other, heads in HEADS.items():
-        if other != scope and any(name.startswith(heads) for name in (*found.state, *found.other)):
+        if other != scope and any(name.startswith(heads) for name in (*found.state, *found.skipped)):
             task = "detector" if other == "mmdet" else "segmentor"
             raise UserError(
                 f"{found.path} is a trained {task}, whose encoder computes with more than this one has: start from"
@@ -86,10 +87,10 @@ def check_task(found: Checkpoint, scope: str) -> None:
 
 def load_backbone(backbone: nn.Module, path: str, scope: str, partial: bool = False) -> LoadReport:
     """The pretrained encoder into a detector's or segmentor's backbone."""
-    found = checkpoints.read(path)
+    found = read(path)
     if not partial:
         check_task(found, scope)
-    return checkpoints.load(backbone, found, NEW_IN_BACKBONES, partial)
+    return loading.load(backbone, found, NEW_IN_BACKBONES, partial)
 
 
 def verdicts(found: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -22,6 +22,14 @@ NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
 
 
+def buildable(sizes: dict) -> dict:
+    """Sizes of `Checkpoint.sizes` that a network can be built with, also of a file that lacks what says them."""
+    sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
+    if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
+        sizes["num_heads"] = 1
+    return sizes
+
+
 class Consumer(NamedTuple):
     """A use of an encoder: its name, its network for sizes of `Checkpoint.sizes`, and what is new in it."""
 
@@ -39,12 +47,9 @@ class Consumer(NamedTuple):
 
     def build(self, sizes: dict) -> nn.Module:
         """Its network on the meta device, which takes no memory."""
-        sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
-        if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
-            sizes["num_heads"] = 1
         try:
             with torch.device("meta"):
-                return self.network(**sizes)
+                return self.network(**buildable(sizes))
         except ValueError as error:
             raise UserError(f"no encoder of ours has these sizes: {error}") from None
 

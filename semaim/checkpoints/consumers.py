@@ -90,9 +90,9 @@ def check_task(found: Checkpoint, scope: str) -> None:
             )
 
 
-def load_backbone(backbone: nn.Module, path: str, scope: str, partial: bool = False) -> LoadReport:
-    """The pretrained encoder into a detector's or segmentor's backbone."""
-    found = read(path)
+def load_backbone(backbone: nn.Module, path: str | Checkpoint, scope: str, partial: bool = False) -> LoadReport:
+    """The pretrained encoder of a file, or of what was read of it, into a detector's or segmentor's backbone."""
+    found = path if isinstance(path, Checkpoint) else read(path)
     if not partial:
         check_task(found, scope)
     return loading.load(backbone, found, NEW_IN_BACKBONES, partial)

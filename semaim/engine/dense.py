@@ -121,6 +121,10 @@ def plan_dense(cfg: Config, processes: int) -> BatchPlan:
     EndlessBatches(len(train), plan.images, plan.accumulation, processes)
     model = build(cfg.model, MODELS, "model")
     check_positions(model)
+    if getattr(model.backbone, "init_cfg", None):
+        raise UserError(
+            "model.backbone.init_cfg is for mmdet's and mmseg's own runners: give --pretrained FILE, which is recorded"
+        )
     if cfg.get("pretrained"):
         load_encoder(model.backbone, cfg)
     return plan

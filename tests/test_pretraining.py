@@ -457,11 +457,11 @@ class Hostile:
 
 def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path, tiny_config):
     torch.save({"format": "semaim", "model": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pth")
-    with pytest.raises(UserError, match="hostile.pth is no checkpoint of a run of ours: no file of tensors"):
+    with pytest.raises(UserError, match="hostile.pth is not a semaim checkpoint: no file of tensors"):
         read_checkpoint(tmp_path / "hostile.pth")
     assert not (tmp_path / "executed").exists()
     torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="mae.pth is no checkpoint of a run of ours: it holds model, epoch"):
+    with pytest.raises(UserError, match="mae.pth is not a semaim checkpoint: it holds model, epoch"):
         read_checkpoint(tmp_path / "mae.pth")
     with pytest.raises(UserError, match="no such checkpoint"):
         read_checkpoint(tmp_path / "nowhere.pth")

@@ -237,7 +237,7 @@ def test_what_is_no_mae_of_mmsegs_or_an_older_file_of_ours_is_refused(released, 
 
 def test_a_released_file_is_told_from_a_pretrained_encoder(released):
     found = checkpoints.read(released)
-    assert found.dialect == "mmseg segmentor" and not any("relative_position_index" in name for name in found.other)
+    assert found.dialect == "mmseg segmentor" and not any("relative_position_index" in name for name in found.skipped)
     assert {"blocks.0.attn.rel_bias", "blocks.11.gamma_2"} <= found.state.keys()
     assert "mmseg segmentor" in checkpoints.inspect(released)
     model = Classifier(0, "avg", embed_dim=24, num_heads=4, img_size=64)

@@ -67,10 +67,10 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types
         reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
-        raise UserError(f"{path} is no checkpoint of a run of ours: {reason}") from None
+        raise UserError(f"{path} is not a semaim checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path} is no checkpoint of a run of ours: it holds {held[:150]}")
+        raise UserError(f"{path} is not a semaim checkpoint: it holds {held[:150]}")
     return checkpoint
 
 

@@ -19,6 +19,7 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.engine.training import Prepared, make_runner
+from semaim.errors import UserError
 from semaim.registry import Task
 
 SPLITS = ("train_dataset", "val_dataset")
@@ -75,6 +76,11 @@ class DenseTask(Task):
             EndlessBatches(len(train), plan.images, plan.accumulation, processes)
             model = dense.build(cfg.model, MODELS, "model")
             dense.check_positions(model)
+            if getattr(model.backbone, "init_cfg", None):
+                raise UserError(
+                    "model.backbone.init_cfg is for mmdet's and mmseg's own runners: give --pretrained FILE, which is"
+                    " recorded"
+                )
             if cfg.get("pretrained") and resume_from is None:
                 self.load_encoder(cfg, model, cfg.pretrained)
         counts = left_out(cfg, *SPLITS)

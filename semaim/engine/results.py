@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
-from semaim.checkpoints.checkpoint import LoadReport
+from semaim.checkpoints import LoadReport
 from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import of_config
 from semaim.checkpoints.safe_reading import read_file

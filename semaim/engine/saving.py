@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
+from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.engine.hooks import LateRuntimeInfo
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.errors import UserError
@@ -63,6 +63,23 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
         "history": history,
         "config": runner.cfg.to_dict(),
     }
+
+
+def for_mm(runner, state: dict) -> dict:
+    """What mmdet's and mmseg's own loaders read of a detector's or segmentor's file; nothing of another network's.
+
+    `state_dict` holds the tensors of `model` again, which torch writes once, and `meta` the classes and their colours.
+
+    Args:
+        runner: of the run.
+        state: of `training_state`, on the CPU.
+    """
+    model = getattr(runner.model, "module", runner.model)
+    if saved_module(runner) is not model:
+        return {}
+    info = runner.train_dataloader.dataset.metainfo
+    named = {name: info[name] for name in ("classes", "palette") if info.get(name)}
+    return {"meta": {"dataset_meta": named}, "state_dict": state["model"]}
 
 
 def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
@@ -137,7 +154,8 @@ class SaveCheckpoints(Hook):
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        write_checkpoint(state or training_state(runner, epoch, iteration), folder / name)
+        state = plain(state or training_state(runner, epoch, iteration))
+        write_checkpoint(state | for_mm(runner, state), folder / name)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
 import semaim
-from semaim.checkpoints.checkpoint import INERT, MMPRETRAIN, rename
+from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.engine import dense
 from semaim.engine.config import load_config
 from semaim.models.segvit import SegmentationViT, bias_index

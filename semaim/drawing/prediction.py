@@ -23,6 +23,7 @@ from semaim import checkpoints
 from semaim.data.folder import load_image
 from semaim.engine.dense import build
 from semaim.errors import UserError
+from semaim.places import to_install
 
 #: COCO's ids of its 80 classes, in the order of their labels: 1 to 90, but for those whose classes were dropped.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -287,7 +288,7 @@ def encode(mask: np.ndarray) -> dict:
     try:
         from pycocotools import mask as coco
     except ImportError:
-        raise UserError("pycocotools is missing: install it with tools/setup.sh --extras all") from None
+        raise UserError(f"pycocotools is missing: install it with {to_install('all')}") from None
     code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
 

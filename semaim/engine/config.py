@@ -9,8 +9,7 @@ from mmengine.config import Config
 from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
 from semaim.errors import UserError, close, nearest
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from semaim.places import own_configs
 
 SCOPES = ("mmengine", "mmdet", "mmseg")  #: of the stages on images, of detectors and of segmentors
 
@@ -91,11 +90,11 @@ def find_config(path: Path) -> Path:
     """The file, or the package's own of this name; `UserError` names the nearest of what is there."""
     if path.is_file():
         return path
-    ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
-    if str(path) in ours:
-        return ours[str(path)]
+    ours = own_configs()
+    if path.as_posix() in ours:
+        return ours[path.as_posix()]
     beside = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
-    known = [name for name in (*beside, *ours) if "/_base_/" not in name]
+    known = [name for name in dict.fromkeys((*beside, *ours)) if "/_base_/" not in name]
     near = close(path.name, {Path(name).name for name in known})
     found = [name for other in near for name in known if Path(name).name == other]
     where = f"did you mean {' or '.join(found[:3])}?" if found else "see semaim/configs, mmdet_configs, mmseg_configs"

@@ -29,6 +29,7 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
+from semaim.places import to_install
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
 SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
@@ -94,7 +95,7 @@ def enter(cfg: Config) -> None:
         importlib.import_module(SCOPES[cfg.default_scope])
     except ImportError as error:
         raise UserError(
-            f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
+            f"{cfg.default_scope} cannot be imported ({error}): install it with {to_install('all')}"
         ) from None
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):

@@ -15,7 +15,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from semaim.errors import UserError, nearest
-from semaim.results.running import ROOT, read
+from semaim.places import own_config
+from semaim.results.running import read
 from semaim.results.stages import METHODS, NAMES, VARIANTS, Stage
 
 MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
@@ -86,7 +87,7 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
     """The cost of a stage; its rate as given, else as an earlier run in its folder logged it."""
     from semaim.engine.config import load_config  # takes a second
 
-    cfg = load_config(ROOT / stage.config, stage.options, check=False)
+    cfg = load_config(own_config(stage.config), stage.options, check=False)
     given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
     rate, source = (given, "--rate") if given else measured_rate(stage)
     if stage.unit == "iterations":
@@ -140,7 +141,7 @@ def sizes_of(config: str) -> tuple[int, int, int]:
     from semaim.engine import dense
     from semaim.engine.config import load_config
 
-    cfg = load_config(ROOT / config, check=False)
+    cfg = load_config(own_config(config), check=False)
     with silence(), torch.device("meta"):
         if cfg.default_scope == "mmengine":
             from semaim.engine import training  # noqa: F401  registers the types of these configs

@@ -32,6 +32,15 @@ CHILDREN = [
 ]
 
 
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules that register tasks, methods and types of one's own; `UserError` for one that cannot be."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"cannot import {name}: {error}; its folder has to be on PYTHONPATH") from None
+
+
 # Tasks
 
 

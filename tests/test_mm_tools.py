@@ -1,9 +1,7 @@
 """mmdet's and mmseg's own tools: stock configs start from our checkpoints, and open the models that we have trained."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import flags, tool
@@ -17,17 +15,14 @@ import semaim.segmentation  # noqa: E402, F401  both before mm's own modules, wh
 # isort: split
 from mmdet.apis import inference_detector, init_detector  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, DefaultScope  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
-from mmseg.apis import inference_model, init_model  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+from semaim.drawing.prediction import build_pipeline, predict  # noqa: E402
 
 from semaim import checkpoints  # noqa: E402
 from semaim.checkpoints.normalisation import settle  # noqa: E402
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
-from semaim.drawing.prediction import build_pipeline, predict  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
-from semaim.engine.dense import build, enter, load_whole, plan_dense  # noqa: E402
-from semaim.errors import UserError  # noqa: E402
+from semaim.engine.dense import build, enter, load_whole  # noqa: E402
 
 DETECTOR, SEGMENTOR = "mmdet_configs/semaim_mask_rcnn_scenes.py", "mmseg_configs/semaim_upernet_scenes.py"
 ENCODER = {"embed_dim": 32, "num_heads": 2, "depth": 2}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from semaim.benchmarks.baselines import plain_map_attention, plain_mlp, plain_norm
 from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak
 from semaim.benchmarks.rows import Row, without_gpu
-from semaim.engine.results import ROOT
 from semaim.errors import UserError
 from semaim.models.vit import SIZES, Block
 from semaim.models.vitdet import MapAttention
+from semaim.places import own_config, to_install
 
 
 def build_block(model: str, img_size: int, batch: int, device: str) -> tuple[Block, Tensor]:
@@ -122,7 +122,7 @@ def build_detector(model: str, img_size: int, device: str) -> nn.Module:
     from semaim.engine.dense import build, enter
 
     options = {"model.backbone.size": model, "model.backbone.img_size": img_size, "model.backbone.drop_path_rate": 0.0}
-    cfg = load_config(ROOT / "mmdet_configs" / "semaim_mask_rcnn.py", options)
+    cfg = load_config(own_config("mmdet_configs/semaim_mask_rcnn.py"), options)
     cfg.model.neck.in_channels = SIZES[model]["embed_dim"]
     cfg.model.data_preprocessor.side = img_size
     enter(cfg)
@@ -171,7 +171,7 @@ def mask_rcnn(
         return missing
     if find_spec("mmdet") is None:
         if anyway:
-            raise UserError("--mask-rcnn: mmdet is not installed: tools/setup.sh --extras det")
+            raise UserError(f"--mask-rcnn: mmdet is not installed: {to_install('det')}")
         for row in missing:
             row.details["reason"] = "mmdet is not installed"
         return missing

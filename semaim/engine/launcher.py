@@ -99,7 +99,7 @@ def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gp
         nodes = int(os.environ.get("NNODES", 1))
         prepared = prepare(processes * nodes)
         if processes > 1 or nodes > 1:
-            return spawn(sys.argv, processes)
+            return spawn(own_line(), processes)
     if SPAWNED in os.environ:
         end_with_parent()
     world = join()
@@ -126,6 +126,13 @@ def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gp
         # After an error nobody is waited for; NCCL, whose work may hang, is left to its watchdog.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
+
+
+def own_line() -> list[str]:
+    """What Python was started with here, to start it again; `python -m semaim.cli` is no path of a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["-m", "semaim.cli"] if spec and spec.name == "semaim.cli.__main__" else sys.argv[:1]
+    return [*start, *sys.argv[1:]]
 
 
 def spawn(arguments: list[str], processes: int) -> int:

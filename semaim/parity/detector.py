@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from semaim.parity.cases import Case, CaseReport
 from semaim.parity.detector_recipe import check_keys, check_resize
 from semaim.parity.detector_runs import check_test, check_train
+from semaim.places import to_install
 
 #: key of a case's scalars or of its description -> the checks of such cases
 CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
@@ -19,7 +20,7 @@ CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
 def check(case: Case, report: CaseReport) -> None:
     """Run one case; without mmdet it is reported as not run."""
     if find_spec("mmdet") is None:
-        report.uncovered = "mmdet is not installed: tools/setup.sh --extras all"
+        report.uncovered = f"mmdet is not installed: {to_install('all')}"
         return
     for held, checks in CHECKS.items():
         if held in case.scalars or held in case.meta:

@@ -1,7 +1,5 @@
 """The recipe of ViTDet's detectors against detectron2: resizing of photos, and optimizer settings of each parameter."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -12,8 +10,7 @@ from semaim.engine import dense
 from semaim.engine.config import load_config
 from semaim.engine.optim import group_model
 from semaim.parity.cases import EXACT, Case, CaseReport
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from semaim.places import own_config
 
 #: Boxes are fp32 in mmdet, with a relative error of 2^-24 per operation: 512 x 3 x 2^-24 = 9e-5.
 BOX = 1e-4
@@ -49,8 +46,8 @@ def check_resize(case: Case, report: CaseReport) -> None:
 
 
 def _resizing(what: str, target: int):
-    """The resizing step of the configs' pipelines: of training at one scale, or of testing."""
-    cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
+    """The step of the configs' pipelines that resizes: in training to one scale, or in testing."""
+    cfg = load_config(own_config("mmdet_configs/semaim_mask_rcnn.py"))
     dense.enter(cfg)
     if what == "shortest_edge":
         step = next(step for step in cfg.test_pipeline if "max_size" in step)
@@ -104,9 +101,9 @@ def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
     Its weights are on the meta device. Cascades have a config for ViT-B only; for other sizes, the parts that depend on
     the size come from the Mask R-CNN config.
     """
-    cfg = load_config(ROOT / f"mmdet_configs/semaim_{kind}.py")
+    cfg = load_config(own_config(f"mmdet_configs/semaim_{kind}.py"))
     if size:
-        sized = load_config(ROOT / f"mmdet_configs/semaim_mask_rcnn{size}.py")
+        sized = load_config(own_config(f"mmdet_configs/semaim_mask_rcnn{size}.py"))
         cfg.model.backbone, cfg.model.neck = sized.model.backbone, sized.model.neck
         cfg.optim_wrapper, cfg.param_scheduler, cfg.train_cfg = (
             sized[key] for key in ("optim_wrapper", "param_scheduler", "train_cfg")

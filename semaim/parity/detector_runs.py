@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from semaim.engine.config import load_config
 from semaim.engine.dense import build, enter
-from semaim.engine.results import ROOT
 from semaim.parity.cases import Case, CaseReport
+from semaim.places import own_config
 
 CONFIGS = {"mask_rcnn": "semaim_mask_rcnn.py", "cascade_mask_rcnn": "semaim_cascade_mask_rcnn.py"}
 TIMES = ("train", "test")
@@ -52,7 +52,7 @@ def build_detector(case: Case) -> nn.Module:
         "test_cfg.rcnn": {"max_per_img": roi["test_topk_per_image"]},
     }
     options = {f"model.{part}.{key}": value for part, keys in changes.items() for key, value in keys.items()}
-    cfg = load_config(ROOT / "mmdet_configs" / CONFIGS[theirs["detector"]], options)
+    cfg = load_config(own_config(f"mmdet_configs/{CONFIGS[theirs['detector']]}"), options)
     enter(cfg)
     model = build(cfg.model, MODELS, "model")
     model.load_state_dict(to_ours(case.parameters()))

@@ -1,22 +1,19 @@
 """UperNet against mmseg: the MAE backbone on crops of another grid than the pretraining's, test sizes, and names."""
 
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
-import semaim
 from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.engine import dense
 from semaim.engine.config import load_config
 from semaim.models.segvit import SegmentationViT, bias_index
 from semaim.models.vit import LAYER_NORM_EPS, resize_positions
 from semaim.parity.cases import Case, CaseReport
-
-CONFIGS = Path(semaim.__file__).parents[1] / "mmseg_configs"
+from semaim.places import own_config, to_install
 
 
 def our_name(name: str) -> str:
@@ -58,7 +55,7 @@ def check(case: Case, report: CaseReport) -> None:
     if "pretrain.pos_embed" in case.tensors:
         check_backbone(case, report)
     elif find_spec("mmseg") is None:
-        report.uncovered = "mmsegmentation is not installed (tools/setup.sh --extras all)"
+        report.uncovered = f"mmsegmentation is not installed ({to_install('all')})"
     elif "img_ratios" in case.meta["config"]:
         check_test_sizes(case, report)
     elif "keys" in case.scalars:
@@ -113,7 +110,7 @@ def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
 
 def check_test_sizes(case: Case, report: CaseReport) -> None:
     """The sizes that the transforms of our multi-scale test give blank images, and the flips."""
-    cfg = load_config(CONFIGS / "semaim_upernet_ms.py")
+    cfg = load_config(own_config("mmseg_configs/semaim_upernet_ms.py"))
     dense.enter(cfg)
     released = case.meta["config"]
     report.add("img_ratios", torch.tensor(cfg.tta_ratios), torch.tensor(released["img_ratios"]), None)
@@ -134,7 +131,7 @@ def check_test_sizes(case: Case, report: CaseReport) -> None:
 
 def check_keys(case: Case, report: CaseReport) -> None:
     """The tensors of our MAE-Base UperNet under mmseg's names: same names, shapes and dtypes."""
-    cfg = load_config(CONFIGS / "mae_upernet.py")
+    cfg = load_config(own_config("mmseg_configs/mae_upernet.py"))
     dense.enter(cfg)
     with torch.device("meta"):
         model = MODELS.build(cfg.model)

@@ -15,9 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from semaim.errors import UserError, nearest
+from semaim.places import own_config
 from semaim.registry import task_of, variants
 from semaim.results.logs import read_scalars
-from semaim.results.running import ROOT, read
+from semaim.results.running import read
 from semaim.results.stages import Stage, stage_names
 
 MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
@@ -88,7 +89,7 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
     """The cost of a stage; its rate as given, else as an earlier run in its folder logged it."""
     from semaim.engine.config import load_config  # takes a second
 
-    cfg = load_config(ROOT / stage.config, stage.options, check=False)
+    cfg = load_config(own_config(stage.config), stage.options, check=False)
     given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
     rate, source = (given, "--rate") if given else measured_rate(stage)
     if stage.unit == "iterations":
@@ -139,7 +140,7 @@ def sizes_of(config: str) -> tuple[int, int, int]:
     """Of a config's model, which is built without memory: bytes of all weights, trained numbers, encoder's width."""
     from semaim.engine.config import load_config
 
-    cfg = load_config(ROOT / config, check=False)
+    cfg = load_config(own_config(config), check=False)
     with silence(), torch.device("meta"):
         task_of(cfg).enter(cfg)
         if cfg.model.get("network", {}).get("num_classes", 0) is None:

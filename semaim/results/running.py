@@ -13,18 +13,18 @@ from mmengine.config import Config
 
 from semaim.engine.launcher import end_with_parent
 from semaim.errors import UserError
+from semaim.places import IN_CHECKOUT, ROOT, here
 
-ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, which holds the tools
 
-
-def here(path: Path) -> str:
-    """A path as one would type it in the current folder."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def python() -> str:
+    """This Python as one would type it here."""
+    return here(Path(sys.executable))
 
 
 def tool(name: str) -> list[str]:
-    """The start of a tool's command line: this Python and tools/NAME."""
-    return [here(Path(sys.executable)), here(ROOT / "tools" / name)]
+    """The start of a tool's command line: this Python and tools/NAME.py, or the installed command NAME."""
+    start = [here(ROOT / "tools" / f"{name}.py")] if IN_CHECKOUT else ["-m", "semaim.cli", name]
+    return [python(), *start]
 
 
 def read(path: Path) -> dict:

@@ -8,8 +8,9 @@ from mmengine.config import Config
 
 from semaim.data.scenes import LEVELS
 from semaim.errors import UserError, nearest
+from semaim.places import own_config, typed_config
 from semaim.registry import Task, stage_of, tasks, variants
-from semaim.results.running import ROOT, here, in_words, shortened, tool
+from semaim.results.running import in_words, python, shortened, tool
 
 PRETRAIN = "pretrain"  #: the stage whose checkpoint the others start from
 SCALES = ("quick", "study", "paper")
@@ -40,7 +41,7 @@ class Stage:
     Args:
         name: of `stage_names`, or "scenes", which draws the images.
         method: of `semaim.registry.variants`; empty for "scenes".
-        config: as a path in the checkout.
+        config: its name, which is its path in a checkout.
         folder: where it writes.
         pretrained: the checkpoint it starts from, "random", or None.
         data_root: folder of its images; None for the config's own.
@@ -104,8 +105,8 @@ class Stage:
             flags = []
             for name, value in self.options.items():
                 flags += [f"--{name.replace('_', '-')}", str(value)]
-            return [*tool("")[:1], "-m", "semaim.data.scenes", str(self.folder), *flags]
-        line = [*tool("train.py" if self.trains else "test.py"), here(ROOT / self.config)]
+            return [python(), "-m", "semaim.data.scenes", str(self.folder), *flags]
+        line = [*tool("train" if self.trains else "test"), typed_config(self.config)]
         line += [str(self.pretrained)] if self.pretrained and not self.trains else []
         line += ["--gpus", str(self.gpus), "--work-dir", str(self.folder)]
         line += ["--pretrained", str(self.pretrained)] if self.pretrained and self.trains else []
@@ -122,7 +123,8 @@ class Stage:
         """
         if self.task and self.task.shows:
             file = self.folder / "predictions.png"
-            line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
+            line = [*tool("visualize"), "predictions", str(self.folder / "latest.pth"), "--config"]
+            line += [typed_config(self.config)]
             line += ["--data-root", str(self.data_root)] if self.data_root else []
             return [(file, [*line, "--most", "8", "--columns", "2", "--out", str(file)])]
         if self.name != PRETRAIN:
@@ -132,11 +134,11 @@ class Stage:
         if images := self.shown():
             kind = method.picture
             file = self.folder / {"order": "orders.png"}.get(kind, f"{kind}.png")
-            line = [*tool("visualize.py"), kind, str(self.result), *map(str, images)]
+            line = [*tool("visualize"), kind, str(self.result), *map(str, images)]
             found.append((file, [*line, "--across", "--out", str(file)]))
         if self.scenes and variant.centre:
             file = self.folder / "centres.json"
-            line = [*tool("")[:1], "-m", "semaim.benchmarks.centres", str(self.result), "--scenes", str(self.scenes)]
+            line = [python(), "-m", "semaim.benchmarks.centres", str(self.result), "--scenes", str(self.scenes)]
             found.append((file, [*line, "--out", str(file)]))
         return found
 
@@ -251,7 +253,7 @@ def plan_stage(
     config = variant.configs.get(task.name, {}).get(scale) or task.configs.get(scale)
     if config is None:
         raise UserError(f"--methods {method}: it has no pretraining at scale {scale}")
-    cfg = load_config(ROOT / config, check=False)
+    cfg = load_config(own_config(config), check=False)
     unit, own = length_of(cfg)
     options = {} if length in (None, own) else shortened(cfg, **{"iters" if unit == "iterations" else unit: length})
     options |= {} if seed == cfg.seed else {"seed": seed}

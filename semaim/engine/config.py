@@ -9,10 +9,10 @@ from mmengine.config import Config
 from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
 from semaim.errors import UserError, close, nearest
+from semaim.places import PACKAGE, own_configs
 from semaim.registry import task_named, task_of
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-from semaim.places import own_configs
+CONFIGS = PACKAGE / "configs"
 
 #: Top-level keys of every config; each task adds its own, see `semaim.registry.Task.keys`.
 KEYS = {

@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
+from semaim.engine.schedule import check_schedule
 from semaim.errors import UserError, close, nearest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -73,6 +74,8 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python: anything can go wrong in it
         raise UserError(f"cannot read config {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    for key in [key for key in cfg if key.startswith("_")]:  # what files of _base_ lend to others
+        cfg.pop(key)
     options = options or {}
     if check and cfg.get("default_scope") not in SCOPES:
         raise UserError(f"{path} has default_scope {cfg.get('default_scope')!r}: give {', '.join(SCOPES)}")
@@ -144,4 +147,6 @@ def check_keys(cfg: Config, types: Types | None) -> None:
             raise UserError(f"unknown config key {key}: {nearest(key, known.keys() - FOREIGN)}")
     if types:
         check_tree(cfg, types)
+    if "param_scheduler" in cfg:
+        check_schedule(cfg.param_scheduler)
     check_numbers(cfg)

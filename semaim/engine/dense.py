@@ -27,7 +27,7 @@ from semaim.engine.launcher import join
 from semaim.engine.optim import LateOptimWrapper
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
-from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
 from semaim.errors import UserError
 
 #: Tasks by the scope their configs name, and the package that registers our part in it.
@@ -273,17 +273,6 @@ def runner_of(cfg: Config, world: int, **parts) -> SeededRunner:
     )
 
 
-def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
-    """Schedules in optimizer steps -> in iterations."""
-    scaled = []
-    for scheduler in schedulers:
-        changed = {key: scheduler[key] * accumulation for key in ("begin", "end", "T_max") if key in scheduler}
-        if "milestones" in scheduler:
-            changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
-        scaled.append({**scheduler, **changed})
-    return scaled
-
-
 def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
     """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
 
@@ -328,7 +317,7 @@ def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str
         train_dataloader=loader,
         train_cfg={**cfg.train_cfg, **scaled},
         optim_wrapper=cfg.optim_wrapper,
-        param_scheduler=in_steps(cfg.param_scheduler, plan.accumulation),
+        param_scheduler=schedule_of(cfg.param_scheduler, plan, steps),
         load_from=resume_from,
         **validation(cfg, "val"),
     )
@@ -341,6 +330,7 @@ def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str
         runner.logger.warning(told)
     epochs = steps * plan.total / len(train)
     log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
+    log(f"learning rate: {describe(cfg.param_scheduler, steps)}")
     log(f"images normalised with {statistics}")
     if resume_from is None and cfg.get("pretrained"):
         log(str(record_load(load_encoder(model.backbone, cfg), cfg, runner.cfg)))

@@ -21,7 +21,7 @@ from semaim.data.labelled import check_classes
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
-from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
 from semaim.errors import UserError
 
 
@@ -109,14 +109,7 @@ def train(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()
     epochs, per_epoch = cfg.train_cfg.max_epochs, len(loader)
     cfg.optim_wrapper.optimizer.lr = plan.lr
     cfg.optim_wrapper.accumulative_counts = plan.accumulation
-    scheduler = {
-        **cfg.param_scheduler,
-        "by_epoch": False,
-        "epochs": epochs,
-        "iterations_per_epoch": per_epoch,
-        "accumulation": plan.accumulation,
-        "peak_lr": plan.lr,
-    }
+    steps = per_epoch // plan.accumulation
     validation = {}
     if val is not None:
         validation = {
@@ -132,7 +125,7 @@ def train(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()
         train_cfg=cfg.train_cfg,
         **validation,
         optim_wrapper=cfg.optim_wrapper,
-        param_scheduler=scheduler,
+        param_scheduler=schedule_of(cfg.param_scheduler, plan, steps * epochs),
         default_hooks=cfg.default_hooks,
         custom_hooks=cfg.get("custom_hooks"),
         load_from=resume_from,
@@ -146,15 +139,13 @@ def train(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()
     )
     model = getattr(runner.model, "module", runner.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = per_epoch // plan.accumulation
-    warm = cfg.param_scheduler.warmup_epochs
     log = runner.logger.info
     for note in notes:
         log(note)
     log(str(plan))
     log(
-        f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps; warm-up {warm} epochs ="
-        f" {round(steps * warm):,} steps, then cosine to {cfg.param_scheduler.get('min_lr', 0):g}"
+        f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps;"
+        f" {describe(cfg.param_scheduler, steps * epochs, epochs)}"
     )
     log(model.describe())
     log(f"images normalised with {statistics}")

@@ -1,15 +1,16 @@
 """All but the list of packages is in pyproject.toml.
 
-In the wheel the configs of the repository's top level lie in the package, as semaim/mmdet_configs and
-semaim/mmseg_configs: an installed suite finds them by the same names (`semaim.places`).
+In the wheel the three folders of configs lie in the package, in semaim/installed, beside each other as in the
+repository: an installed suite finds them by the same names (`semaim.places`), and they find each other.
 """
 
 from setuptools import find_namespace_packages, setup
 
-FOLDERS = ("mmdet_configs", "mmseg_configs")
+CONFIGS = ("mmdet_configs", "mmseg_configs", "semaim.configs")
 
-outside = find_namespace_packages(include=[pattern for name in FOLDERS for pattern in (name, f"{name}.*")])
+found = find_namespace_packages(include=["semaim", "semaim.*", *CONFIGS, *(f"{name}.*" for name in CONFIGS)])
+configs = [name for name in found if name.startswith(CONFIGS)]
 setup(
-    packages=[*find_namespace_packages(include=["semaim", "semaim.*"]), *(f"semaim.{name}" for name in outside)],
-    package_dir={f"semaim.{name}": name for name in FOLDERS},
+    packages=[*(name for name in found if name not in configs), *(f"semaim.installed.{name}" for name in configs)],
+    package_dir={"semaim.installed": "."},
 )

@@ -11,7 +11,7 @@ CONFIG_FOLDERS = ("semaim/configs", "mmdet_configs", "mmseg_configs")
 
 def config_folder(name: str) -> Path:
     """A folder of `CONFIG_FOLDERS`: in a checkout as it is named there; a wheel holds all of them in the package."""
-    return ROOT / name if IN_CHECKOUT else PACKAGE / name.removeprefix("semaim/")
+    return (ROOT if IN_CHECKOUT else PACKAGE / "installed") / name
 
 
 def own_configs() -> dict[str, Path]:

@@ -80,7 +80,7 @@ def tiny_config(scenes, tmp_path):
                 "base_lr": 0.032,  # peak 1e-3
                 "num_workers": 0,
                 "train_cfg.max_epochs": 2,
-                "param_scheduler.warmup_epochs": 1,
+                "param_scheduler.warmup": 0.5,
                 "default_hooks.logger.interval": 1,
                 "default_hooks.pictures.interval": 0,
                 "default_hooks.checkpoint.interval": 1,
@@ -129,7 +129,7 @@ def pretrained(scenes, tmp_path_factory) -> Path:
             "total_batch_size": 8,
             "num_workers": 0,
             "train_cfg.max_epochs": 1,
-            "param_scheduler.warmup_epochs": 0.5,
+            "param_scheduler.warmup": 0.5,
             "default_hooks.pictures.interval": 0,
         },
     )

@@ -20,7 +20,7 @@ from semaim.models.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
-ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0}
+ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup": 0}
 CONFIG = "semaim/configs/{}/vit_tiny_scenes.py"
 
 
@@ -188,7 +188,7 @@ def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):
     config = "semaim/configs/pretrain/mae_vit_tiny_scenes.py"
     out = tmp_path / "mae"
     small = training(**{"model.network.decoder_embed_dim": 32, "model.network.decoder_num_heads": 2,
-                        "param_scheduler.warmup_epochs": 1})  # fmt: skip
+                        "param_scheduler.warmup": 0.5})  # fmt: skip
     done = tool("pretrain.sh", config, 1, "--data-root", labelled, "--work-dir", out, *small)
     assert done.returncode == 0 and "MAE: mask ratio 0.75" in done.stdout, done.stdout + done.stderr
     before = losses(out)

@@ -90,7 +90,7 @@ def pretraining(scenes):
     return {
         **{f"model.network.{key}": value for key, value in {**SIZES, "img_size": 32, "patch_size": 8}.items()},
         **{"dataset.mean": MEAN, "dataset.std": STD, "dataset.root": str(scenes), "total_batch_size": 8},
-        **{"num_workers": 0, "train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0},
+        **{"num_workers": 0, "train_cfg.max_epochs": 1, "param_scheduler.warmup": 0},
         "default_hooks.pictures.interval": 0,
     }
 
@@ -152,7 +152,7 @@ def test_training_and_validation_images_are_normalised_alike(augment, labelled):
 def test_a_classifier_is_tested_with_the_statistics_of_its_training(ours, labelled, tmp_path):
     tuning = {f"model.network.{key}": value for key, value in {**SIZES, "img_size": 32, "patch_size": 8}.items()}
     tuning |= {"total_batch_size": 8, "images_per_gpu": 8, "num_workers": 0, "train_cfg.max_epochs": 1}
-    tuning |= {"param_scheduler.warmup_epochs": 0, "dataset.root": str(labelled)}
+    tuning |= {"param_scheduler.warmup": 0, "dataset.root": str(labelled)}
 
     def config(folder):
         cfg = load_config(ROOT / "semaim/configs/finetune/vit_tiny_scenes.py", tuning)

@@ -44,7 +44,7 @@ def flags(cfg):
         "base_lr": cfg.base_lr,
         "num_workers": cfg.num_workers,
         "train_cfg.max_epochs": cfg.train_cfg.max_epochs,
-        "param_scheduler.warmup_epochs": cfg.param_scheduler.warmup_epochs,
+        "param_scheduler.warmup": cfg.param_scheduler.warmup,
         "default_hooks.logger.interval": 1,
         "default_hooks.pictures.interval": cfg.default_hooks.pictures.interval,
         "default_hooks.checkpoint.interval": cfg.default_hooks.checkpoint.interval,
@@ -192,7 +192,7 @@ def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
 
 def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_config):
     options = {"model.network.guide": "ema", "default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 1}
-    options["param_scheduler.warmup_epochs"] = 0.4
+    options["param_scheduler.warmup"] = 0.4
     whole, divided = tiny_config("whole", **options), tiny_config("divided", **options)
     extra = ["model.network.guide=ema"]
     for cfg, fsdp in ((whole, False), (divided, True)):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import flags, results, tool
+from schedules import rates, walked
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
 
@@ -110,8 +111,8 @@ def test_the_config_is_the_shipped_one(shipped):
     # The optimizer, its rate, and the schedule; of the batch, 8 cards of 2 images.
     assert {**cfg.optim_wrapper.optimizer, "lr": cfg.base_lr} == shipped.optim_wrapper.optimizer
     assert cfg.base_batch_size == cfg.total_batch_size == 8 * shipped.train_dataloader.batch_size
-    assert cfg.param_scheduler == shipped.param_scheduler
-    assert cfg.train_cfg.max_iters == shipped.train_cfg.max_iters
+    assert cfg.train_cfg.max_iters == shipped.train_cfg.max_iters == 160000
+    assert rates(cfg) == pytest.approx(walked(shipped.param_scheduler, 160000), rel=1e-9, abs=1e-12)
     assert cfg.train_cfg.val_interval == shipped.train_cfg.val_interval
     # The images: labels lose their 0 in mmseg's step, in ours by the data set, which tells the step.
     train, test = shipped.train_dataloader.dataset, shipped.val_dataloader.dataset

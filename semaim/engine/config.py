@@ -8,11 +8,12 @@ from mmengine.config import Config
 
 from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
+from semaim.engine.schedule import check_schedule
 from semaim.errors import UserError, close, nearest
-from semaim.places import PACKAGE, own_configs
+from semaim.places import config_folder, own_configs
 from semaim.registry import task_named, task_of
 
-CONFIGS = PACKAGE / "configs"
+CONFIGS = config_folder("semaim/configs")
 
 #: Top-level keys of every config; each task adds its own, see `semaim.registry.Task.keys`.
 KEYS = {
@@ -61,6 +62,8 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is Python: anything can go wrong in it
         raise UserError(f"cannot read config {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    for key in [key for key in cfg if key.startswith("_")]:  # what files of _base_ lend to others
+        cfg.pop(key)
     options = options or {}
     if check:
         check_task(cfg, path)
@@ -145,4 +148,6 @@ def check_keys(cfg: Config, types: Types | None) -> None:
             raise UserError(f"unknown config key {key}: {nearest(key, known.keys() - FOREIGN)}")
     if types:
         check_tree(cfg, types)
+    if "param_scheduler" in cfg:
+        check_schedule(cfg.param_scheduler)
     check_numbers(cfg)

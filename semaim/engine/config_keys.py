@@ -88,6 +88,12 @@ MEANT = {
     "max_epochs": "max_iters",
 }
 
+#: Keys that there were once, as patterns of whole paths, and what says it now.
+FORMER = {
+    r"param_scheduler\.warmup_epochs": "param_scheduler.warmup, a share of the run: 0.05 for 40 of 800 epochs",
+    r"param_scheduler\.\d+(\..*)?": "param_scheduler, one dict whose warmup and milestones are shares of the run",
+}
+
 #: Arguments of the grouping of parameters that come from the model and the optimizer.
 OF_THE_MODEL = {"model", "parameters", "lr", "weight_decay", "depth_of", "norms"}
 
@@ -226,6 +232,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
     known = known_keys(node, path, types, free) if path else None
     for key, item in node.items():
         if known is not None and key not in known:
+            _refuse_former(f"{path}.{key}")
             raise UserError(f"unknown config key {path}.{key}: {nearest(str(key), known - BUILDER_KEYS)}")
         if key not in FOREIGN:
             _check(item, f"{path}.{key}" if path else str(key), types, free)
@@ -273,6 +280,7 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 if known is None and "type" not in node:
                     known = set(node)
             if part not in node and known is not None and part not in known:
+                _refuse_former(path)
                 hint = _hint(path, part, at, known - BUILDER_KEYS, tree, types)
                 raise UserError(f"unknown config key {path}: {hint}")
             if part not in node:
@@ -281,6 +289,13 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
             node, at = node[part], f"{at}.{part}" if at else part
         else:
             _check_kind(path, value, node)
+
+
+def _refuse_former(path: str) -> None:
+    """`UserError` for a key that there was once."""
+    for pattern, now in FORMER.items():
+        if re.fullmatch(pattern, path):
+            raise UserError(f"unknown config key {path}: there is no such key any more: set {now}")
 
 
 def _places(node: object, types: Types | None, path: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from semaim.engine import dense
 from semaim.engine.classes import in_words, left_out
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
-from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
 from semaim.engine.training import Prepared, make_runner
 from semaim.errors import UserError
 from semaim.registry import Task
@@ -100,8 +100,8 @@ class DenseTask(Task):
         """mmengine's arguments that say how long and at which rates, in iterations."""
         accumulation = run.plan.accumulation
         scaled = {key: cfg.train_cfg[key] * accumulation for key in ("max_iters", "val_interval")}
-        schedulers = in_steps(cfg.param_scheduler, accumulation)
-        return {"train_cfg": {**cfg.train_cfg, **scaled}, "param_scheduler": schedulers}
+        schedule = schedule_of(cfg.param_scheduler, run.plan, cfg.train_cfg.max_iters)
+        return {"train_cfg": {**cfg.train_cfg, **scaled}, "param_scheduler": schedule}
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
         """mmengine's arguments of a validation ("val") or test ("test") on `val_dataset`."""
@@ -124,6 +124,7 @@ class DenseTask(Task):
         epochs = steps * run.plan.total / images
         return [
             f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} to validate on",
+            f"learning rate: {describe(cfg.param_scheduler, steps)}",
             f"images normalised with {run.statistics}",
         ]
 
@@ -177,17 +178,6 @@ class DenseTask(Task):
         metrics = dense.figures(cfg, runner.test())
         write_results(cfg, metrics, None, len(run.val), weights, **run.recorded, **dense.counted(runner.test_loop))
         return metrics
-
-
-def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
-    """Schedules in optimizer steps -> in iterations."""
-    scaled = []
-    for scheduler in schedulers:
-        changed = {key: scheduler[key] * accumulation for key in ("begin", "end", "T_max") if key in scheduler}
-        if "milestones" in scheduler:
-            changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
-        scaled.append({**scheduler, **changed})
-    return scaled
 
 
 def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:

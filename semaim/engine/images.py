@@ -18,7 +18,7 @@ from semaim.data.labelled import check_classes
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
-from semaim.engine.schedule import plan_batch
+from semaim.engine.schedule import describe, plan_batch, schedule_of
 from semaim.engine.training import Prepared, make_runner
 from semaim.errors import UserError
 from semaim.registry import MODELS, SCOPE, Task
@@ -71,15 +71,8 @@ class ImageTask(Task):
 
     def schedule(self, cfg: Config, run: Prepared, loader: DataLoader) -> dict:
         """mmengine's arguments that say how long and at which rates."""
-        scheduler = {
-            **cfg.param_scheduler,
-            "by_epoch": False,
-            "epochs": cfg.train_cfg.max_epochs,
-            "iterations_per_epoch": len(loader),
-            "accumulation": run.plan.accumulation,
-            "peak_lr": run.plan.lr,
-        }
-        return {"train_cfg": cfg.train_cfg, "param_scheduler": scheduler}
+        steps = cfg.train_cfg.max_epochs * (len(loader) // run.plan.accumulation)
+        return {"train_cfg": cfg.train_cfg, "param_scheduler": schedule_of(cfg.param_scheduler, run.plan, steps)}
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
         """mmengine's arguments of a validation ("val") or test ("test")."""
@@ -92,12 +85,11 @@ class ImageTask(Task):
 
     def describe(self, cfg: Config, run: Prepared, loader: DataLoader, model: NetworkModel) -> list[str]:
         """The run in lines of the log."""
-        plan, epochs, warm = run.plan, cfg.train_cfg.max_epochs, cfg.param_scheduler.warmup_epochs
-        steps = len(loader) // plan.accumulation
+        epochs, steps = cfg.train_cfg.max_epochs, len(loader) // run.plan.accumulation
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [
-            f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps; warm-up {warm} epochs ="
-            f" {round(steps * warm):,} steps, then cosine to {cfg.param_scheduler.get('min_lr', 0):g}",
+            f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps;"
+            f" {describe(cfg.param_scheduler, steps * epochs, epochs)}",
             model.describe(),
             f"images normalised with {run.statistics}",
             f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"

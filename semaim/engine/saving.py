@@ -102,17 +102,11 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
         runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
         iteration = epoch * len(batches)
     runner.train_loop.seek(epoch, iteration)
-    # The config's rates and schedule, not the file's: accumulation or the base rate may be others now. mmengine's
-    # schedulers only know the step before, so they take all steps again: 20 us each, 3 s for 160,000.
+    # The config's rates and schedule, not the file's: accumulation or the base rate may be others now.
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group.update(rate)
-    walked = [scheduler for scheduler in runner.param_schedulers if not hasattr(scheduler, "seek")]
-    for _ in range(iteration if walked else 0):
-        for scheduler in walked:
-            scheduler.step()
     for scheduler in runner.param_schedulers:
-        if scheduler not in walked:
-            scheduler.seek(iteration)
+        scheduler.seek(iteration)
     for name, (values, counts) in checkpoint["history"].items():
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             runner.message_hub.update_scalar(name, value, int(count))

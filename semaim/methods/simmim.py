@@ -2,7 +2,7 @@
 
 One training step, top to bottom (Xie et al., CVPR 2022; official code microsoft/SimMIM at 0e71746):
 
-1. *Mask.* Squares of `mask_size` pixels, as many as make up `mask_ratio` of the image, are chosen by the uniform numbers.
+1. *Mask.* Squares of `mask_size` pixels are chosen by the uniform numbers, `mask_ratio` of them.
 2. *Encode.* A learnt token replaces the embedding of each masked patch; the encoder sees all patches.
 3. *Predict.* A linear layer predicts the pixels of every patch; the L1 loss falls on the masked ones.
 

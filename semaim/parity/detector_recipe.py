@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from semaim.engine import dense
 from semaim.engine.config import load_config
 from semaim.engine.optim import group_model
+from semaim.engine.schedule import milestones_in_steps
 from semaim.parity.cases import EXACT, Case, CaseReport
 from semaim.places import own_config
 
@@ -122,15 +123,16 @@ def group(cfg: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def schedule(cfg: Config, model: nn.Module, recorded: dict) -> dict[str, tuple[list, list]]:
     """Name of a setting -> its values here and in the reference."""
-    warm_up, steps = cfg.param_scheduler
+    steps, length = cfg.param_scheduler, cfg.train_cfg.max_iters
+    milestones = milestones_in_steps(steps.milestones, length)
     windows = [index for index, block in enumerate(model.backbone.blocks) if block.attn.window]
-    values = [steps["gamma"] ** k for k in range(len(steps["milestones"]) + 1)]
+    values = [steps["gamma"] ** k for k in range(len(milestones) + 1)]
     return {
-        "steps": ([cfg.train_cfg.max_iters], [recorded["max_iter"]]),
-        "milestones": (steps["milestones"], recorded["milestones"]),
+        "steps": ([length], [recorded["max_iter"]]),
+        "milestones": (milestones, recorded["milestones"]),
         "values": (values, recorded["values"]),
-        "warm-up": ([warm_up["end"] - 1], [recorded["warmup_length"] * recorded["max_iter"]]),
-        "warm-up's start": ([warm_up["start_factor"]], [recorded["warmup_factor"]]),
+        "warm-up": ([round(steps["warmup"] * length)], [recorded["warmup_length"] * recorded["max_iter"]]),
+        "warm-up's start": ([steps["start_factor"]], [recorded["warmup_factor"]]),
         "drop path": ([cfg.model.backbone.drop_path_rate], [recorded["drop_path_rate"]]),
         "windows": (windows, recorded["window_block_indexes"]),
         "batch": ([cfg.total_batch_size], [recorded["total_batch_size"]]),

@@ -139,7 +139,7 @@ def follow(line: list[str]) -> tuple[int, bool]:
 
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
-    """Options that give a run another length and its schedule the same shape; none where no length is given."""
+    """Options that give a run another length, at whose end it is validated; none where no length is given."""
     if iters is None and epochs is None:
         return {}
     unit, length = ("max_epochs", epochs) if iters is None else ("max_iters", iters)
@@ -147,21 +147,7 @@ def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) 
         raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
     if length < 1:
         raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
-    share = length / cfg.train_cfg[unit]
     options = {f"train_cfg.{unit}": length}
     if cfg.model.type != "Pretraining":  # which validates nothing
         options["train_cfg.val_interval"] = length
-    if iters is None:
-        return {**options, "param_scheduler.warmup_epochs": round(cfg.param_scheduler.warmup_epochs * share, 4)}
-
-    def place(step: int) -> int:  # at least 2: mmengine's LinearLR of one step never leaves its start
-        return max(2, round(step * share)) if step else 0
-
-    for index, scheduler in enumerate(cfg.param_scheduler):
-        changed = {key: place(scheduler[key]) for key in ("begin", "end", "T_max") if key in scheduler}
-        if "end" in changed:  # mmengine refuses an empty stretch
-            changed["end"] = max(changed["end"], changed.get("begin", 0) + 1)
-        if "milestones" in scheduler:
-            changed["milestones"] = [max(1, round(step * share)) for step in scheduler["milestones"]]
-        options |= {f"param_scheduler.{index}.{key}": value for key, value in changed.items()}
     return options

@@ -25,9 +25,9 @@ def own_configs() -> dict[str, Path]:
 
 
 def own_config(name: str) -> Path:
-    """The file of a config of the suite by its name."""
-    folder = next(folder for folder in CONFIG_FOLDERS if name.startswith(f"{folder}/"))
-    return config_folder(folder) / name.removeprefix(f"{folder}/")
+    """The file of a config of the suite by its name; any other name is a path."""
+    folder = next((folder for folder in CONFIG_FOLDERS if name.startswith(f"{folder}/")), None)
+    return config_folder(folder) / name.removeprefix(f"{folder}/") if folder else Path(name)
 
 
 def here(path: Path) -> str:

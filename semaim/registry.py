@@ -89,6 +89,7 @@ class Task:
         keys: top-level config keys besides those of every config, and what they are.
         roots: config keys, dotted, of the folders that --data-root sets.
         trains: whether it trains; else it only measures.
+        pretrains: whether its checkpoints are what the other tasks start from.
         published: whether figures of it are published that a run may be compared with.
         configs: scale of tools/reproduce.py -> config; a method may have its own, see `Variant`.
         shows: what a picture of its results shows, for the report; empty for none.
@@ -107,6 +108,7 @@ class Task:
     keys: ClassVar[Mapping[str, str]] = {}
     roots: ClassVar[tuple[str, ...]] = ("dataset.root",)
     trains: ClassVar[bool] = True
+    pretrains: ClassVar[bool] = False
     published: ClassVar[bool] = True
     configs: ClassVar[Mapping[str, str]] = {}
     shows: ClassVar[str] = ""

@@ -29,6 +29,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         look.add_argument("checkpoint", help="of a pretraining run, such as work_dirs/NAME/latest.pth")
         look.add_argument("images", nargs="+", help="image files, or folders of them")
         look.add_argument("--across", action="store_true", help="a column for each image, in place of a row")
+        look.add_argument(
+            "--import", nargs="+", metavar="MODULE", default=[], dest="modules",
+            help="modules that register the checkpoint's method, where it is your own",
+        )  # fmt: skip
         if name == "order":
             look.add_argument(
                 "--compare", action="store_true", help="raster, stochastic, similarity and semantic order, side by side"
@@ -69,7 +73,9 @@ def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
     from semaim.data.folder import centre_crops
     from semaim.drawing import encoder as pictures
     from semaim.engine.pretraining import model_from_checkpoint
+    from semaim.registry import import_modules
 
+    import_modules(args.modules)
     draw = {
         "order": pictures.draw_comparison if args.command == "order" and args.compare else pictures.draw_orders,
         "attention": pictures.draw_attention,

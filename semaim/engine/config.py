@@ -72,6 +72,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
         check_options(cfg, options, top_keys(cfg), types)
     merge(cfg, options)
     if check:
+        check_task(cfg, path)
         check_keys(cfg, types)
     cfg.cfg_options = {**cfg.get("cfg_options", {}), **options}
     of_config(cfg)  # raises for what are no statistics

@@ -95,7 +95,8 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     found = origin_of(resumed, same=True) if resumed and not _pretrains(cfg) else {}
     if not found and weights:
         found = origin_of(weights, same=whole, trained=whole)
-    cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
+    own = {"method": title_of(cfg.model)} if _pretrains(cfg) else {}
+    cfg.origin = {**found, **own, "config": config_name(cfg), "commit": commit()}
 
 
 def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
@@ -132,9 +133,10 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     known = _mapping(config.get("origin"))
     partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
     if _pretrains(config):
+        recorded = known.get("method")  # its module may be one that only the pretraining's config names
         return {
             **partly,
-            "method": title_of(config["model"]),
+            "method": recorded if isinstance(recorded, str) else title_of(_mapping(config.get("model"))),
             "pretrain_config": name if isinstance(name := known.get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
@@ -206,7 +208,8 @@ def commit() -> str | None:
 
 def _pretrains(config: Mapping) -> bool:
     """Whether a config pretrains: its figures are those of later tasks."""
-    return method_of(_mapping(_mapping(config.get("model")).get("network"))) is not None
+    task = task_of(config)
+    return task is not None and task.pretrains
 
 
 def _whole(value: object) -> int | None:

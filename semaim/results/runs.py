@@ -125,12 +125,20 @@ def reported(
     if task:
         return {name: (title, metric) for name, metric in task.reported(names).items()}
     if recorded:
-        return {name: (title, Metric(**recorded[name])) for name in names if name in recorded}
+        return {name: (title, metric) for name, metric in metrics_in(recorded).items() if name in names}
     found: dict[str, tuple[str | None, Metric]] = {}
     for other in tasks():
         for name, metric in other().reported(names).items():
             found[name] = (None if name in found else other.title, metric)
     return found
+
+
+def metrics_in(recorded: Mapping) -> dict[str, Metric]:
+    """The metrics that a results.json describes itself; `UserError` where they are none."""
+    try:
+        return {name: Metric(**settings) for name, settings in recorded.items()}
+    except TypeError as error:
+        raise UserError(f"results.json is broken: reported: {error}") from None
 
 
 def trains(title: str) -> bool:

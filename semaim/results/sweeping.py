@@ -17,6 +17,7 @@ from semaim.engine.config import load_config
 from semaim.errors import Diverged, UserError, check_work_dir
 from semaim.registry import Metric, task_titled
 from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
+from semaim.results.runs import metrics_in
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
 
@@ -117,7 +118,7 @@ def metrics_of(results: dict) -> dict[str, Metric]:
     task = task_titled(results.get("task"))
     if task:
         return {name: metric for name, metric in task.metrics.items() if metric.tabled or name == "loss"}
-    return {name: Metric(**metric) for name, metric in (results.get("reported") or {}).items()}
+    return metrics_in(results.get("reported") or {})
 
 
 def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:

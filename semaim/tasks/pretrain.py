@@ -16,6 +16,7 @@ class Pretrain(ImageTask):
     title = "pretraining"
     place = 0
     labelled = False
+    pretrains = True
     published = False
     weight = 5
 

@@ -13,7 +13,8 @@ from PIL import Image
 from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
 from semaim.drawing.curves import make_chart, ticks
-from semaim.drawing.encoder import draw_orders, draw_reconstruction, draw_similarity
+from semaim.drawing.encoder import draw_network, draw_orders, draw_reconstruction, draw_similarity
+from semaim.drawing.panels import map_panels
 from semaim.engine.config import load_config
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
 from semaim.errors import UserError
@@ -178,6 +179,66 @@ def test_pictures_of_mae():
     features = pretraining("SemAIM", target={"type": "FeatureTarget"})
     with pytest.raises(UserError, match="predicts features, not pixels"):
         draw_reconstruction(features, image)
+
+
+class Stranger(torch.nn.Module):
+    """A method that drawing has never heard of: it predicts black, and says in its output what it holds."""
+
+    patch_size, target = (16, 8), SimpleNamespace(norm_pix=False)
+
+    def __init__(self, **fields):
+        super().__init__()
+        self.weight, self.fields = torch.nn.Parameter(torch.zeros(1)), fields
+
+    def grid_of(self, size):
+        return size[0] // 16, size[1] // 8
+
+    def forward(self, images, draw):
+        return SimpleNamespace(prediction=torch.full((len(images), draw.shape[1], 384), -9.0), **self.fields)
+
+
+def stranger(**fields):
+    """Its model."""
+    return SimpleNamespace(
+        network=Stranger(**fields),
+        data_preprocessor=pretraining("SemAIM").data_preprocessor,
+        autocast=lambda device: torch.autocast(device.type, enabled=False),
+    )
+
+
+def test_any_method_is_drawn_by_what_its_output_holds():
+    images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    mask = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 1]])  # 2 x 4 patches of 16 x 8 pixels
+    picture = draw_reconstruction(stranger(mask=mask), images)
+    assert picture.width == 480
+    for column, colour in ((1, 127.5), (2, 0)):
+        square = cell(picture, column, 3)
+        step = len(square) / 4
+        seen = np.array([square[round((2 * y + 1) * step), round((x + 0.5) * step)] for y in (0, 1) for x in range(4)])
+        expected = np.where(mask[0].numpy()[:, None] == 1, colour, 200)
+        assert np.abs(seen - expected).max() < 2
+    order = torch.arange(8).flip(0)[None]
+    assert draw_reconstruction(stranger(order=order), images).width == 480, "image, order, prediction"
+    assert draw_reconstruction(stranger(), images).width == 320, "image, prediction"
+    drawn = draw_orders(stranger(order=order, similarity=None), images)
+    part = np.asarray(drawn).astype(int)[60:, 160:320].sum(-1)  # below the column's name: a map of 4 x 2 squares
+    rows, lines = (np.nonzero((part < 765).any(axis))[0] for axis in (1, 0))
+    part = part[rows[0] : rows[-1] + 1, lines[0] : lines[-1] + 1]
+    assert drawn.width == 480 and part[-3, -3] > part[-3, 3] > part[3, -3] > part[3, 3], "the last patch comes first"
+    with pytest.raises(UserError, match="Stranger predicts in no order"):
+        draw_orders(stranger(mask=mask), images)
+    # A look of its own, given the images as they are, the normalised ones' statistics, and the same numbers every time.
+    given = []
+
+    def look(network, images, draw, normaliser):
+        given.append(draw)
+        torch.testing.assert_close(normaliser.denormalise(normaliser.normalise(images)), images / 255)
+        assert not (torch.is_grad_enabled() or network.training)
+        return {"one": map_panels(draw, network.grid_of(images.shape[-2:]))}
+
+    model = stranger()
+    assert draw_network(model, images, look=look) == draw_network(model, images, look=look)
+    assert model.network.training and given[0].shape == (1, 8) and (given[0] == given[1]).all()
 
 
 def test_a_checkpoint_of_mae_is_drawn(here, looked, tmp_path):

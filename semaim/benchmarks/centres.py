@@ -116,7 +116,7 @@ def scenes_of(folder: Path, count: int) -> tuple[list[Path], list[Path], int]:
         names = (folder / "ade/objectInfo.txt").read_text(encoding="utf-8").splitlines()[1:]
         background = max(int(line.split("\t")[0]) for line in names)
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds no built-in scenes: make some by python -m semaim.data.scenes") from None
+        raise UserError(f"{folder} holds no built-in scenes: make some with python -m semaim.data.scenes") from None
     images = sorted((folder / "coco/val2017").glob("*.jpg"))
     if not images or count < 1:
         raise UserError(f"no image in {folder}/coco/val2017" if not images else f"--count {count}: give 1 or more")

@@ -57,7 +57,7 @@ def check_pixels(ours: PretrainImages, plain: PlainImages, count: int = 16) -> f
     return difference
 
 
-def once_through(loader: DataLoader) -> None:
+def load_all(loader: DataLoader) -> None:
     """Load every batch."""
     deque(loader, maxlen=0)
 
@@ -107,7 +107,7 @@ def _rows(root: str, textures: bool, img_size: int, batch: int, workers: int, re
             DataLoader(ours, batch_sampler=ResumableBatches(len(ours), batch), **common),
             DataLoader(plain, batch, shuffle=True, drop_last=True, **common),
         ]
-        passes = [lambda one=one: once_through(one) for one in loaders]
+        passes = [lambda one=one: load_all(one) for one in loaders]
         timing = alternate(*passes, torch.device("cpu"), repeats)
         seen = len(ours) // batch * batch
         cores = max(1, min(count, os.cpu_count() or 1))

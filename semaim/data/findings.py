@@ -95,9 +95,11 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
     return size
 
 
-def size_words(size: Iterable) -> str:
+def size_text(size: Iterable) -> str:
+    """A size for a message: "640 x 480"."""
     return " x ".join(map(str, size))
 
 
 def shortened(names: list[str], most: int = 8) -> str:
+    """The first names of a list for a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

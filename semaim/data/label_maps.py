@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.data.label_rules import Labels, errors, limits, warnings
 from semaim.errors import UserError
 
@@ -34,7 +34,7 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     if mode not in LABEL_MODES:
         return ("label map that is not one channel of 8 or 16 bits", f"{label.name}: mode {mode}"), {}
     if values.shape != size[::-1]:
-        text = f"{label.name}: {size_words(values.shape[::-1])}, its image {size_words(size)}"
+        text = f"{label.name}: {size_text(values.shape[::-1])}, its image {size_text(size)}"
         return ("label map and image differ in size", text), {}
     counts = np.bincount(values.ravel())
     return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}

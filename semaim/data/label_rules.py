@@ -141,18 +141,18 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         if over := labels.beyond(found):
             yield "value beyond the classes", f"{name} holds the value {over[0]}; {limits(labels, over[0])}"
             return
-    mend = ""
+    remedy = ""
     if labels.values == [0, IGNORED]:  # a mask as image editors write it
-        mend = f": write 1 in place of 255 ({CONVERT} 255=1) and set reduce_zero_label=False"
+        remedy = f": write 1 in place of 255 ({CONVERT} 255=1) and set reduce_zero_label=False"
     if not labels.occurring:
         values = ", ".join(map(str, labels.values))
         text = f"all pixels of {labels.split} are ignored, its maps hold {values} with reduce_zero_label="
-        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{mend or ': nothing can be learned'}"
+        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{remedy or ': nothing can be learned'}"
         return
     if len(labels.occurring) == 1:
         (one,) = labels.occurring
         text = f"all labelled pixels of {labels.split} are of the class {labels.name(one)}"
-        why = mend or f": {'nothing is learned' if labels.train else 'to predict it everywhere gives an mIoU of 100'}"
+        why = remedy or f": {'nothing is learned' if labels.train else 'to predict it everywhere gives an mIoU of 100'}"
         yield "one class only", text + why
         return
     whole = labels.occurring == set(range(classes - 1))

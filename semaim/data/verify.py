@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from semaim.data.categories import Categories
-from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.errors import UserError
 
 SLACK = 1.0  # pixels that a box or polygon may extend over the image's edge: files round differently
@@ -111,7 +111,7 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
     elif len(outside):
         first = outside[0]
         fault = f"the box {known[first]['bbox']} of annotation {known[first]['id']} is outside its image of "
-        fault += f"{size_words(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
+        fault += f"{size_text(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
     if fault:
         raise UserError(f"{ann}: {fault}; {hint}")
     labels = [categories[record["category_id"]] for record in records]
@@ -146,7 +146,7 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
         except Exception as error:  # Pillow raises many types for the many ways a file can be broken
             return "broken image", f"{name}: {error}"
         if real != size:
-            text = f"{name} is {size_words(real)}, listed as {size_words(size)}"
+            text = f"{name} is {size_text(real)}, listed as {size_text(size)}"
             return "image size differs from the listed one", text
         return None
 
@@ -219,7 +219,7 @@ def _check_box(report: Report, record: dict, where: str, size: tuple) -> None:
         return
     width, height = box[2:].tolist()
     if _outside(box[None], np.array([size]))[0]:
-        report.problem("box outside its image", f"{where}: {record['bbox']} in {size_words(size)} pixels")
+        report.problem("box outside its image", f"{where}: {record['bbox']} in {size_text(size)} pixels")
     if not len(area) or not np.isfinite(area[0]) or area[0] < 0:
         report.problem("damaged area", f"{where}: {record.get('area')}")
     elif min(width, height) < 1 or area[0] == 0:
@@ -248,7 +248,7 @@ def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -
             elif len(points) < 6:
                 report.problem("polygon of fewer than 3 points", f"{where}: {polygon}")
             elif not ((points >= -SLACK) & (points.reshape(-1, 2) <= np.array(size) + SLACK).ravel()).all():
-                report.problem("polygon outside its image", f"{where}: {size_words(size)} pixels")
+                report.problem("polygon outside its image", f"{where}: {size_text(size)} pixels")
 
 
 def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tuple) -> None:

@@ -21,7 +21,7 @@ class ViTDetCascade(ViTDetRoIHead):
     are the mean of the stages' softmaxes, boxes are the last stage's. The mask head is trained on the first stage's
     proposals and runs on the final boxes.
 
-    mmdet's head samples anew in every stage, weights the losses by 1, 0.5, 0.25 and not the gradient, averages logits,
+    mmdet's head samples again in every stage, weights the losses by 1, 0.5, 0.25 and not the gradient, averages logits,
     and has a mask head for each stage.
 
     Args:

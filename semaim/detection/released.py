@@ -24,7 +24,7 @@ def weights_of(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
     held = content.get("model") if isinstance(content, Mapping) else None
     held = held if isinstance(held, Mapping) else {}
     if not any(str(name).startswith("proposal_generator.") for name in held):
-        raise UserError(f"{path} holds no whole detector of detectron2: no proposal_generator, of an RPN")
+        raise UserError(f"{path} holds no whole detector of detectron2: it has no proposal_generator (the RPN)")
     weights = {name: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for name, v in held.items()}
     if wrong := [str(name) for name, value in weights.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path}: {wrong[0]} is no tensor")
@@ -75,7 +75,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike) -> list[str]:
     """
     out = Path(out)
     if out.suffix == ".safetensors":
-        raise UserError(f"{out}: .safetensors holds tensors only, mmdet more: name a .pth")
+        raise UserError(f"{out}: .safetensors holds only tensors, mmdet's files more: name a .pth")
     if out.exists() and out.samefile(path):
         raise UserError(f"{out} is the checkpoint itself: name another file")
     weights = weights_of(read_file(path), path)

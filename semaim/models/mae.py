@@ -25,7 +25,7 @@ from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_p
 
 
 class MAEOutput(NamedTuple):
-    """What a training step produced; patches stand in image order (row by row)."""
+    """What a training step produced; patches are in image order (row by row)."""
 
     loss: Tensor  #: scalar, mean over the removed patches of all images
     loss_map: Tensor  #: (B, L), of the kept patches too

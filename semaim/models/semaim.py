@@ -27,7 +27,7 @@ from semaim.models.vit import Block, CrossAttention, Mlp, VisionTransformer, tak
 
 
 class Output(NamedTuple):
-    """What a training step produced; patches stand in image order (row by row), not in the order of prediction."""
+    """What a training step produced; patches are in image order (row by row), not in the order of prediction."""
 
     loss: Tensor  #: scalar, mean over patches and images
     loss_map: Tensor  #: (B, L)

@@ -28,7 +28,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to itself, or to a `context` of its own."""
+    """Multi-head attention from `x` to itself, or to a separate `context`."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

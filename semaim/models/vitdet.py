@@ -171,7 +171,7 @@ class ViTDet(VisionTransformer):
             if wrong := [index for index in chosen if not 0 <= index < self.depth]:
                 raise ValueError(f"{name} {wrong}: there are blocks 0 to {self.depth - 1}")
         if window_size < 1:
-            raise ValueError(f"window_size {window_size}: name all blocks in global_blocks for no windows")
+            raise ValueError(f"window_size {window_size}: list all blocks in global_blocks to use no windows")
         self.global_blocks, self.window_size = tuple(global_blocks), window_size
         self.out_blocks = out_blocks and tuple(out_blocks)
         whole = self.grid_of(to_2tuple(img_size))

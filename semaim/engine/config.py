@@ -9,7 +9,9 @@ from mmengine.config import Config
 from semaim.checkpoints.normalisation import of_config
 from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_options, check_tree
 from semaim.errors import UserError, close, nearest
-from semaim.places import own_configs
+from semaim.places import config_folder, own_configs
+
+CONFIGS = config_folder("semaim/configs")  #: of the stages on images
 
 SCOPES = ("mmengine", "mmdet", "mmseg")  #: of the stages on images, of detectors and of segmentors
 
@@ -59,8 +61,8 @@ DENSE_KEYS = {
 def load_config(path: str | os.PathLike, options: dict | None = None, check: bool = True) -> Config:
     """Read a config file, apply `--cfg-options`, and check every key.
 
-    A path that does not exist is looked for among the package's own configs too, so that an installed package needs
-    no checkout.
+    A path that does not exist is looked for among the suite's own configs too, so that an installed suite needs no
+    checkout.
 
     Args:
         path: of the file.
@@ -87,7 +89,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
 
 
 def find_config(path: Path) -> Path:
-    """The file, or the package's own of this name; `UserError` names the nearest of what is there."""
+    """The file, or the suite's own of this name; `UserError` names the nearest of what is there."""
     if path.is_file():
         return path
     ours = own_configs()

@@ -155,15 +155,11 @@ def test_pretrain_takes_what_the_script_takes(tmp_path, monkeypatch, words):
 
 def test_the_module_starts_its_processes_again_by_name(tiny_config, tmp_path):
     # `python -m semaim.cli` puts the path of a file into sys.argv, whose folder must not hide modules of that name.
-    cfg = tiny_config()
+    options = flags({**tiny_config().cfg_options, "train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0.5})
     for name, processes in (("one", 1), ("two", 2)):
         words = ["semaim/configs/pretrain/semaim_vit_tiny_scenes.py", processes, "--work-dir", tmp_path / name]
-        done = semaim(
-            "pretrain",
-            *words,
-            *flags({**cfg.cfg_options, "train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0.5}),
-        )
-        assert done.returncode == 0 and f"batch 8 = {processes} process" in done.stdout, done.stderr
+        done = semaim("pretrain", *words, *options)
+        assert done.returncode == 0 and f"batch 8 = {processes} process" in done.stdout, done.stdout + done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and len(one) == 5
     assert all(abs(one[step] - two[step]) < 1e-5 for step in one)

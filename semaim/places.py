@@ -1,5 +1,7 @@
 """Where the suite's own files lie: in a checkout, or installed from a wheel, which holds the configs too."""
 
+from __future__ import annotations  # `semaim env` names a Python that is too old, so it starts there
+
 import os
 from pathlib import Path
 

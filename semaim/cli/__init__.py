@@ -28,6 +28,7 @@ COMMANDS = {
     "parity": ("check_parity", (), "compare with recorded results of the reference implementations"),
     "tags": ("check_tags", (), "what each consumer makes of every plain ViT of timm's"),
 }
+OPTIONS = ("-h", "--help", "--version")
 
 
 def usage() -> str:
@@ -51,7 +52,7 @@ def dispatch(words: list[str]) -> int | None:
     """As `main`, with its errors raised."""
     from semaim.errors import UserError, nearest
 
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in OPTIONS[:2]:
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else UserError.status
     if words[0] == "--version":
@@ -60,8 +61,8 @@ def dispatch(words: list[str]) -> int | None:
         print(f"semaim {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        kind = "option" if words[0].startswith("-") else "command"
-        raise UserError(f"unknown {kind} {words[0]}: {nearest(words[0], [*COMMANDS, '--help', '--version'])}")
+        kind, known = ("option", OPTIONS) if words[0].startswith("-") else ("command", COMMANDS)
+        raise UserError(f"unknown {kind} {words[0]}: {nearest(words[0], known)}")
     module, before, _ = COMMANDS[words[0]]
     # argparse itself puts the words before behind the program's name.
     prog = "semaim" if before else f"semaim {words[0]}"

@@ -18,9 +18,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or the folder of installed packages
-SETUP = "run tools/setup.sh"
-TORCH = "pip install -c constraints.txt torch torchvision"
+from semaim.places import IN_CHECKOUT, ROOT, to_install
+
+SETUP = "run tools/setup.sh" if IN_CHECKOUT else "pip install semaim"
+TORCH = f"pip install {'-c constraints.txt' if IN_CHECKOUT else '-U'} torch torchvision"
 
 
 def version(name: str) -> str | None:
@@ -48,7 +49,11 @@ def nvidia_driver() -> bool:
 def check_python():
     found = f"{sys.version.split()[0]} ({sys.prefix})"
     if not (3, 10) <= sys.version_info[:2] < (3, 14):
-        return found, "problem", "use Python 3.10 to 3.13, for instance PYTHON=python3.12 tools/setup.sh"
+        return (
+            found,
+            "problem",
+            "use Python 3.10 to 3.13" + ", for instance PYTHON=python3.12 tools/setup.sh" * IN_CHECKOUT,
+        )
     return found, "ok", ""
 
 
@@ -180,7 +185,7 @@ def check_tensorboard():
 def check_mmcv():
     spec = importlib.util.find_spec("mmcv")
     if spec is None:
-        return "not installed", "missing", "tools/setup.sh --extras all (detection and segmentation)"
+        return "not installed", "missing", f"{to_install('all')} (detection and segmentation)"
     full, lite = version("mmcv"), version("mmcv-lite")
     ops = any(Path(spec.origin).parent.glob("_ext*"))
     found = f"{full or lite} ({'compiled ops' if ops else 'no compiled ops: torchvision stands in'})"
@@ -195,7 +200,7 @@ def check_mmcv():
 def check_downstream(name: str, module: str, part: str, extra: str):
     """In a process of its own: mm packages assert versions when they are imported."""
     if version(name) is None:
-        return "not installed", "missing", f"tools/setup.sh --extras {extra}"
+        return "not installed", "missing", to_install(extra)
     if importlib.util.find_spec(part):
         module = part  # our part brings the operators that mmcv-lite lacks
     command = [sys.executable, "-c", f"import {module}"]
@@ -207,7 +212,7 @@ def check_downstream(name: str, module: str, part: str, extra: str):
 
 def check_pycocotools():
     if version("pycocotools") is None:
-        return "not installed", "missing", "tools/setup.sh --extras det"
+        return "not installed", "missing", to_install("det")
     importlib.import_module("pycocotools.mask")  # its compiled part
     return version("pycocotools"), "ok", ""
 

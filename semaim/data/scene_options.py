@@ -3,7 +3,7 @@
 import argparse
 import os
 
-LEVELS = ("normal", "easy")  #: names of `semaim.data.scene_drawing.LEVELS`
+LEVELS = ("easy", "normal")  #: names of `semaim.data.scene_drawing.LEVELS`
 
 
 def make_parser(prog: str | None) -> argparse.ArgumentParser:

@@ -47,8 +47,8 @@ KEYS = {
 def load_config(path: str | os.PathLike, options: dict | None = None, check: bool = True) -> Config:
     """Read a config file, apply `--cfg-options`, and check every key.
 
-    A path that does not exist is looked for among the package's own configs too, so that an installed package needs
-    no checkout.
+    A path that does not exist is looked for among the suite's own configs too, so that an installed suite needs no
+    checkout.
 
     Args:
         path: of the file.
@@ -80,7 +80,7 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
 
 
 def find_config(path: Path) -> Path:
-    """The file, or the package's own of this name; `UserError` names the nearest of what is there."""
+    """The file, or the suite's own of this name; `UserError` names the nearest of what is there."""
     if path.is_file():
         return path
     ours = own_configs()

@@ -25,6 +25,9 @@ from semaim.checkpoints.normalisation import settle  # noqa: E402
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.dense import build, enter, load_whole  # noqa: E402
+from semaim.engine.predicting import build_pipeline, predict  # noqa: E402
+from semaim.engine.training import prepare_training  # noqa: E402
+from semaim.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DETECTOR, SEGMENTOR = "mmdet_configs/semaim_mask_rcnn_scenes.py", "mmseg_configs/semaim_upernet_scenes.py"
@@ -259,7 +262,7 @@ def test_our_own_runs_take_pretrained_and_no_init_cfg(data, pretrained, tmp_path
     cfg.train_dataset.data_root = cfg.val_dataset.data_root = str(data / "coco")
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(pretrained)}
     with pytest.raises(UserError, match="model.backbone.init_cfg is for mmdet's .*: give --pretrained FILE"):
-        plan_dense(cfg, 1)
+        prepare_training(cfg, 1)
 
 
 # The library.

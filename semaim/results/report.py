@@ -17,6 +17,7 @@ from semaim.drawing.curves import Chart, charts_of
 from semaim.errors import UserError
 from semaim.registry import tasks
 from semaim.results import Catalogue, load_published
+from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
 from semaim.results.logs import read_lines
 from semaim.results.opening import make_opening
 from semaim.results.runs import read_results, read_runs
@@ -81,6 +82,8 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
     table = table_of(runs, catalogue)
     opening = make_opening([folder / "results.json" for folder in measured(runs)], catalogue)
     shown = [(words, encode(path)) for words, path in opening.pictures] if opening else []
+    pictured = [folder for folder, part in zip(runs, parts, strict=True) if part.pictures]
+    pictured += [path.parent for _, path in opening.pictures] if opening else []
     page = environment.get_template("report.html").render(
         lead=lead,
         opening=opening,
@@ -90,6 +93,7 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
         table=in_words(table) if table else None,
         recorded={name for part in parts for name in part.facts},
         header=HEADER,
+        credit=f"{CREDIT} ({SOURCES})." if any(map(shows_scenes, pictured)) else "",
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         version=__version__,
     )

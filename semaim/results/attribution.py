@@ -1,0 +1,58 @@
+"""Whether a run's pictures show the built-in scenes, whose emoji have a licence that asks for attribution."""
+
+import json
+import re
+from pathlib import Path
+
+from semaim.data.scenes import MARKER
+
+CREDIT = "Emoji: OpenMoji, CC BY-SA 4.0"
+SOURCES = "openmoji.org, creativecommons.org/licenses/by-sa/4.0"
+#: Where a config, as it is written to the work folder, names folders of images.
+FOLDERS = re.compile(r"\b(?:data_)?root\s*=\s*(['\"])(.+?)\1")
+#: The usual names of folders of scenes (scenes, scenes_easy) and of their configs (vit_tiny_scenes_easy.py).
+USUAL_FOLDER = re.compile(r"scenes(?:_[a-z]+)?")
+USUAL_CONFIG = re.compile(r"\w+_scenes(?:_[a-z]+)?\.py")
+
+
+def shows_scenes(folder: Path) -> bool:
+    """Whether pictures in a run's folder are of built-in scenes, by the images that the run and its predictions name.
+
+    A folder of scenes is known by its `scenes.json`. Where the images are no longer there, names decide.
+    """
+    results = _read(folder / "results.json")
+    results = results if isinstance(results, dict) else {}
+    configs = [*folder.glob("*.py"), *folder.glob("*/vis_data/config.py")]
+    named = [match[2] for path in configs for match in FOLDERS.finditer(_text(path))]
+    named += [str(results["data"])] if results.get("data") else []
+    for path in folder.glob("*/predictions.json"):
+        found = _read(path)
+        found = found if isinstance(found, list) else []
+        named += {str(it["image_id"]) for it in found if isinstance(it, dict) and "image_id" in it}
+    there = [path for path in map(Path, dict.fromkeys(named)) if path.exists()]
+    if any(_among_scenes(path) for path in there):
+        return True
+    gone = [Path(name) for name in named if not Path(name).exists()]
+    names = [str(results.get("config") or ""), *(path.name for path in configs)] if gone else []
+    parts = [part for path in gone for part in path.parts]
+    return any(map(USUAL_FOLDER.fullmatch, parts)) or any(map(USUAL_CONFIG.fullmatch, names))
+
+
+def _among_scenes(path: Path) -> bool:
+    """Whether a folder or one that it lies in is a folder of scenes; classes/, coco/ and ade/ lie in one."""
+    whole = path.resolve()
+    return any((folder / MARKER).is_file() for folder in (whole, *whole.parents))
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(_text(path))
+    except ValueError:
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

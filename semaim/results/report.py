@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from semaim import __version__
 from semaim.drawing.curves import Chart, charts_of
 from semaim.errors import UserError
-from semaim.registry import tasks
+from semaim.registry import charted, tasks
 from semaim.results import Catalogue, load_published
 from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
 from semaim.results.logs import read_lines
@@ -149,7 +149,7 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
     told = [task.title for task in tasks() if task.name in named]
     measured = [run.task for run in read_runs(results, catalogue)] if raw else []
     part.stage = next((str(stage) for stage in (raw.get("task"), *told, *measured, raw.get("stage")) if stage), "")
-    part.charts = charts_of(lines)
+    part.charts = charts_of(lines, charted())
     part.facts = facts_of(lines, logs, raw)
     part.measured = {key: worded(value) for key, value in raw.get("metrics", {}).items()}
     part.figures = {key: value for key, value in part.measured.items() if is_headline(key)} or part.measured

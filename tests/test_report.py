@@ -13,10 +13,10 @@ from commands import losses, one_line, tool
 from PIL import Image
 
 from semaim.drawing.curves import BOTTOM, HEIGHT, TOP, charts_of
-from semaim.registry import charted
 from semaim.engine.results import write_results
 from semaim.engine.training import train
 from semaim.errors import UserError
+from semaim.registry import charted
 from semaim.results import load_published
 from semaim.results.logs import read_lines, read_scalars
 from semaim.results.report import find_runs, pictures_of, read_part, write_report

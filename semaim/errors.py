@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss that is no number."""
+    """The loss is NaN or infinite."""
 
     status = 3  # a search of learning rates goes on with the next
 

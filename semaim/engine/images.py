@@ -121,8 +121,8 @@ class ImageTask(Task):
         found = checkpoints.read(weights)
         head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
         if head is None:
-            told = f"{weights} has no classifier"
-            raise UserError(f"{told}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
+            problem = f"{weights} has no classifier"
+            raise UserError(f"{problem}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
         statistics = settle(cfg, weights)
         val = build_validation(cfg)
         cfg.model.network.num_classes = len(val.classes)

@@ -16,7 +16,7 @@ def warm_up(step: float, length: float, start: float = 0.0) -> float:
 
 
 def cosine(done: float, floor: float = 0.0) -> float:
-    """Share of the peak when `done` of the way down, from 0 to 1, is behind: half a cosine from 1 to `floor`."""
+    """Share of the peak after `done`, from 0 to 1, of the way down: half a cosine from 1 to `floor`."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if done > 0 else 1.0
 
 
@@ -78,7 +78,7 @@ class ScheduleInShares(_ParamScheduler):
         return [base * share for base in self.base_values]
 
     def seek(self, iteration: int) -> None:
-        """Stand where a run stands that has `iteration` iterations behind it."""
+        """Continue as after `iteration` iterations."""
         self.last_step = iteration - 1
         self._global_step = iteration - 1
         self.step()

@@ -2,7 +2,7 @@
 
 seed = 0
 default_hooks = dict(
-    runtime_info=dict(type="LateRuntimeInfo"),
+    runtime_info=dict(type="DeferredRuntimeInfo"),
     timer=dict(type="IterTimerHook"),
     sampler_seed=None,  # the batch sampler seeds itself
     logger=dict(type="LoggerHook"),

@@ -28,8 +28,8 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
 
     To read a number is to wait until the GPU has computed it, while it waits for nothing but its next work. A CPU has
     nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is
-    NaN or infinite is `Diverged`, at the latest before anything is saved. With it goes, from each process to all, whether it was asked
-    to stop.
+    NaN or infinite is `Diverged`, at the latest before anything is saved. Each process also sends the others whether it
+    was asked to stop.
 
     Args:
         late: whether to wait for the next log line; None for doing so on a GPU.

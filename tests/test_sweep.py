@@ -17,7 +17,7 @@ from schedules import rates
 from semaim.engine.config import load_config
 from semaim.errors import UserError
 from semaim.results.running import shortened
-from semaim.results.sweeping import short
+from semaim.results.sweeping import DECAY, short
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -173,7 +173,7 @@ def test_a_sweep_trains_once_and_goes_on_where_it_was_cut(tmp_path, here):
     for words, folder, lr in zip(typed, runs, ("1e-3", "2e-3"), strict=True):
         assert words[1:3] == ["tools/train.py", SCENES] and words[words.index("--work-dir") + 1] == str(folder)
         last = words[words.index("--cfg-options") + 1 :]
-        assert {*options, f"base_lr={lr}", f"{sweep.DECAY}=0.65", "train_cfg.max_iters=2"} - {*last} == {
+        assert {*options, f"base_lr={lr}", f"{DECAY}=0.65", "train_cfg.max_iters=2"} - {*last} == {
             "model.decode_head.in_channels=32,32,32,32"  # written as a list
         }
     # The command did what it says: 2e-3 x 4 / 16, reached in the second of two steps.

@@ -7,6 +7,7 @@ import torch
 from mmengine.registry import LOOPS
 
 import semaim.tasks  # noqa: F401  registers what configs name
+from semaim.data.pipelines import changed
 from semaim.engine.config import CONFIGS, load_config
 from semaim.engine.pretraining import build_network
 from semaim.errors import UserError
@@ -166,3 +167,12 @@ def test_missing_and_broken_config_files(tmp_path):
 def test_own_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("semaim/configs/pretrain/semaim_vit_base_400e.py").train_cfg.max_epochs == 400
+
+
+def test_a_pipeline_is_another_with_some_of_its_steps_changed():
+    pipeline = [{"type": "Load"}, {"type": "Resize", "scale": 4, "keep_ratio": True}, {"type": "Flip"}]
+    found = changed(pipeline, Resize={"scale": 8}, Flip=None)
+    assert found == [{"type": "Load"}, {"type": "Resize", "scale": 8, "keep_ratio": True}]
+    assert pipeline[1]["scale"] == 4 and len(pipeline) == 3, "that of the other config stays"
+    with pytest.raises(UserError, match="the pipeline has no Crop: it has Load, Resize, Flip"):
+        changed(pipeline, Crop={"size": 3})

@@ -209,7 +209,8 @@ def test_a_run_of_any_length_rises_to_its_peak_and_falls(name, steps):
     cfg = load_config(ROOT / f"{name}.py", {"train_cfg.max_iters": steps}, check=False)
     found = rates(cfg)
     assert found[0] < 0.01 and found.max() <= 1
-    assert steps == 1 or found[1 : max(2, steps // 8)].max() == pytest.approx(1, abs=0.3)
+    soonest = 50 if name.endswith("li2021") else 2  # whose cosine has begun to fall before the warm-up ends
+    assert steps < soonest or found.max() == pytest.approx(1, abs=0.002)
     assert steps < 50 or found[-1] < 0.02
 
 

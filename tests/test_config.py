@@ -32,9 +32,9 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     size = next(part for part in path.stem.split("_") if part in SIZES)
     width = 128 if {"cifar10", "easy"} & {*path.stem.split("_")} else SIZES[size]["embed_dim"]
     assert network["size"] == size and model.network.embed_dim == width
-    assert type(model.network).__name__ == {"pretrain": "MAE" if "mae" in path.stem else "SemAIM"}.get(
-        path.parent.name, "Classifier"
-    )
+    assert type(model.network).__name__ == {
+        "pretrain": next((name for name in ("SimMIM", "MAE") if name.lower() in path.stem), "SemAIM")
+    }.get(path.parent.name, "Classifier")
     if path.parent.name == "knn" or path.stem.endswith("fast"):
         LOOPS.build(cfg.evaluation)
         assert network["num_classes"] == 0 and cfg.dataset.augment == "none"

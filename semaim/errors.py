@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 #: What the system refuses where a folder or file is not the user's to write, or the disk is full.
 REFUSALS = (
@@ -41,13 +42,19 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
 
 
 def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
-    """`UserError` where a run could not write into its work folder, which is made unless `make` is False."""
+    """`UserError` where a run could not write into its work folder.
+
+    Args:
+        folder: it and those above it may not be there yet.
+        make: make it; else the nearest folder above it that is there is looked at.
+    """
+    there = Path(folder).absolute()
     try:
-        if not make:  # looks at the nearest folder above it that is there
-            while not os.path.lexists(folder) and os.path.dirname(os.path.abspath(folder)) != os.path.abspath(folder):
-                folder = os.path.dirname(os.path.abspath(folder))
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if make:
+            there.mkdir(parents=True, exist_ok=True)
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error

@@ -44,7 +44,7 @@ def check_work_dir(folder: str | os.PathLike) -> None:
     """`UserError` where a run could not write into its work folder, which is made."""
     try:
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=os.fspath(folder)).close()
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error

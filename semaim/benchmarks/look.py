@@ -9,6 +9,7 @@ The official code makes the order of pixel targets in fp32, outside of autocast;
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def random_again(model: Pretraining) -> None:
     torch.manual_seed(0)
     for module in reversed(list(model.network.modules())):  # the network's own start comes last
         if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            cast(Any, module).reset_parameters()
 
 
 def main() -> int:

@@ -190,7 +190,7 @@ def write_scenes(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     val = min(images - 1, max(1, round(images * val_fraction))) if val_fraction else 0
-    request = {"generator": GENERATOR, "images": images, "size": size, "seed": seed}
+    request: dict[str, int | float | str] = {"generator": GENERATOR, "images": images, "size": size, "seed": seed}
     request |= {"val_fraction": float(val_fraction), "level": level}
     request |= {"unlabelled": unlabelled, "unlabelled_size": unlabelled_size}
     marker = json.dumps(request) + "\n"

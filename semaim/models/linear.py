@@ -78,7 +78,7 @@ class _Behind(torch.autograd.Function):
                     y = ctx.cheap(*inputs)
             else:
                 inputs, y = [x], x
-            grads = [None] * len(inputs)
+            grads: list[Tensor | None] = [None] * len(inputs)
             if any(given.values()):
                 through = product(grad, weight.T).to(y.dtype)
                 if ctx.cheap:

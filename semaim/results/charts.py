@@ -1,7 +1,7 @@
 """Curves of a run as line charts: the geometry of an SVG that takes the colours of the page it stands in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that its letters stay readable there
@@ -36,7 +36,7 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
 
 
-def make_chart(title: str, below: str, curves: dict[str, Sequence[tuple[float, float]]]) -> Chart | None:
+def make_chart(title: str, below: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
     """A chart of name -> (x, y) by rising x; None where there is nothing to draw."""
     curves = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
     curves = {name: points for name, points in curves.items() if points}

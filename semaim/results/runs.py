@@ -25,11 +25,15 @@ USUAL = "knn20_top1"  #: where several numbers were tried, the one that was set 
 UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training; nothing is published of them
 
 #: Keys of results.json by what they may hold. All may be missing but `metrics`.
-NUMBERS = ("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed")
-NUMBERS += ("classes", "classes_evaluated")
+NUMBERS = (
+    *("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed"),
+    *("classes", "classes_evaluated"),
+)
 OPTIONS = ("cfg_options", "pretrain_options")
-STRINGS = ("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit")
-STRINGS += ("pretrain_config", "features", "partly_loaded")
+STRINGS = (
+    *("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit"),
+    *("pretrain_config", "features", "partly_loaded"),
+)
 CLS = "class token"  #: the features that a metric's name does not name
 
 #: Changed options that leave the figure what it is.
@@ -105,7 +109,7 @@ class Run:
 
 def find_results(folders: Iterable[str | Path]) -> list[Path]:
     """All results.json in the folders, however deep, each once."""
-    found = {}
+    found: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
@@ -137,7 +141,7 @@ def reported(names: Iterable[str]) -> dict[str, tuple[str | None, str, int]]:
     """Those of the names that the table has, as in `METRICS`; of k-NN the usual k, or all where that is not there."""
     names = list(names)
     found = {name: int(match[1]) for name in names if (match := NEIGHBOURS.fullmatch(name))}
-    kept = [USUAL] if USUAL in found else sorted(found, key=found.get)
+    kept = [USUAL] if USUAL in found else sorted(found, key=found.__getitem__)
     neighbours = {name: ("k-NN", f"top-1, k = {found[name]}", 1) for name in kept}
     return {name: told for name, told in METRICS.items() if name in names} | neighbours
 
@@ -190,8 +194,10 @@ def method_of(raw: dict) -> str:
 def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
     """The recorded backbone, that of the config, or what names tell; None where nothing does."""
     config, checkpoint = Path(raw.get("config") or "").name, Path(raw.get("checkpoint") or "")
-    if raw.get("backbone") or recipe:
-        return raw.get("backbone") or recipe.configs[config]
+    if raw.get("backbone"):
+        return raw["backbone"]
+    if recipe:
+        return recipe.configs[config]
     names = words_of(config), words_of(*checkpoint.parts[-2:])
     return next((backbone for words in names for size, backbone in SIZES.items() if size in words), None)
 
@@ -211,17 +217,17 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
     imagenet = catalogue.datasets["fine-tuning"]
     whole = catalogue.datasets.get(run.task, imagenet)
     images, validated, pretrained = (run.raw.get(f"{name}_images") for name in ("train", "val", "pretrain"))
-    asked = run.recipe and run.length and getattr(run.recipe, run.length[0])
-    other_length = bool(asked) and run.length[1] != asked
+    asked: int | None = getattr(run.recipe, run.length[0]) if run.recipe and run.length else None
+    more_of_it = run.length[1] - asked if run.length and asked else 0
     other_validation = validated not in (None, whole.val_images)
     other_pretraining = pretrained is not None and pretrained not in imagenet.train_images
-    if not (other_length or other_validation or other_pretraining or images not in (None, *whole.train_images)):
+    if not (more_of_it or other_validation or other_pretraining or images not in (None, *whole.train_images)):
         return ""
     parts = [f"{images:,} images"] if images is not None else []
     parts += [f"{run.length[1]:,} {run.length[0]}"] if run.length else []
     parts += [f"validated on {validated:,}"] if other_validation else []
     parts += [f"pretrained on {pretrained:,} images"] if other_pretraining else []
-    more = (images or 0) > max(whole.train_images) or other_length and run.length[1] > asked
+    more = (images or 0) > max(whole.train_images) or more_of_it > 0
     return f"{'other than published' if more else 'reduced'}: {', '.join(parts)}"
 
 

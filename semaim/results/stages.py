@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -30,7 +31,7 @@ LENGTHS = {
 DEFAULT_METHODS = {"quick": ("semaim", "scratch"), "study": METHODS, "paper": METHODS}
 
 #: The config of each stage by scale: of all methods, or by method or its target, "" for those not named.
-CONFIGS = {
+CONFIGS: dict[str, dict[str, str | dict[str, str]]] = {
     "quick": {
         "pretrain": {
             "": "semaim/configs/pretrain/semaim_vit_tiny_scenes_easy.py",
@@ -245,7 +246,12 @@ def plan(
     if scale == "quick":
         scenes = roots.get("scenes") or work / "scenes"
         roots = {"images": scenes / "classes", "coco": scenes / "coco", "ade": scenes / "ade"}
-        drawn = {**{name: lengths[name] for name in SCENES}, "level": LEVEL, "unlabelled_size": 64, "seed": 0}
+        drawn: dict[str, Any] = {
+            **{name: lengths[name] for name in SCENES},
+            "level": LEVEL,
+            "unlabelled_size": 64,
+            "seed": 0,
+        }
         stages = [Stage("scenes", "", 0, "", scenes, options=drawn)]
         val = min(drawn["images"] - 1, max(1, round(0.2 * drawn["images"])))  # as semaim.data.scenes splits
         images = (drawn["images"] - val, val)
@@ -256,7 +262,7 @@ def plan(
             first = None
             for name in NAMES[1:] if method == "scratch" else NAMES:
                 root, count = folders.get(name, roots.get("images")), images
-                if scale == "quick" and name == "pretrain":
+                if scenes is not None and name == "pretrain":
                     root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue
@@ -289,7 +295,9 @@ def plan_stage(
     config = configs if isinstance(configs, str) else next(configs[key] for key in keys if key in configs)
     cfg = load_config(ROOT / config, check=False)
     unit, own = length_of(cfg)
-    options = {} if length in (None, own) else shortened(cfg, **{"iters" if unit == "iterations" else unit: length})
+    options: dict[str, object] = {}
+    if length not in (None, own):
+        options |= shortened(cfg, iters=length) if unit == "iterations" else shortened(cfg, epochs=length)
     options |= {} if seed == cfg.seed else {"seed": seed}
     options |= OPTIONS[scale]
     if name == "pretrain" and order in ORDERS and cfg.model.network.order != ORDERS[order]:
@@ -308,7 +316,7 @@ def plan_stage(
         pretrained=pretraining.result if pretraining else None if unit else "random",
         data_root=root,
         options=options,
-        needs=pretraining and pretraining.title,
+        needs=pretraining.title if pretraining else None,
         unit=unit,
         length=length or own,
         images=passing,

@@ -74,6 +74,7 @@ def random_again(model: Pretraining) -> None:
 
 
 def main() -> int:
+    """The command: see --help."""
     parser = argparse.ArgumentParser(prog="python -m semaim.benchmarks.look", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")

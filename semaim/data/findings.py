@@ -96,8 +96,10 @@ def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
 
 
 def size_words(size: Iterable) -> str:
+    """Sides of an image in words: 640 x 480."""
     return " x ".join(map(str, size))
 
 
 def shortened(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -198,7 +198,7 @@ class LabelledImages(Dataset):
 setattr(LabelledImages.__init__, "arguments_of", training_transform)  # noqa: B010  # for the check of config keys
 
 
-class seeded:
+class seeded:  # noqa: N801  # used as a function: `with seeded(1, 2):`
     """Within it, the generators of torch (CPU), numpy and Python start from the given whole numbers; then they go on.
 
     timm's augmentations draw from all three.

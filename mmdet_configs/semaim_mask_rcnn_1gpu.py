@@ -5,8 +5,5 @@ _base_ = "semaim_mask_rcnn.py"
 model = dict(backbone=dict(with_cp=True))
 total_batch_size = 8
 images_per_gpu = 2
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=2001),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=368750, milestones=[327778, 355092], gamma=0.1),
-]
+param_scheduler = dict(warmup=2000 / 368750)
 train_cfg = dict(max_iters=368750, val_interval=20000)

@@ -2,8 +2,5 @@
 
 _base_ = "semaim_mask_rcnn.py"
 
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=251),  # 250 steps up: both ends count
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=46094, milestones=[40972, 44387], gamma=0.1),
-]
+param_scheduler = dict(warmup=250 / 46094)
 train_cfg = dict(max_iters=46094)

@@ -1,59 +1,32 @@
 """For small studies on COCO-style data: the encoder of semaim_vit_tiny_cifar10 at 256 pixels (64 x 64 patches)."""
 
-_base_ = ["_base_/mask_rcnn.py", "_base_/coco.py", "_base_/vitdet_100ep.py", "_base_/runtime.py"]
+_base_ = "_base_/small.py"
 
-side = 256
-strides = [1, 2, 4, 8, 16]
+from semaim.data.pipelines import changed
+
+_side = 256
+_strides = [1, 2, 4, 8, 16]
 model = dict(
-    data_preprocessor=dict(side=256),
-    backbone=dict(
-        size="tiny",
-        embed_dim=128,
-        depth=4,
-        num_heads=4,
-        img_size=256,
-        pretrain_img_size=32,
-        patch_size=4,
-        window_size=8,
-        drop_path_rate=0.0,
-    ),
-    neck=dict(in_channels=128, out_channels=64, stride=4),
-    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(strides=strides)),
+    data_preprocessor=dict(side=_side),
+    backbone=dict(_base_._cifar10, img_size=_side, pretrain_img_size=32, window_size=8),
+    neck=dict(in_channels=128, stride=4),
+    rpn_head=dict(anchor_generator=dict(strides=_strides)),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64, featmap_strides=strides[:4], finest_scale=28),
-        bbox_head=dict(in_channels=64, conv_out_channels=64, fc_out_channels=256),
-        mask_roi_extractor=dict(out_channels=64, featmap_strides=strides[:4], finest_scale=28),
-        mask_head=dict(in_channels=64, conv_out_channels=64),
+        bbox_roi_extractor=dict(featmap_strides=_strides[:4]), mask_roi_extractor=dict(featmap_strides=_strides[:4])
     ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 train_dataset = dict(
-    filter_cfg=dict(min_size=16),
-    pipeline=[
-        dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-        dict(type="RandomFlip", prob=0.5),
-        dict(type="ResizeScale", scale=(side, side), ratio_range=(0.7, 1.4)),
-        dict(type="FixedSizeCrop", crop_size=(side, side)),
-        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
-        dict(type="PackDetInputs"),
-    ],
+    pipeline=changed(
+        _base_.train_dataset.pipeline,
+        ResizeScale=dict(scale=(_side, _side)),
+        FixedSizeCrop=dict(crop_size=(_side, _side)),
+    )
 )
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
+test_pipeline = changed(_base_.test_pipeline, ResizeShortestEdge=dict(scale=_side, max_size=_side))
 val_dataset = dict(pipeline=test_pipeline)
-total_batch_size = 8
-images_per_gpu = 8
 base_lr = 4e-3  # peak 5e-4 = 4e-3 x 8 / 64
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=250),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=5000, milestones=[4250, 4750], gamma=0.1),
-]
+param_scheduler = dict(warmup=249 / 5000, milestones=(0.85, 0.95))
 train_cfg = dict(max_iters=5000)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=500))
-del side, strides
+default_hooks = dict(checkpoint=dict(interval=500))

@@ -9,8 +9,5 @@ _base_ = "semaim_mask_rcnn.py"
 model = dict(backbone=dict(size="huge", drop_path_rate=0.5), neck=dict(in_channels=1280))
 images_per_gpu = 1
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.9, undecayed=(), decay="all"))
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=189),  # 250 x 75 / 100 = 187.5 steps
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=138281, milestones=[122916, 133159], gamma=0.1),
-]
+param_scheduler = dict(warmup=188 / 138281)  # 250 x 75 / 100 = 187.5 steps
 train_cfg = dict(max_iters=138281)

@@ -6,19 +6,21 @@ Flips, filling and positions are as in ViTDet here: docs/recipes.md has what dif
 
 _base_ = "semaim_mask_rcnn.py"
 
-norm = dict(type="PreciseSyncBN", requires_grad=True, eps=1e-5)  # else the heads keep the 1e-6 of their LayerNorms
+_norm = dict(type="PreciseSyncBN", requires_grad=True, eps=1e-5)  # else the heads keep the 1e-6 of their LayerNorms
 model = dict(
     backbone=dict(window_size=16, out_blocks=(2, 5, 8, 11)),
     neck=[
         dict(type="MapScales", channels=768),
-        dict(type="FPN", in_channels=[768] * 4, out_channels=256, num_outs=5, norm_cfg=norm),
+        dict(type="FPN", in_channels=[768] * 4, out_channels=256, num_outs=5, norm_cfg=_norm),
     ],
-    roi_head=dict(bbox_head=dict(norm_cfg=norm), mask_head=dict(norm_cfg=norm)),
+    roi_head=dict(bbox_head=dict(norm_cfg=_norm), mask_head=dict(norm_cfg=_norm)),
 )
 base_lr = 8e-5
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=1.0, undecayed=("pos_embed", "rel_pos_h", "rel_pos_w")))
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=462),  # 461 steps: a quarter of an epoch
-    dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=184375, T_max=184375, eta_min=0.0),
-]
-del norm
+param_scheduler = dict(
+    _delete_=True,
+    type="CosineWithWarmup",
+    start_factor=0.001,
+    warmup=461 / 184375,  # a quarter of an epoch
+    from_start=True,
+)

@@ -4,48 +4,31 @@
 that of semaim_vit_tiny_scenes, at 256 pixels (32 x 32 patches).
 """
 
-_base_ = ["semaim_mask_rcnn_scenes.py"]
+_base_ = "semaim_mask_rcnn_scenes.py"
 
-side = 256
-ann_file = "annotations/instances_overfit.json"
+from semaim.data.pipelines import changed
+
+_side = 256
 model = dict(
-    data_preprocessor=dict(side=side),
-    backbone=dict(img_size=side, window_size=8, global_blocks=(1, 3)),
+    data_preprocessor=dict(side=_side),
+    backbone=dict(img_size=_side, window_size=8, global_blocks=(1, 3)),
     roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=128))),
     test_cfg=dict(rpn=dict(max_per_img=200)),
 )
-train_dataset = dict(
+_data = dict(
     data_root="data/coco",
-    ann_file=ann_file,
-    metainfo=dict(_delete_=True),
-    pipeline=[
-        dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-        dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
-        dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
-        dict(type="PackDetInputs"),
-    ],
-)
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
-val_dataset = dict(
-    data_root="data/coco",
-    ann_file=ann_file,
+    ann_file="annotations/instances_overfit.json",
     data_prefix=dict(img="train2017/"),
     metainfo=dict(_delete_=True),
-    pipeline=test_pipeline,
 )
+_resize = dict(type="ResizeShortestEdge", scale=_side, max_size=_side, resize_type="PillowResize")
+_load, _annotations, *_, _filter, _pack = _base_.train_dataset.pipeline
+train_dataset = dict(**_data, pipeline=[_load, _annotations, _resize, _filter, _pack])
+test_pipeline = changed(_base_.test_pipeline, ResizeShortestEdge=_resize)
+val_dataset = dict(**_data, pipeline=test_pipeline)
 total_batch_size = 4
 images_per_gpu = 4
 base_lr = 8e-3  # peak 5e-4 = 8e-3 x 4 / 64
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=1000, milestones=[850, 950], gamma=0.1),
-]
+param_scheduler = dict(milestones=(0.85, 0.95))
 train_cfg = dict(val_interval=250)
-del ann_file, side

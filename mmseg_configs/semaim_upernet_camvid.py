@@ -1,14 +1,16 @@
 """A data set of your own, here CamVid's street scenes: 11 classes in ADE20K's folders, label 0 for the unlabelled.
 
 images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png: tools/convert_labels.py camvid
-makes them of CamVid's own files. For another set change `classes`, `palette`, `data_root`, `reduce_zero_label` where
+makes them of CamVid's own files. For another set change `_classes`, `_palette`, `data_root`, `reduce_zero_label` where
 your labels count from 0, and `most_ignored`; docs/labels.md says what is checked. The encoder is that of
 semaim_vit_small_112px_300e; with crops of 224 pixels it trains on one small GPU or, in an hour, on a CPU.
 """
 
 _base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
 
-classes = (
+from semaim.data.pipelines import changed
+
+_classes = (
     "sky",
     "building",
     "pole",
@@ -21,7 +23,7 @@ classes = (
     "pedestrian",
     "bicyclist",
 )
-palette = [
+_palette = [
     [128, 128, 128],
     [128, 0, 0],
     [192, 192, 128],
@@ -34,40 +36,29 @@ palette = [
     [64, 64, 0],
     [0, 128, 192],
 ]
-data = dict(
+_data = dict(
     type="BaseSegDataset",
     data_root="data/camvid",
-    metainfo=dict(classes=classes, palette=palette),
+    metainfo=dict(classes=_classes, palette=_palette),
     reduce_zero_label=True,
 )
-crop_size = (224, 224)
+_crop_size = (224, 224)
 model = dict(
-    data_preprocessor=dict(size=crop_size),
+    data_preprocessor=dict(size=_crop_size),
     backbone=dict(size="small", img_size=224),
     neck=dict(embed_dim=384),
-    decode_head=dict(in_channels=[384] * 4, channels=128, num_classes=len(classes)),
-    auxiliary_head=dict(in_channels=384, channels=64, num_classes=len(classes)),
+    decode_head=dict(in_channels=[384] * 4, channels=128, num_classes=len(_classes)),
+    auxiliary_head=dict(in_channels=384, channels=64, num_classes=len(_classes)),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
 train_dataset = dict(
-    **data,
-    pipeline=[
-        dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations"),
-        dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
-        dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
-        dict(type="RandomFlip", prob=0.5),
-        dict(type="PhotoMetricDistortion"),
-        dict(type="PackSegInputs"),
-    ],
+    **_data,
+    pipeline=changed(
+        _base_.train_dataset.pipeline, RandomResize=dict(scale=(480, 360)), RandomCrop=dict(crop_size=_crop_size)
+    ),
 )
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(480, 360), keep_ratio=True),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
-]
-val_dataset = dict(**data, pipeline=test_pipeline)
+test_pipeline = changed(_base_.test_pipeline, Resize=dict(scale=(480, 360)))
+val_dataset = dict(**_data, pipeline=test_pipeline)
 tta_ratios = (1.0, 1.25, 1.5)
 # Void is 3.95 % of the pixels of the training images and 1.70 % of the validation's. With CamVid's own numbers (0 to
 # 10, 11 for void) the sky would be ignored, 16.85 % and 9.18 %, and void trained as bicyclist: that must not start.
@@ -76,10 +67,6 @@ total_batch_size = 8
 images_per_gpu = 8
 base_lr = 1e-3  # peak 5e-4 = 1e-3 x 8 / 16
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.75))
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=500),
-]
+param_scheduler = dict(start_factor=1e-3, warmup=49 / 500)
 train_cfg = dict(max_iters=500, val_interval=250)
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))
-del classes, palette, data, crop_size

@@ -1,3 +1,32 @@
-"""SemAIM: autoregressive self-supervised pretraining of plain vision transformers, and downstream tasks."""
+"""SemAIM: autoregressive self-supervised pretraining of plain vision transformers, and downstream tasks.
+
+The library is imported when it is used, so that `import semaim` takes no time and needs no torch:
+
+* `open_checkpoint(file)`: what a checkpoint of any dialect holds.
+* `load_encoder(file)`: its encoder, a module from images to tokens.
+* `order_of(encoder, images)`: similarity map and order of the patches.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+#: Public name -> the module that defines it.
+LAZY = {
+    "open_checkpoint": "semaim.library",
+    "load_encoder": "semaim.library",
+    "order_of": "semaim.library",
+}
+
+__all__ = ["__version__", *LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'semaim' has no attribute {name!r}")
+    return getattr(import_module(LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from semaim.drawing.pictures import read_scalars
+from semaim.registry import task_of
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,3 +40,13 @@ def results(folder):
 def losses(folder):
     """step -> training loss, all digits."""
     return {line["iter"]: line["loss"] for line in read_scalars(folder) if "iter" in line and "loss" in line}
+
+
+def check_data(cfg, splits):
+    """The images of these splits, checked as before a training."""
+    return task_of(cfg).data(cfg, splits)[0]
+
+
+def describe_data(cfg, sets):
+    """What the labels of these data sets hold."""
+    return task_of(cfg).describe_data(cfg, sets)

@@ -1,8 +1,11 @@
 """Fixtures of all tests."""
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yapf  # noqa: F401
@@ -77,7 +80,7 @@ def tiny_config(scenes, tmp_path):
                 "base_lr": 0.032,  # peak 1e-3
                 "num_workers": 0,
                 "train_cfg.max_epochs": 2,
-                "param_scheduler.warmup_epochs": 1,
+                "param_scheduler.warmup": 0.5,
                 "default_hooks.logger.interval": 1,
                 "default_hooks.pictures.interval": 0,
                 "default_hooks.checkpoint.interval": 1,
@@ -89,6 +92,24 @@ def tiny_config(scenes, tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """A tool in this process, which saves the seconds of imports."""
+    from semaim.errors import run
+
+    def start(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"tools_{name[:-3]}", ROOT / "tools" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        status = run(module.main)
+        done = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=done.out, stderr=done.err)
+
+    return start
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +129,7 @@ def pretrained(scenes, tmp_path_factory) -> Path:
             "total_batch_size": 8,
             "num_workers": 0,
             "train_cfg.max_epochs": 1,
-            "param_scheduler.warmup_epochs": 0.5,
+            "param_scheduler.warmup": 0.5,
             "default_hooks.pictures.interval": 0,
         },
     )

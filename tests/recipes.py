@@ -54,7 +54,7 @@ def rows_of(node: object, path: str = "") -> dict[str, str]:
     if isinstance(node, dict):
         rows = {}
         for key, item in node.items():
-            if path or key not in APART:
+            if path or key not in APART and not key.startswith("_"):
                 rows |= rows_of(item, f"{path}.{key}" if path else key)
         return rows
     if isinstance(node, list | tuple) and any(isinstance(item, dict) for item in node):

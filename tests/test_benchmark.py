@@ -21,9 +21,10 @@ from semaim.benchmarks.rows import Row, without_gpu
 from semaim.benchmarks.scaling import exponent
 from semaim.data.folder import PretrainImages, load_image, load_pixels
 from semaim.errors import UserError
-from semaim.models import PixelTarget, SemAIM
-from semaim.models import linear as linear_layers
-from semaim.models.linear import LEAST_WORK, linear, product
+from semaim.models import PixelTarget, SemAIM, cpu_products
+from semaim.models.cpu_products import LEAST_WORK, product
+from semaim.models.recompute import linear
+from semaim.models.vit import Mlp
 from semaim.models.vitdet import MapAttention
 
 ORDERS = ("semantic", "similarity", "semantic_rings", "raster", "stochastic", "center_out")
@@ -127,8 +128,8 @@ def test_linear_layers_with_and_without_one_dnn_agree():
     inputs = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = nn.functional.linear(nn.functional.gelu(inputs[0]), *inputs[1:])
     expected = [expected, *torch.autograd.grad(expected.sin().sum(), inputs)]
-    for enabled in {linear_layers.ONE_DNN, False}:
-        with patch.object(linear_layers, "ONE_DNN", enabled):
+    for enabled in {cpu_products.ONE_DNN, False}:
+        with patch.object(cpu_products, "ONE_DNN", enabled):
             mine = [t.clone().requires_grad_() for t in (x, weight, bias)]
             out = linear(*mine, nn.functional.gelu)
             for a, b in zip([out, *torch.autograd.grad(out.sin().sum(), mine)], expected, strict=True):
@@ -147,15 +148,15 @@ def test_linear_layers_keep_frozen_parts_without_gradient():
     assert not linear(x.detach(), weight, bias).requires_grad
 
 
-@pytest.mark.parametrize("cheap", [None, nn.functional.gelu])
-def test_linear_layers_under_autocast_are_torchs(cheap):
+@pytest.mark.parametrize("before", [None, nn.functional.gelu])
+def test_linear_layers_under_autocast_are_torchs(before):
     torch.manual_seed(0)
     x, weight, bias = (t.requires_grad_() for t in (torch.randn(2, 40, 64), torch.randn(48, 64), torch.randn(48)))
     found = []
     for mine in (True, False):
         with torch.autocast("cpu", torch.bfloat16):
-            y = cheap(x) if cheap and not mine else x
-            out = linear(x, weight, bias, cheap) if mine else nn.functional.linear(y, weight, bias)
+            y = before(x) if before and not mine else x
+            out = linear(x, weight, bias, before) if mine else nn.functional.linear(y, weight, bias)
         assert out.dtype == torch.bfloat16
         found.append((out, *torch.autograd.grad(out.float().sin().sum(), (x, weight, bias))))
     for a, b in zip(*found, strict=True):
@@ -163,7 +164,7 @@ def test_linear_layers_under_autocast_are_torchs(cheap):
 
 
 def test_linear_layers_run_without_memory():
-    layer = linear_layers.Mlp(8, 16).to("meta")
+    layer = Mlp(8, 16).to("meta")
     out = layer(torch.empty(2, 3, 8, device="meta", requires_grad=True), nn.LayerNorm(8, device="meta"))
     out.sum().backward()
     assert out.shape == (2, 3, 8) and layer.fc1.weight.grad.shape == (16, 8)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import flags, one_line, results, tool
+from commands import check_data, flags, one_line, results, tool
 
 pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
 
@@ -14,7 +14,7 @@ from semaim.checkpoints.files import read_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
 from semaim.data.verify import check_coco_file  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,9 +77,9 @@ def test_other_categories_are_an_error_with_both_lists(written, tmp_path):
     advised = done.stderr.split('--cfg-options "keep_classes=')[1].split('"')[0]
     assert advised == "[airplane,bird,car,cat,clock,dog,horse,train]"
     cfg = load_config(ROOT / CONFIG, {"keep_classes": advised[1:-1].split(",")})
-    dense.set_data_root(cfg, str(root))
+    set_data_root(cfg, str(root))
     dense.enter(cfg)
-    train, _ = dense.check_data(cfg, ("train_dataset", "val_dataset"))
+    train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
     assert list(train.metainfo["classes"]) == advised[1:-1].split(",")
     for head in ("bbox_head", "mask_head"):
         assert cfg.model.roi_head[head].num_classes == 8
@@ -162,10 +162,10 @@ def test_the_order_of_categories_and_the_heads_are_checked(written, tmp_path):
 
     def fails(message, root=written / "coco", **more):
         cfg = load_config(ROOT / SCENES, more)
-        dense.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         dense.enter(cfg)
         with pytest.raises(UserError, match=message) as error:
-            dense.check_data(cfg, ("train_dataset", "val_dataset"))
+            check_data(cfg, ("train_dataset", "val_dataset"))
         assert "\n" not in str(error.value)
 
     reverse = changed(written / "coco", tmp_path / "reverse", lambda content: content["categories"].reverse())
@@ -190,9 +190,9 @@ def test_the_order_of_categories_and_the_heads_are_checked(written, tmp_path):
         ),
     )
     cfg = load_config(ROOT / SCENES)
-    dense.set_data_root(cfg, str(other))
+    set_data_root(cfg, str(other))
     dense.enter(cfg)
-    train, _ = dense.check_data(cfg, ("train_dataset", "val_dataset"))
+    train, _ = check_data(cfg, ("train_dataset", "val_dataset"))
     names = {r["id"]: r["name"] for r in annotations(other)["categories"]}
     true = [names[r["category_id"]] for r in annotations(other)["annotations"] if r["image_id"] == 1]
     info = next(info for info in map(train.get_data_info, range(len(train))) if info["img_id"] == 1)

@@ -1,156 +1,25 @@
-"""Checkpoints of every dialect: read, loaded with a report, converted, exported - and never run."""
+"""Checkpoints of every dialect: read, loaded with a report, converted."""
 
-import argparse
-import collections
-import io
-import json
-import os
 import pickle
-import sys
-import types
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from commands import tool
-from safetensors.torch import load_file, save_file
+from dialect_files import DIALECTS, HEAD, SIZES, mmpretrain, prefixed, random_states, write
 
 from semaim import checkpoints
-from semaim.checkpoints import checkpoint as checkpoint_module
 from semaim.checkpoints.files import read_checkpoint
 from semaim.errors import UserError
-from semaim.models import MAE, PixelTarget, SemAIM
 from semaim.models.classifier import Classifier
 from semaim.models.vit import VisionTransformer
-
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-HEAD = ("head", "fc_norm")
-
-
-def random_state(model):
-    """The state of a model, every float of it random."""
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.randn_like(tensor).abs())
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
 def states():
     """Weights of our models, by what they are."""
-    torch.manual_seed(0)
-    target = PixelTarget((8, 8), blur_kernel=0)
-    return {
-        "encoder": random_state(VisionTransformer(**SIZES)),
-        "semaim": random_state(SemAIM(target, guide="ema", **SIZES)),
-        "mae": random_state(MAE(target, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **SIZES)),
-        "tuned": random_state(Classifier(5, "avg", **SIZES)),
-        "tuned_cls": random_state(Classifier(5, "cls", **SIZES)),
-        "probe": random_state(Classifier(5, "cls", probe=True, **SIZES)),
-    }
-
-
-def mmpretrain_decoder(state):
-    """mmpretrain's names of MAE's decoder of one block, written out one by one."""
-    pairs = {
-        "neck.decoder_embed": "decoder_embed", "neck.ln1": "decoder_norm", "neck.decoder_pred": "decoder_pred",
-        "neck.decoder_blocks.0.ln1": "decoder_blocks.0.norm1", "neck.decoder_blocks.0.ln2": "decoder_blocks.0.norm2",
-        "neck.decoder_blocks.0.attn.qkv": "decoder_blocks.0.attn.qkv",
-        "neck.decoder_blocks.0.attn.proj": "decoder_blocks.0.attn.proj",
-        "neck.decoder_blocks.0.ffn.layers.0.0": "decoder_blocks.0.mlp.fc1",
-        "neck.decoder_blocks.0.ffn.layers.1": "decoder_blocks.0.mlp.fc2",
-    }  # fmt: skip
-    renamed = {"neck.mask_token": state["mask_token"], "neck.decoder_pos_embed": state["decoder_pos_embed"]}
-    for theirs, ours in pairs.items():
-        renamed |= {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for kind in ("weight", "bias")}
-    return renamed
-
-
-def mmpretrain(state):
-    """mmpretrain's names, written out one by one."""
-    renamed = {
-        "backbone.cls_token": state["cls_token"],
-        "backbone.pos_embed": state["pos_embed"],
-        "backbone.patch_embed.projection.weight": state["patch_embed.proj.weight"],
-        "backbone.patch_embed.projection.bias": state["patch_embed.proj.bias"],
-        "backbone.ln1.weight": state["norm.weight"],
-        "backbone.ln1.bias": state["norm.bias"],
-    }
-    for block in range(2):
-        for theirs, ours in {
-            "ln1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "ln2": "norm2",
-            "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2",
-        }.items():  # fmt: skip
-            for kind in ("weight", "bias"):
-                renamed[f"backbone.layers.{block}.{theirs}.{kind}"] = state[f"blocks.{block}.{ours}.{kind}"]
-    return renamed
-
-
-def prefixed(prefix, state):
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def write(folder, dialect, states):
-    """A file of a dialect, and the weights that are to be found in it."""
-    encoder, path = states["encoder"], folder / "file.pth"
-    content = {
-        "semaim": {"format": "semaim", "model": states["semaim"], "epoch": 3, "config": None},
-        "semaim tuned": {"format": "semaim", "model": states["tuned"], "classes": list("abcde"), "config": None},
-        "semaim probe": {"format": "semaim", "model": states["probe"], "config": None},
-        "official": {"model": "aim_base", "state_dict": prefixed("module.", states["semaim"]), "epoch": 3,
-                     "optimizer": {"state": {}}},
-        "mae": {"model": states["mae"], "epoch": 3, "optimizer": {"state": {}}},
-        "mae tuned": {"model": states["tuned"], "args": argparse.Namespace(lr=1), "epoch": 3},
-        "timm": states["tuned_cls"],
-        "dino": encoder,
-        "dino full": {"student": prefixed("module.backbone.", encoder), "epoch": 3,
-                      "teacher": {**prefixed("backbone.", encoder), "head.mlp.0.weight": torch.zeros(3, 3)}},
-        "mmpretrain": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(encoder), "neck.other": torch.zeros(3),
-                                                              "backbone.layers.0.attn.q_bias": torch.ones(32)}},
-        "mmpretrain mae": {"meta": {"epoch": 3}, "state_dict": {**mmpretrain(states["mae"]),
-                                                                **mmpretrain_decoder(states["mae"])}},
-        "mmpretrain tuned bare": {**{n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
-                                  "head.layers.head.weight": states["tuned_cls"]["head.weight"]},
-        "mmpretrain old": {"meta": {}, "state_dict": {n.replace("backbone.ln1", "backbone.norm1"): t
-                                                      for n, t in mmpretrain(encoder).items()}},
-        "mmpretrain bare": {n.removeprefix("backbone."): t for n, t in mmpretrain(encoder).items()},
-        "detectron2": {"model": {**prefixed("backbone.net.", encoder), "backbone.simfp_2.0.weight": torch.zeros(3),
-                                 "roi_heads.box_head.fc1.weight": torch.zeros(3)}, "iteration": 9},
-        "segmentor": {"meta": {}, "state_dict": {**prefixed("backbone.", encoder), "decode_head.x": torch.zeros(3)}},
-    }.get(dialect)  # fmt: skip
-    found = {
-        "semaim": {n: t for n, t in states["semaim"].items() if not n.startswith("ema.")},
-        "semaim tuned": states["tuned"], "semaim probe": states["probe"], "mae": states["mae"],
-        "mae tuned": states["tuned"], "timm": states["tuned_cls"], "timm safetensors": states["tuned_cls"],
-        "mmpretrain mae": states["mae"],
-        "mmpretrain tuned bare": {**encoder, "head.weight": states["tuned_cls"]["head.weight"]},
-    }.get(dialect, encoder)  # fmt: skip
-    found = {n: t for n, t in states["semaim"].items() if not n.startswith("ema.")} if dialect == "official" else found
-    if dialect == "timm safetensors":
-        path = folder / "file.safetensors"
-        save_file(states["tuned_cls"], path)
-    elif dialect == "detectron2 pkl":
-        path = folder / "file.pkl"
-        arrays = {f"backbone.net.{name}": tensor.numpy() for name, tensor in encoder.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "x"}, protocol=2))
-    else:
-        torch.save(content, path)
-    return path, found
-
-
-DIALECTS = {
-    "semaim": "semaim", "semaim tuned": "semaim", "semaim probe": "semaim", "official": "official SemAIM", "mae": "mae",
-    "mae tuned": "mae", "timm": "timm", "timm safetensors": "timm", "dino": "timm", "dino full": "DINO",
-    "mmpretrain": "mmpretrain", "mmpretrain mae": "mmpretrain", "mmpretrain tuned bare": "mmpretrain",
-    "mmpretrain old": "mmpretrain", "mmpretrain bare": "mmpretrain",
-    "detectron2": "detectron2", "detectron2 pkl": "detectron2", "segmentor": "detector or segmentor",
-}  # fmt: skip
+    return random_states()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -162,7 +31,7 @@ def test_every_dialect_is_read_and_loaded(dialect, states, tmp_path):
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
     assert found.heads_guessed
     if dialect == "mmpretrain":  # what has no name of ours is told
-        assert found.other == ["neck.other", "backbone.layers.0.attn.q_bias"]
+        assert found.skipped == ["neck.other", "backbone.layers.0.attn.q_bias"]
     assert found.sizes == {
         "embed_dim": 32, "depth": 2, "num_heads": 1, "patch_size": (8, 8), "img_size": (32, 32), "mlp_ratio": 4,
     }  # fmt: skip
@@ -256,7 +125,7 @@ def test_the_encoder_is_taken_and_not_its_average(states, tmp_path):
     torch.save({"state_dict": {**average, **prefixed("module.", states["encoder"])}}, tmp_path / "x.pth")
     found = checkpoints.read(tmp_path / "x.pth")
     assert all(torch.equal(found.state[name], tensor) for name, tensor in states["encoder"].items())
-    assert set(found.other) == set(average)
+    assert set(found.skipped) == set(average)
 
 
 def test_the_number_of_heads(states, tmp_path):
@@ -290,114 +159,6 @@ def test_mmpretrain_names_are_theirs(states, tmp_path):
         assert ("neck.bn.running_mean" in written) == (kind == "probe") and ("backbone.ln2.bias" in written) == (
             kind == "tuned"
         )
-
-
-# Against timm.
-
-
-@pytest.mark.parametrize(("file_size", "size"), [(224, 224), (224, 384), (384, 224)])
-def test_features_are_timms_for_the_same_weights(file_size, size, tmp_path):
-    torch.manual_seed(0)
-    options = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    source = timm.models.VisionTransformer(img_size=file_size, num_classes=0, **options)
-    path = tmp_path / "timm.safetensors"
-    save_file(source.state_dict(), path)
-    theirs = timm.models.VisionTransformer(img_size=size, num_classes=0, **options).eval()
-    timm.models.load_checkpoint(theirs, str(path), filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
-    images = torch.randn(2, 3, size, size)
-    token = Classifier(0, "cls", img_size=size, **options).eval()
-    mean = Classifier(0, "avg", probe=True, img_size=size, **options).eval()
-    report = checkpoints.load(token, path, HEAD)
-    assert bool(report.resized) == (size != file_size)
-    checkpoints.load(mean, path, HEAD)
-    with torch.no_grad():
-        tokens = theirs.forward_features(images)
-        torch.testing.assert_close(token.features(images), tokens[:, 0], atol=1e-5, rtol=0)
-        pooled = F.layer_norm(VisionTransformer.forward(token, images)[:, 1:], (48,)).mean(1)
-        torch.testing.assert_close(pooled, F.layer_norm(tokens[:, 1:], (48,)).mean(1), atol=1e-5, rtol=0)
-        theirs.norm = torch.nn.Identity()
-        patches = theirs.forward_features(images)[:, 1:]
-        torch.testing.assert_close(mean.features(images), patches.mean(dim=1), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["encoder", "semaim", "tuned", "tuned_cls", "probe"])
-def test_timm_opens_an_export(kind, states, tmp_path):
-    state = {name: tensor * 0.1 for name, tensor in states[kind].items() if tensor.is_floating_point()}
-    state |= {name: tensor for name, tensor in states[kind].items() if not tensor.is_floating_point()}
-    config = {"model": {"network": {**SIZES}}}
-    torch.save({"format": "semaim", "model": state, "config": config, "classes": list("abcde")}, tmp_path / "x.pth")
-    checkpoints.export(tmp_path / "x.pth", tmp_path / "out")
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    classes = 0 if kind in ("encoder", "semaim") else 5
-    ours = Classifier(classes, "avg" if kind == "tuned" else "cls", probe=kind == "probe", **SIZES).eval()
-    checkpoints.load(ours, tmp_path / "x.pth")
-    images = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        out = ours(images) if classes else ours.features(images)
-        torch.testing.assert_close(theirs(images), out, atol=1e-5, rtol=1e-5)
-    assert theirs.num_classes == classes and tuple(theirs.pretrained_cfg["input_size"]) == (3, 32, 32)
-    told = json.loads((tmp_path / "out/config.json").read_text())
-    assert told["global_pool"] == ("avg" if kind == "tuned" else "token") and told["label_names"] == list("abcde")
-
-
-def test_a_published_architecture_is_named_and_opens_at_another_size(tmp_path):
-    torch.manual_seed(0)
-    model = VisionTransformer("tiny", img_size=64)
-    torch.save(model.state_dict(), tmp_path / "x.pth")
-    assert checkpoints.export(tmp_path / "x.pth", tmp_path / "out") == "vit_tiny_patch16_224"
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=96).eval()
-    images = torch.randn(1, 3, 96, 96)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(images), model.eval()(images)[:, 0], atol=1e-5, rtol=0)
-
-
-def test_timm_opens_an_encoder_without_final_norm(states, tmp_path):
-    state = {name: tensor * 0.1 for name, tensor in states["encoder"].items() if not name.startswith("norm.")}
-    torch.save({"format": "semaim", "model": state, "config": {"model": {"network": SIZES}}}, tmp_path / "x.pth")
-    checkpoints.export(tmp_path / "x.pth", tmp_path / "out")
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    ours = Classifier(0, "avg", probe=True, **SIZES).eval()
-    assert not checkpoints.load(ours, tmp_path / "x.pth", HEAD).missing
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(images), ours.features(images), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("size", "patch"), [("small", 16), ("base", 16), ("large", 16), ("huge", 14), ("base", 8)])
-def test_published_models_have_timms_names_and_shapes(size, patch, tmp_path, monkeypatch):
-    """On the meta device: no memory. `export` compares with timm's model and would refuse."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in VisionTransformer(size, 224, patch).state_dict().items()}
-        state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    monkeypatch.setattr(checkpoint_module, "read", lambda path: checkpoints.Checkpoint(Path(path), "timm", state, []))
-    monkeypatch.setattr(checkpoint_module, "_save_tensors", lambda state, out: out.parent.mkdir())
-    name = checkpoints.export("x", tmp_path / "out")
-    assert name == ("vit_base_patch16_224" if patch == 8 else f"vit_{size}_patch{patch}_224")
-    args = json.loads((tmp_path / "out/config.json").read_text())["model_args"]
-    assert ("patch_size" in args) == (patch == 8)
-
-
-def test_exports_that_timm_could_not_open_are_refused(states, tmp_path):
-    def refuses(message, state, out=tmp_path / "out"):
-        torch.save(state, tmp_path / "x.pth")
-        with pytest.raises(UserError, match=message) as error:
-            checkpoints.export(tmp_path / "x.pth", out)
-        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-
-    encoder = states["encoder"]
-    refuses(r"it computes with blocks.\*.attn.rel_pos_h", {**encoder, "blocks.0.attn.rel_pos_h": torch.zeros(7, 16)})
-    refuses("it lacks cls_token", {name: tensor for name, tensor in encoder.items() if name != "cls_token"})
-    refuses("it lacks pos_embed", {name: tensor for name, tensor in encoder.items() if name != "pos_embed"})
-    refuses("in other shapes pos_embed", {**encoder, "pos_embed": torch.zeros(1, 18, 32)})
-    (tmp_path / "file").write_text("x")
-    refuses("cannot write", encoder, tmp_path / "file")
-    own = tmp_path / "own/model.safetensors"
-    own.parent.mkdir()
-    save_file(encoder, own)
-    before = own.read_bytes()
-    with pytest.raises(UserError, match="is the checkpoint itself"):
-        checkpoints.export(own, own.parent)
-    assert own.read_bytes() == before
 
 
 # What does not fit.
@@ -522,175 +283,3 @@ def test_conversion_refuses_what_it_cannot_write(states, tmp_path):
         with pytest.raises(UserError, match=message):
             checkpoints.convert(path, out, to)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-# Files that would run code.
-
-
-class Call:
-    """Pickles to a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-class HistoryBuffer:
-    """As mmengine's: it pickles functions that it fetches with getattr."""
-
-
-HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
-
-
-@pytest.mark.parametrize("suffix", ["pth", "old.pth", "pkl"])
-@pytest.mark.parametrize("where", ["value", "getattr", "eval"])
-def test_hostile_files_are_refused_by_name_and_never_run(suffix, where, states, tmp_path):
-    made = tmp_path / "made"
-    hostile = {
-        "value": Call(os.system, f"touch {made}"),
-        "getattr": Call(getattr, Call(__import__, "os"), "system"),
-        "eval": Call(eval, f"open({str(made)!r}, 'w').close()"),
-    }[where]
-    path = tmp_path / f"x.{suffix}"
-    content = {"model": states["encoder"], "args": hostile}
-    if suffix == "pkl":
-        path.write_bytes(pickle.dumps({"args": hostile}))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=suffix == "pth")
-    with pytest.raises(UserError, match=f"x.{suffix} is refused: reading it would call ") as error:
-        checkpoints.read(path)
-    assert not made.exists() and "\n" not in str(error.value)
-    # What the file asks for does what it is accused of.
-    if where != "getattr":
-        function, arguments = hostile.__reduce__()
-        function(*arguments)
-        assert made.exists()
-
-
-def zipped_pickle(path, code, states):
-    """A zip file of torch's with a pickle written by hand."""
-    buffer = io.BytesIO()
-    torch.save(states["encoder"], buffer)
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
-        for item in old.namelist():
-            new.writestr(item, code if item.endswith("data.pkl") else old.read(item))
-
-
-@pytest.mark.parametrize("environment", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
-@pytest.mark.parametrize("allowed", [(), (getattr, collections.deque, print)])
-@pytest.mark.parametrize("chain", ["attribute", "call"])
-def test_getattr_is_a_stand_in_whatever_the_program_allows(chain, allowed, environment, states, tmp_path, monkeypatch):
-    """getattr(deque, "__init__"), then its call: neither happens, also after `add_safe_globals([getattr])`."""
-    if environment:
-        monkeypatch.setenv(environment, "1")
-    attribute = b"\x80\x02c__builtin__\ngetattr\n(ccollections\ndeque\nX\x08\x00\x00\x00__init__tR"
-    path = tmp_path / "x.pth"
-    zipped_pickle(path, attribute + (b"." if chain == "attribute" else b"(K\x05tR."), states)
-    before = set(torch.serialization.get_safe_globals())  # a list in no order
-    with torch.serialization.safe_globals(list(allowed)):
-        if chain == "attribute":
-            held = checkpoints.read_file(path)
-            assert type(held).__name__ == "StandIn" and held == held and not held
-        else:  # the stand-in that getattr gave is no function that torch would call
-            with pytest.raises(UserError, match="cannot read .*more than tensors and plain containers"):
-                checkpoints.read_file(path)
-        assert set(torch.serialization.get_safe_globals()) == {*before, *allowed}
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_containers_and_configs_are_read(zipped, states, tmp_path, monkeypatch):
-    """Dicts and lists of other classes, keys of other classes; in torch's two formats."""
-    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
-    module = types.ModuleType("yacs.config")
-    module.CfgNode = node
-    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
-    monkeypatch.setitem(sys.modules, "yacs.config", module)
-    config = node(lr=0.1)
-    config.__dict__["frozen"] = True
-    content = {
-        "model": states["encoder"], "epoch": 4, "args": argparse.Namespace(lr=1), "config": config,
-        "history": collections.defaultdict(list, {"loss": [1.0]}), "last": collections.deque([1, 2]),
-        Path("a"): {Path("b")}, "mean": np.float64(3), "array": np.arange(3),
-    }  # fmt: skip
-    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    found = checkpoints.read(tmp_path / "x.pth")
-    assert found.epoch == 4 and all(torch.equal(found.state[n], t) for n, t in states["encoder"].items())
-    held = checkpoints.read_file(tmp_path / "x.pth")
-    assert held["config"] == {"lr": 0.1} and type(held["config"]) is not node and held["history"] == {"loss": [1.0]}
-    assert type(held["last"]).__name__ == type(held["array"]).__name__ == "StandIn"
-
-
-def test_whole_models_are_refused_by_name(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="would call torch.nn.modules.linear.Linear"):
-        checkpoints.read(tmp_path / "x.pth")
-
-
-def test_numpys_other_functions_are_refused(tmp_path):
-    for name in ("load", "memmap"):
-        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": Call(getattr(np, name), str(tmp_path / "y"))}))
-        with pytest.raises(UserError, match=f"x.pkl is refused: reading it would call numpy.*{name}"):
-            checkpoints.read(tmp_path / "x.pkl")
-    assert not (tmp_path / "y").exists()
-
-
-def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeypatch):
-    module = types.ModuleType("mmengine.logging.history_buffer")
-    module.HistoryBuffer = HistoryBuffer
-    monkeypatch.setitem(sys.modules, "mmengine.logging.history_buffer", module)
-    ran = []
-    HistoryBuffer.__setstate__ = lambda self, state: ran.append(state)
-    buffer = HistoryBuffer()
-    buffer.values, buffer.mean = np.arange(3.0), Call(getattr, os, "getcwd")
-    content = {"model": states["encoder"], "args": argparse.Namespace(lr=0.1), "message_hub": {"loss": buffer},
-               "epoch": 4, "path": Path("x")}  # fmt: skip
-    buffer.mean = Call(getattr, HistoryBuffer, "mean")
-    torch.save(content, tmp_path / "x.pth")
-    found = checkpoints.read(tmp_path / "x.pth")
-    assert found.epoch == 4 and len(found.state) == 30 and not ran
-    held = checkpoints.read_file(tmp_path / "x.pth")
-    assert not isinstance(held["args"], argparse.Namespace) and not isinstance(held["path"], Path)
-    assert type(held["message_hub"]["loss"]).__name__ == "StandIn"
-
-
-# The tool.
-
-
-def test_the_tool(pretrained, tmp_path):
-    done = tool("checkpoint.py", "inspect", pretrained)
-    assert done.returncode == 0, done.stderr
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert told["encoder"] == "ViT of width 32, depth 2, patch 8, 32 px" and told["heads"] == "2"
-    assert told["epochs"] == "1" and told["beside"].startswith("it") and "query_blocks" in done.stdout
-    assert told["detection"].startswith("27 tensors")
-    done = tool("checkpoint.py", "convert", pretrained, tmp_path / "x.safetensors", "--to", "timm")
-    assert done.returncode == 0 and "left out: query_blocks (" in done.stdout
-    assert len(load_file(tmp_path / "x.safetensors")) == 30
-    done = tool("checkpoint.py", "export", pretrained, tmp_path / "out")
-    assert done.returncode == 0 and sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-    assert "guess" not in done.stdout
-    done = tool("checkpoint.py", "export", tmp_path / "x.safetensors", tmp_path / "bare")
-    assert done.returncode == 0 and "1 head, a guess" in done.stdout, done.stdout
-    torch.save({"x": Call(os.system, f"touch {tmp_path / 'made'}")}, tmp_path / "evil.pth")
-    done = tool("checkpoint.py", "inspect", tmp_path / "evil.pth")
-    assert done.returncode == 2 and "would call posix.system" in done.stderr and not (tmp_path / "made").exists()
-    done = tool("checkpoint.py", "inspect", ROOT / "setup.py")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "setup.py" in done.stderr
-
-
-def test_a_converted_checkpoint_says_what_it_cannot_do(states, tiny_config, tmp_path):
-    from semaim.engine.pretraining import model_from_checkpoint
-    from semaim.engine.training import train
-
-    torch.save(states["encoder"], tmp_path / "timm.pth")
-    checkpoints.convert(tmp_path / "timm.pth", tmp_path / "ours.pth", "semaim")
-    with pytest.raises(UserError, match="weights without a config"):
-        model_from_checkpoint(read_checkpoint(tmp_path / "ours.pth"))
-    with pytest.raises(UserError, match="no run to go on with: start from it with --pretrained"):
-        train(tiny_config(), str(tmp_path / "ours.pth"))

@@ -13,8 +13,8 @@ from torch import nn
 
 from semaim.engine.classification import ClassAccuracy, Classification
 from semaim.engine.config import load_config
+from semaim.engine.images import load_pretrained
 from semaim.engine.optim import Lars, layer_depths
-from semaim.engine.training import load_pretrained
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.vit import VisionTransformer

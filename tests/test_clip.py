@@ -9,7 +9,7 @@ from commands import flags, one_line, tool
 from safetensors.torch import save_file
 
 from semaim.engine.config import CONFIGS, load_config
-from semaim.engine.pretraining import build_teacher
+from semaim.engine.teachers import build_teacher
 from semaim.errors import UserError
 from semaim.models import Teacher
 from semaim.parity.cases import Case
@@ -34,7 +34,7 @@ def test_the_configs_guide_gives_the_recorded_tokens(case, tmp_path, monkeypatch
         overlay = {**pretrained_cfg_overlay, "num_classes": 40}
         return timm.create_model(name, pretrained_cfg_overlay=overlay, **sizes, **options)
 
-    monkeypatch.setattr("semaim.engine.pretraining.create_model", small)
+    monkeypatch.setattr("semaim.engine.teachers.create_model", small)
     for name in ("base", "large"):
         guide = load_config(CONFIGS / f"pretrain/semaim_clip_vit_{name}_800e.py").model.network.guide.to_dict()
         assert guide.pop("type") == "Teacher"

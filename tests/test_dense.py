@@ -19,9 +19,10 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS  # noqa: E402
 
 from semaim.data.scenes import write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.engine.runner import ResumableIterations  # noqa: E402
 from semaim.engine.saving import restore_training_state, training_state  # noqa: E402
+from semaim.engine.schedule import BatchPlan, schedule_of  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +39,7 @@ def test_bfloat16_gives_nearly_the_same_losses_and_gradients(config, folder, tmp
         cfg.model.neck.embed_dim, cfg.model.decode_head.in_channels = 64, [64] * 4
         cfg.model.auxiliary_head.in_channels = 64
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(tmp_path / "scenes" / folder))
+    set_data_root(cfg, str(tmp_path / "scenes" / folder))
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     train, val = dense.build_data(cfg)
@@ -104,21 +105,22 @@ def test_boxes_stay_in_fp32_where_maps_are_in_bf16():
 
 @pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")
 def test_the_schedule_goes_on_with_another_accumulation_and_base_rate():
-    """Against mmengine's formula: 10 steps of warm-up, then a straight line down to 0 in the last iteration of 100."""
-    parts = [
-        {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 10},
-        {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "by_epoch": False, "begin": 10, "end": 100},
-    ]
+    """Against mmengine's formula: 10 steps of warm-up, then a straight line down to 0 in the last step of 100.
+
+    Within a step the rate stays, and each step has the same one however many passes it takes.
+    """
+    settings = {"type": "PolyWithWarmup", "warmup": 0.09, "start_factor": 0.1, "power": 1.0, "min_lr": 0.0}
 
     def run(rate, accumulation):
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-        schedules = [{**part, "optimizer": optimizer} for part in dense.in_steps(parts, accumulation)]
+        plan = BatchPlan(16, 1, 16 // accumulation, accumulation, rate, 16)
+        schedule = {**schedule_of(settings, plan, 100), "optimizer": optimizer, "end": 100 * accumulation}
         batches = SimpleNamespace(accumulation=accumulation, length=50)
         return SimpleNamespace(
             model=model,
             optim_wrapper=SimpleNamespace(optimizer=optimizer),
-            param_schedulers=[PARAM_SCHEDULERS.build(schedule) for schedule in schedules],
+            param_schedulers=[PARAM_SCHEDULERS.build(schedule)],
             train_dataloader=SimpleNamespace(batch_sampler=batches, dataset=None),
             train_loop=SimpleNamespace(seek=lambda epoch, iteration: None),
             message_hub=SimpleNamespace(log_scalars={}),
@@ -131,17 +133,17 @@ def test_the_schedule_goes_on_with_another_accumulation_and_base_rate():
                 scheduler.step()
         return runner.optim_wrapper.optimizer.param_groups[0]["lr"]
 
-    def line(step, accumulation):
-        return 1 - (step - 10) * accumulation / (90 * accumulation - 1)
+    def line(step):
+        return 1 - (step - 10) / 89
 
     first = run(1.0, 2)
-    assert walk(first, 61) == pytest.approx(line(30.5, 2))
+    assert walk(first, 61) == pytest.approx(line(30))
     saved = training_state(first, 1, 61)  # one pass into the 31st step
     for rate, accumulation in ((1.0, 2), (1.0, 1), (0.5, 3)):
         runner = run(rate, accumulation)
         restore_training_state(runner, saved, "file")
-        assert walk(runner, 0) == pytest.approx(rate * line(30, accumulation))
-        assert walk(runner, 35 * accumulation) == pytest.approx(rate * line(65, accumulation))
+        assert walk(runner, 0) == pytest.approx(rate * line(30))
+        assert walk(runner, 35 * accumulation) == pytest.approx(rate * line(65))
         assert walk(runner, 35 * accumulation - 1) == pytest.approx(0, abs=1e-9)
 
 

@@ -13,14 +13,16 @@ from commands import flags, losses, results, tool
 pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
 
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import DATASETS, MODELS  # noqa: E402
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS  # noqa: E402
 
 from semaim import checkpoints  # noqa: E402
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.engine.optim import layer_depths  # noqa: E402
+from semaim.engine.schedule import milestones_in_steps, plan_batch, schedule_of  # noqa: E402
+from semaim.engine.training import prepare_training  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES  # noqa: E402
 
@@ -77,7 +79,6 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert [head.num_classes for head in heads] == [len(classes)] * 2
         assert size or detector.backbone.embed_dim == 128
     else:
-        assert cfg.train_cfg.max_iters == cfg.param_scheduler[-1]["end"]
         quarter = SIZES[size]["depth"] // 4
         windows = [block.attn.window for block in detector.backbone.blocks]
         assert [i for i, window in enumerate(windows) if not window] == [quarter * (q + 1) - 1 for q in range(4)]
@@ -91,9 +92,11 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     assert cfg.total_batch_size % cfg.images_per_gpu == 0
     assert detector.data_preprocessor.side == cfg.model.backbone.img_size  # what relative positions are made for
     dense.check_positions(detector)
-    if cfg.param_scheduler[-1]["type"] == "MultiStepLR":
-        shares = [step / cfg.train_cfg.max_iters for step in cfg.param_scheduler[-1]["milestones"]]
-        assert shares == pytest.approx([0.889, 0.963], abs=0.001) or size in ("tiny", None)
+    if cfg.param_scheduler.type == "StepsWithWarmup":
+        assert list(cfg.param_scheduler.milestones) == pytest.approx([0.889, 0.963], abs=0.001) or size in (
+            "tiny",
+            None,
+        )
 
 
 def test_the_main_config_is_vitdets_recipe():
@@ -101,7 +104,8 @@ def test_the_main_config_is_vitdets_recipe():
     assert (cfg.total_batch_size, cfg.base_lr, cfg.base_batch_size, cfg.train_cfg.max_iters) == (64, 1e-4, 64, 184375)
     assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "betas": (0.9, 0.999), "weight_decay": 0.1}
     assert cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.7 and cfg.model.backbone.drop_path_rate == 0.1
-    assert cfg.param_scheduler[1]["milestones"] == [163889, 177546] and cfg.param_scheduler[0]["end"] == 251
+    assert milestones_in_steps(cfg.param_scheduler.milestones, 184375) == [163889, 177546]
+    assert cfg.param_scheduler.warmup * 184375 == pytest.approx(250) and cfg.param_scheduler.start_factor == 0.001
     assert cfg.optim_wrapper.type == "BFloat16OptimWrapper" and "clip_grad" not in cfg.optim_wrapper
     kinds = [step["type"] for step in cfg.train_dataset.pipeline]
     assert kinds.index("RandomFlip") < kinds.index("ResizeScale") < kinds.index("FixedSizeCrop")
@@ -118,8 +122,8 @@ def test_the_older_recipe_trains_on_four_maps():
     """The config of Li et al. 2021 with a small encoder."""
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py")
     assert (cfg.base_lr, cfg.total_batch_size, cfg.optim_wrapper.paramwise_cfg.layer_decay) == (8e-5, 64, 1.0)
-    scaled = dense.in_steps(cfg.param_scheduler, 2)
-    assert scaled[1]["T_max"] == scaled[1]["end"] == 2 * 184375 and cfg.model.backbone.window_size == 16
+    assert cfg.param_scheduler.from_start and cfg.train_cfg.max_iters == 184375
+    assert cfg.model.backbone.window_size == 16
     small = {"size": "tiny", "embed_dim": 64, "num_heads": 2, "depth": 4, "out_blocks": (0, 1, 2, 3), "img_size": 128}
     cfg.model.backbone.update(small)
     cfg.model.neck[0].channels, cfg.model.neck[1].in_channels = 64, [64] * 4
@@ -202,7 +206,7 @@ def test_layer_decay_reaches_the_backbone_and_not_the_heads():
 def test_samples_follow_from_seed_epoch_and_index(coco):
     cfg = load_config(ROOT / SCENES)
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(coco))
+    set_data_root(cfg, str(coco))
     one, two = (dense.SeededImages(DATASETS.build(cfg.train_dataset), 0) for _ in range(2))
     same = one[(1, 3)]["inputs"]
     two[(0, 0)]
@@ -247,18 +251,24 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
 
 def test_schedules_count_optimizer_steps():
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
-    scaled = dense.in_steps(cfg.param_scheduler, 2)
-    assert scaled[0]["end"] == 502 and scaled[1]["milestones"] == [327778, 355092]
-    assert cfg.param_scheduler[0]["end"] == 251
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    plan = plan_batch(64, 8, 4, cfg.base_lr, 64)
+    assert plan.accumulation == 2
+    settings = schedule_of(cfg.param_scheduler, plan, cfg.train_cfg.max_iters)
+    schedule = PARAM_SCHEDULERS.build({**settings, "optimizer": optimizer})
+    for step, rate in ((0, 0.001), (250, 1), (163888, 1), (163889, 0.1), (177545, 0.1), (177546, 0.01)):
+        for iteration in (2 * step, 2 * step + 1):
+            schedule.seek(iteration)
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12), (step, iteration)
 
 
 def test_bad_input_is_one_line_before_training(coco, pretrained, tmp_path):
     def fails(message, root=coco, weights=None, **more):
         cfg = load_config(ROOT / SCENES, {**SMALL, **more})
-        dense.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         cfg.pretrained = weights and str(weights)
         with pytest.raises(UserError, match=message) as error:
-            dense.plan_dense(cfg, 1)
+            prepare_training(cfg, 1)
         assert "\n" not in str(error.value)
 
     def broken(change):

@@ -24,8 +24,9 @@ from mmdet.structures.mask import BitmapMasks  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
-from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine import dense, testing  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
+from semaim.engine.training import prepare_training, train
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vitdet import ViTDet  # noqa: E402
 
@@ -187,13 +188,13 @@ def test_validation_and_test_see_squares(oblong, tmp_path, monkeypatch):
     monkeypatch.setattr(ViTDet, "forward", watched)
     options = {"num_workers": 0, "total_batch_size": 2, "train_cfg.max_iters": 1, "train_cfg.val_interval": 1}
     cfg = load_config(SCENES, {**SMALL, **options})
-    dense.set_data_root(cfg, str(coco))
+    set_data_root(cfg, str(coco))
     cfg.work_dir = str(tmp_path / "train")
-    dense.train_dense(cfg)
+    train(cfg)
     cfg = load_config(SCENES, {**SMALL, **options})
-    dense.set_data_root(cfg, str(coco))
+    set_data_root(cfg, str(coco))
     cfg.work_dir = str(tmp_path / "test")
-    dense.test_dense(cfg, str(weights))
+    testing.test(cfg, str(weights))
     assert seen == [(True, (2, 3, SIDE, SIDE)), *[(False, (1, 3, SIDE, SIDE))] * 4]  # 2 validated on, 2 tested
 
 
@@ -201,11 +202,11 @@ def test_a_validation_of_larger_images_ends_before_training(oblong, tmp_path):
     coco, weights = oblong
     larger = {"val_dataset.pipeline.1.scale": 128, "val_dataset.pipeline.1.max_size": 128, "total_batch_size": 2}
     cfg = load_config(SCENES, {**SMALL, **larger})
-    dense.set_data_root(cfg, str(coco))
+    set_data_root(cfg, str(coco))
     with pytest.raises(UserError, match="128 x 80 pixels is larger than the detector's 96 x 96"):
-        dense.plan_dense(cfg, 1)
+        prepare_training(cfg, 1)
     with pytest.raises(UserError, match="128 x 80 pixels is larger"):
-        dense.check_test(cfg, str(weights))
+        testing.prepare_test(cfg, str(weights))
 
 
 # Matching

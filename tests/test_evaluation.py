@@ -12,14 +12,15 @@ from commands import flags, losses, one_line, results, tool
 
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
-from semaim.engine.evaluation import check_evaluation, evaluate
-from semaim.engine.training import plan_run
+from semaim.engine.testing import prepare_test
+from semaim.engine.testing import test as evaluate
+from semaim.engine.training import prepare_training
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
-ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0}
+ONE_EPOCH = {"train_cfg.max_epochs": 1, "param_scheduler.warmup": 0}
 CONFIG = "semaim/configs/{}/vit_tiny_scenes.py"
 
 
@@ -187,7 +188,7 @@ def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):
     config = "semaim/configs/pretrain/mae_vit_tiny_scenes.py"
     out = tmp_path / "mae"
     small = training(**{"model.network.decoder_embed_dim": 32, "model.network.decoder_num_heads": 2,
-                        "param_scheduler.warmup_epochs": 1})  # fmt: skip
+                        "param_scheduler.warmup": 0.5})  # fmt: skip
     done = tool("pretrain.sh", config, 1, "--data-root", labelled, "--work-dir", out, *small)
     assert done.returncode == 0 and "MAE: mask ratio 0.75" in done.stdout, done.stdout + done.stderr
     before = losses(out)
@@ -210,7 +211,7 @@ def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
         cfg = load_config(ROOT / finetune, {**{key: int(value) for key, value in small.items()}, **more})
         cfg.dataset.root, cfg.pretrained = str(data), str(weights)
         with pytest.raises(UserError, match=message) as error:
-            plan_run(cfg, processes)
+            prepare_training(cfg, processes)
         assert "\n" not in str(error.value)
 
     def data(name):
@@ -243,7 +244,7 @@ def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
         cfg = load_config(ROOT / CONFIG.format(stage), {f"model.network.{key}": v for key, v in NETWORK.items()})
         cfg.dataset.root, cfg.work_dir = str(data), str(tmp_path / "test")
         with pytest.raises(UserError, match=message) as error:
-            check_evaluation(cfg, weights)
+            prepare_test(cfg, weights)
             evaluate(cfg, weights)
         assert "\n" not in str(error.value)
 
@@ -254,7 +255,7 @@ def test_bad_input_is_one_line(labelled, pretrained, tmp_path):
     one_line(tool("test.py", finetune, "--data-root", labelled), "name a checkpoint: tools/test.py CONFIG FILE")
     cannot_test("has no classifier: fine-tune it first", "finetune", str(pretrained))
     with pytest.raises(UserError, match="this config pretrains"):
-        check_evaluation(load_config(ROOT / "semaim/configs/pretrain/mae_vit_tiny_scenes.py"), str(pretrained))
+        prepare_test(load_config(ROOT / "semaim/configs/pretrain/mae_vit_tiny_scenes.py"), str(pretrained))
     cannot_test("evaluate it with the config of its training", "linear", str(tuned))
     fewer, renamed = data("fewer"), data("renamed")
     for split in ("train", "val"):

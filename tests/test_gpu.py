@@ -94,7 +94,7 @@ def run(scenes, tmp_path_factory):
     return folder
 
 
-PRETRAIN = {**STEPS, "train_cfg.max_epochs": 2, "param_scheduler.warmup_epochs": 1, "base_lr": 0.032}
+PRETRAIN = {**STEPS, "train_cfg.max_epochs": 2, "param_scheduler.warmup": 0.5, "base_lr": 0.032}
 
 
 @pytest.mark.parametrize("change", [{}, {"compile": True}, {"fsdp": True}], ids=["resumed", "compiled", "sharded"])
@@ -126,7 +126,7 @@ def test_features_and_their_measures_are_those_of_a_cpu(run, labelled, tmp_path)
 
 
 def test_an_encoder_is_fine_tuned(run, labelled, tmp_path):
-    options = flags({**STEPS, "train_cfg.max_epochs": 2, "param_scheduler.warmup_epochs": 1})
+    options = flags({**STEPS, "train_cfg.max_epochs": 2, "param_scheduler.warmup": 0.5})
     line = ["semaim/configs/finetune/vit_tiny_scenes.py", "--pretrained", run / "latest.pth", "--data-root", labelled]
     on_gpu("train.py", *line, "--work-dir", tmp_path, *options)
     assert 0 <= results(tmp_path)["metrics"]["top1"] <= 100

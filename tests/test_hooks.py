@@ -43,7 +43,7 @@ def test_the_running_average_follows_every_step_of_the_optimizer_with_its_epochs
         **{
             "model.network.guide": "ema",
             "train_cfg.max_epochs": 3,
-            "param_scheduler.warmup_epochs": 0.2,
+            "param_scheduler.warmup": 0.2 / 3,
             "custom_hooks": [{"type": "Slow"}],
         },
     )

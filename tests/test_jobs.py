@@ -1,6 +1,5 @@
 """Stages side by side: what begins when, what ends when one fails or a signal comes, what is printed; with shells."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from semaim.results import running
+from semaim.errors import run
+from semaim.results import pipeline, running
 from semaim.results.running import Children
 from semaim.results.stages import Stage
 
@@ -20,10 +20,6 @@ FOREVER = "while :; do sleep 0.05; done"
 SAVES = "trap 'echo saved >> {own}/saved; exit 9' INT TERM; echo > {own}/begun; " + FOREVER
 SOON = "echo > {own}/begun; echo '{{}}' > {own}/results.json"
 MEET = "until [ -e {other}/begun ]; do sleep 0.05; done; "  #: wait until another stage has begun
-
-spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools/reproduce.py")
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def carried(capfd):
 
     def call(*stages, jobs=2):
         capfd.readouterr()
-        return reproduce.run(lambda: reproduce.work_through(list(stages), jobs)), *capfd.readouterr()
+        return run(lambda: pipeline.work_through(list(stages), jobs)), *capfd.readouterr()
 
     return call
 
@@ -172,7 +168,7 @@ import sys, pathlib, test_jobs as jobs
 work = pathlib.Path({str(tmp_path)!r})
 loud = jobs.stage(work, "one", jobs.MEET + "while :; do echo line; sleep 0.01; done")
 stages = [jobs.stage(work, "other", jobs.SAVES), loud]
-sys.exit(jobs.reproduce.run(lambda: jobs.reproduce.work_through(stages, 2)))
+sys.exit(jobs.run(lambda: jobs.pipeline.work_through(stages, 2)))
 """
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

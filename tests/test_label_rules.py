@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import one_line, tool
+from commands import check_data, describe_data, one_line, tool
 from PIL import Image
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
@@ -18,7 +18,7 @@ pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after
 from semaim.data.convert import CAMVID  # noqa: E402
 from semaim.data.label_rules import trained_as  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 
 # Of mmseg, of what the cases give on purpose.
@@ -136,7 +136,7 @@ def read_config():
 def config(root):
     """A copy of it, of the data in a folder."""
     cfg = deepcopy(read_config())
-    dense.set_data_root(cfg, str(root))
+    set_data_root(cfg, str(root))
     dense.enter(cfg)
     return cfg
 
@@ -157,7 +157,7 @@ def lines_of(root, train, val, changes):
         cfg.model[head].update({"num_classes": len(classes), **given.get(head, {})})
     if change:
         change(cfg)
-    return dense.describe_data(cfg, dict(zip(SPLITS, dense.check_data(cfg, tuple(SPLITS)), strict=True)))
+    return describe_data(cfg, dict(zip(SPLITS, check_data(cfg, tuple(SPLITS)), strict=True)))
 
 
 def test_the_table_of_the_documentation_is_the_list():
@@ -188,7 +188,7 @@ def test_good_labels_are_described_and_nothing_is_said_against_them(tmp_path):
 def test_a_part_of_the_classes_is_looked_at_too(tmp_path):
     """mmseg makes a label map of it; a value beyond the data set's own classes ended in an IndexError."""
     cfg = load_config(ROOT / "mmseg_configs/semaim_upernet.py")
-    dense.set_data_root(cfg, str(tmp_path))
+    set_data_root(cfg, str(tmp_path))
     write(tmp_path, [stripes(0, 1, 3, 7, 150)], "training")
     write(tmp_path, [stripes(1, 3)], "validation")
     dense.enter(cfg)
@@ -196,15 +196,15 @@ def test_a_part_of_the_classes_is_looked_at_too(tmp_path):
         cfg[split].metainfo = {"classes": ("sky", "wall")}
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.num_classes = 2
-    sets = dict(zip(SPLITS, dense.check_data(cfg, tuple(SPLITS)), strict=True))
-    text = "\n".join(dense.describe_data(cfg, sets))
+    sets = dict(zip(SPLITS, check_data(cfg, tuple(SPLITS)), strict=True))
+    text = "\n".join(describe_data(cfg, sets))
     assert "0 ignored 20.00% in 1, 1 wall 20.00% in 1, 3 sky 20.00% in 1, 7 ignored" in text
     assert "2 of 2 classes occur" in text
     shutil.copytree(tmp_path / "images", tmp_path / "more/images")
     write(tmp_path / "more", [stripes(1, 3, 151)], "training")
-    dense.set_data_root(cfg, str(tmp_path / "more"))
+    set_data_root(cfg, str(tmp_path / "more"))
     with pytest.raises(UserError, match="holds the value 151; of 2 classes"):
-        dense.check_data(cfg, tuple(SPLITS))
+        check_data(cfg, tuple(SPLITS))
 
 
 @pytest.mark.parametrize("reduce_zero_label", [False, True])
@@ -263,7 +263,7 @@ def test_camvid_is_converted_and_its_own_numbers_do_not_start(tmp_path):
     one_line(
         done, "more ignored than the config expects: 17.0% of the pixels of train_dataset are ignored (value 0: 17.0%)"
     )
-    assert len(dense.check_data(config(out), tuple(SPLITS))) == 2
+    assert len(check_data(config(out), tuple(SPLITS))) == 2
 
 
 def test_the_real_camvid_passes_and_its_own_numbers_do_not(shared, tmp_path):
@@ -281,9 +281,9 @@ def test_the_real_camvid_passes_and_its_own_numbers_do_not(shared, tmp_path):
         for split in SPLITS:
             if own:
                 with pytest.raises(UserError, match="more ignored than the config expects"):
-                    dense.check_data(cfg, (split,))
+                    check_data(cfg, (split,))
             else:
-                dense.check_data(cfg, (split,))
+                check_data(cfg, (split,))
 
 
 # Masks

@@ -12,7 +12,7 @@ from PIL import Image
 
 from semaim.data.folder import load_image, load_pixels
 from semaim.data.scenes import write_scenes
-from semaim.engine.config import load_config
+from semaim.engine.config import load_config, set_data_root
 from semaim.errors import UserError, nearest, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,8 +112,12 @@ def refused(done, *messages):
                 (SEGMENTOR, "model.test_cfg.strid=3", "did you mean stride?"),
                 (SEGMENTOR, "model.backbone.depth=abc", "model.backbone.depth is a number"),
                 (SEGMENTOR, "model.backbone.size=tny", "unknown size 'tny': choose from tiny, small"),
-                (SEGMENTOR, "param_scheduler.0.ends=3", "did you mean end?"),
-                (SEGMENTOR, "param_scheduler=abc", "param_scheduler is a list: set param_scheduler.0 to param_sch"),
+                (SEGMENTOR, "param_scheduler.warm_up=0.1", "did you mean warmup?"),
+                (SEGMENTOR, "param_scheduler=abc", "param_scheduler has keys: set param_scheduler.type or another"),
+                (SEGMENTOR, "param_scheduler.1.end=50", "set param_scheduler, one dict whose warmup and milestones"),
+                (SEGMENTOR, "param_scheduler.warmup=1500", "warmup is 1500: give a share of the run, from 0 to below"),
+                (SEGMENTOR, "param_scheduler.type=PolyLR", "of type CosineWithWarmup, PolyWithWarmup, StepsWithWa"),
+                (SEGMENTOR, "visualizer.vis_backends=abc", "vis_backends is a list: set visualizer.vis_backends.0 to"),
                 (SEGMENTOR, "most_ignored=7", "most_ignored is 7: give a share, from 0 to 1"),
                 (SEGMENTOR, "tta_ratios=[0,1]", "tta_ratios is [0, 1]: give a list of numbers above 0"),
                 (SEGMENTOR, "model.test_cfg.mode=slide", "mode is 'slide', without crop_size and stride"),
@@ -230,7 +234,7 @@ def test_a_broken_image_is_named_in_detection_and_segmentation(tmp_path, typed, 
     config, root = (SEGMENTOR, tmp_path / "ade") if kind == "label" else (DETECTOR, tmp_path / "coco")
     cfg = load_config(ROOT / config)
     dense.enter(cfg)
-    dense.set_data_root(cfg, str(root))
+    set_data_root(cfg, str(root))
     folder = root / ("annotations" if kind == "label" else "")
     names = ("training", "validation") if kind == "label" else ("train2017", "val2017")
     files = [sorted((folder / name).iterdir()) for name in names]

@@ -17,12 +17,13 @@ from semaim import checkpoints
 from semaim.checkpoints import hub_config
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.checkpoints.normalisation import choose, settle
-from semaim.engine.config import load_config
+from semaim.engine.config import load_config, set_data_root
 from semaim.engine.dense import averaged
-from semaim.engine.evaluation import evaluate
+from semaim.engine.images import build_datasets
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.results import statistics_of
-from semaim.engine.training import build_datasets, train
+from semaim.engine.testing import test as evaluate
+from semaim.engine.training import train
 from semaim.errors import UserError
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
@@ -89,7 +90,7 @@ def pretraining(scenes):
     return {
         **{f"model.network.{key}": value for key, value in {**SIZES, "img_size": 32, "patch_size": 8}.items()},
         **{"dataset.mean": MEAN, "dataset.std": STD, "dataset.root": str(scenes), "total_batch_size": 8},
-        **{"num_workers": 0, "train_cfg.max_epochs": 1, "param_scheduler.warmup_epochs": 0},
+        **{"num_workers": 0, "train_cfg.max_epochs": 1, "param_scheduler.warmup": 0},
         "default_hooks.pictures.interval": 0,
     }
 
@@ -151,7 +152,7 @@ def test_training_and_validation_images_are_normalised_alike(augment, labelled):
 def test_a_classifier_is_tested_with_the_statistics_of_its_training(ours, labelled, tmp_path):
     tuning = {f"model.network.{key}": value for key, value in {**SIZES, "img_size": 32, "patch_size": 8}.items()}
     tuning |= {"total_batch_size": 8, "images_per_gpu": 8, "num_workers": 0, "train_cfg.max_epochs": 1}
-    tuning |= {"param_scheduler.warmup_epochs": 0, "dataset.root": str(labelled)}
+    tuning |= {"param_scheduler.warmup": 0, "dataset.root": str(labelled)}
 
     def config(folder):
         cfg = load_config(ROOT / "semaim/configs/finetune/vit_tiny_scenes.py", tuning)
@@ -185,7 +186,7 @@ def test_a_teacher_is_given_the_students_statistics(monkeypatch):
         seen.update(options)
         raise Guide
 
-    monkeypatch.setattr("semaim.engine.pretraining.build_teacher", teacher)
+    monkeypatch.setattr("semaim.methods.semaim.build_teacher", teacher)
     cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_clip_vit_base_800e.py")
     settle(cfg, None)
     from semaim.engine.training import MODELS, model_config
@@ -283,8 +284,7 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
 def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes
-    from semaim.drawing.comparison import draw_predictions
-    from semaim.engine import dense
+    from semaim.engine.predicting import draw_predictions
 
     write_scenes(tmp_path / "scenes", 15, 64, seed=0)
     changed = {f"model.backbone.{key}": SIZES[key] for key in ("embed_dim", "num_heads", "depth")}
@@ -293,9 +293,9 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     options, name = flags(changed), "mmdet_configs/semaim_mask_rcnn_scenes.py"
 
     cfg = load_config(ROOT / name, changed)
-    dense.set_data_root(cfg, str(tmp_path / "scenes/coco"))
+    set_data_root(cfg, str(tmp_path / "scenes/coco"))
     cfg.pretrained, cfg.work_dir = ours, str(tmp_path / "run")
-    runner = dense.train_dense(cfg)
+    runner = train(cfg)
     assert runner.model.data_preprocessor.mean.flatten().tolist() == [127.5, 102, 76.5]
     trained = results(tmp_path / "run")
     assert (trained["mean"], trained["std"]) == (MEAN, STD)
@@ -310,7 +310,7 @@ def test_a_detector_is_trained_tested_and_predicts_with_its_encoders(ours, tmp_p
     assert (tested["mean"], tested["std"]) == (MEAN, STD) and tested["metrics"] == trained["metrics"]
 
     cfg = load_config(ROOT / name, changed)
-    dense.set_data_root(cfg, str(tmp_path / "scenes/coco"))
+    set_data_root(cfg, str(tmp_path / "scenes/coco"))
     draw_predictions(cfg, str(weights), most=1)
     assert cfg.model.data_preprocessor.mean == [127.5, 102, 76.5]
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semaim.benchmarks.baselines import ExplicitMasks
 from semaim.engine.pretraining import Pretraining
-from semaim.models import PixelTarget, SemAIM, linear
+from semaim.models import PixelTarget, SemAIM, cpu_products
 
 BATCH, PATCH, DIM, DEPTH, READERS, HEADS, SIDE = 2, 8, 48, 4, 2, 4, 6
 LENGTH = SIDE * SIDE
@@ -32,7 +32,7 @@ def make(**options):
 
 
 def count_flops(loss_of):
-    with patch.object(linear, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
+    with patch.object(cpu_products, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
         loss_of().backward()
     return counter.get_flop_counts()["Global"], counter.get_total_flops()
 

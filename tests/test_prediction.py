@@ -23,12 +23,9 @@ from pycocotools.coco import COCO  # noqa: E402
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights  # noqa: E402
 
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
-from semaim.drawing.prediction import (  # noqa: E402
+from semaim.drawing.objects import (  # noqa: E402
     Instances,
     add_legend,
-    category_ids,
-    class_names,
-    class_results,
     colour_of,
     draw_classes,
     draw_instances,
@@ -37,6 +34,7 @@ from semaim.drawing.prediction import (  # noqa: E402
 )
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.dense import build, enter  # noqa: E402
+from semaim.engine.predicting import category_ids, class_names, class_results  # noqa: E402
 from semaim.errors import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

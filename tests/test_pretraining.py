@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 
 from semaim.checkpoints.files import CannotSave, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.data.folder import ResumableBatches, find_images
-from semaim.drawing.pictures import read_scalars
 from semaim.engine.launcher import check_processes
-from semaim.engine.pretraining import build_teacher, model_from_checkpoint
+from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.runner import Resumable
 from semaim.engine.saving import choose_checkpoint
-from semaim.engine.training import plan_run, train
+from semaim.engine.teachers import build_teacher
+from semaim.engine.training import prepare_training, train
 from semaim.errors import UserError
+from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +44,7 @@ def flags(cfg):
         "base_lr": cfg.base_lr,
         "num_workers": cfg.num_workers,
         "train_cfg.max_epochs": cfg.train_cfg.max_epochs,
-        "param_scheduler.warmup_epochs": cfg.param_scheduler.warmup_epochs,
+        "param_scheduler.warmup": cfg.param_scheduler.warmup,
         "default_hooks.logger.interval": 1,
         "default_hooks.pictures.interval": cfg.default_hooks.pictures.interval,
         "default_hooks.checkpoint.interval": cfg.default_hooks.checkpoint.interval,
@@ -191,7 +192,7 @@ def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
 
 def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_config):
     options = {"model.network.guide": "ema", "default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 1}
-    options["param_scheduler.warmup_epochs"] = 0.4
+    options["param_scheduler.warmup"] = 0.4
     whole, divided = tiny_config("whole", **options), tiny_config("divided", **options)
     extra = ["model.network.guide=ema"]
     for cfg, fsdp in ((whole, False), (divided, True)):
@@ -315,7 +316,7 @@ def test_a_teacher_out_of_reach_names_the_file_to_give(monkeypatch):
 def build_teacher_without_weights(name):
     """`build_teacher` of a model that timm builds without fetching anything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("semaim.engine.pretraining.create_model", lambda *_, **__: timm.create_model(name))
+        patch.setattr("semaim.engine.teachers.create_model", lambda *_, **__: timm.create_model(name))
         return build_teacher(name)
 
 
@@ -438,7 +439,7 @@ def test_more_gpus_than_there_are(monkeypatch):
 
 def test_a_batch_that_cannot_be_split(tiny_config):
     with pytest.raises(UserError, match="a total batch of 8 images cannot be split evenly over 3 processes"):
-        plan_run(tiny_config(), 3)
+        prepare_training(tiny_config(), 3)
 
 
 # Checkpoint files.
@@ -456,11 +457,11 @@ class Hostile:
 
 def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path, tiny_config):
     torch.save({"format": "semaim", "model": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pth")
-    with pytest.raises(UserError, match="hostile.pth is no checkpoint of a run of ours: no file of tensors"):
+    with pytest.raises(UserError, match="hostile.pth is not a semaim checkpoint: no file of tensors"):
         read_checkpoint(tmp_path / "hostile.pth")
     assert not (tmp_path / "executed").exists()
     torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="mae.pth is no checkpoint of a run of ours: it holds model, epoch"):
+    with pytest.raises(UserError, match="mae.pth is not a semaim checkpoint: it holds model, epoch"):
         read_checkpoint(tmp_path / "mae.pth")
     with pytest.raises(UserError, match="no such checkpoint"):
         read_checkpoint(tmp_path / "nowhere.pth")

@@ -1,35 +1,26 @@
-"""The report as a browser reads it, and the pictures of tools/visualize.py against the model's own numbers."""
+"""The report as a browser reads it."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from commands import losses, one_line, tool
 from PIL import Image
 
-from semaim.checkpoints.files import read_checkpoint
-from semaim.data.folder import centre_crops
-from semaim.drawing.pictures import draw_orders, draw_reconstruction, draw_similarity, read_lines, read_scalars
-from semaim.engine.config import load_config
-from semaim.engine.pretraining import Pretraining, model_from_checkpoint
+from semaim.drawing.curves import BOTTOM, HEIGHT, TOP, charts_of
 from semaim.engine.results import write_results
 from semaim.engine.training import train
-from semaim.errors import UserError, run
+from semaim.errors import UserError
 from semaim.results import load_published
-from semaim.results.charts import BOTTOM, HEIGHT, TOP, charts_of, make_chart, ticks
+from semaim.results.logs import read_lines, read_scalars
 from semaim.results.report import find_runs, pictures_of, read_part, write_report
 from semaim.results.table import in_words, make_table
 
-ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 LOADING = ("src", "href", "srcset", "data", "poster", "action", "background", "xlink:href")
 
@@ -85,23 +76,6 @@ def checked(path):
     assert "url(" not in page.styles and "@import" not in page.styles and "http" not in page.styles
     assert "prefers-color-scheme: dark" in page.styles
     return page
-
-
-@pytest.fixture
-def here(monkeypatch, capsys):
-    """A tool in this process, which saves the seconds of imports."""
-
-    def start(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"tools_{name[:-3]}", ROOT / "tools" / name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        status = run(module.main)
-        done = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=done.out, stderr=done.err)
-
-    return start
 
 
 def put(folder, files):
@@ -288,20 +262,6 @@ def test_lines_of_a_resumed_and_running_run(tmp_path):
     assert charts["validation: segmentation, %"].lines[0].name == "mIoU 7"
 
 
-def test_charts():
-    assert ticks(0.0, 1.0) == [0, 0.25, 0.5, 0.75, 1] and ticks(3.0, 3.0)[0] < 3 < ticks(3.0, 3.0)[-1]
-    for low, high in ((-1.0, 3e5), (0.301, 0.3012), (0.0, 0.0), (-5.0, -5.0)):
-        found = ticks(low, high)
-        assert found[0] <= low and high <= found[-1] and 2 <= len(found) <= 8
-    assert make_chart("x", "y", {"nothing": [], "nan": [(1, float("nan"))]}) is None
-    many = make_chart("x", "y", {"line": [(i, float(i % 7)) for i in range(5001)]})
-    points = many.lines[0].points.split()
-    assert 200 < len(points) <= 400 and not many.lines[0].dots and many.lines[0].name == f"line {5000 % 7}"
-    few = make_chart("x", "y", {"line": [(1, 2.0), (2, float("inf")), (3, 4.0)]})
-    (left, low), (right, high) = few.lines[0].dots
-    assert left < right and low > high
-
-
 def test_few_pictures_of_a_sane_size(tmp_path):
     folder = tmp_path / "run"
     (folder / "orders").mkdir(parents=True)
@@ -322,255 +282,3 @@ def test_few_pictures_of_a_sane_size(tmp_path):
     (wide,) = found["Pictures"]
     assert (wide.width, wide.height) == (1000, 176) and wide.source.startswith("data:image/jpeg")
     assert len(found) == 3
-
-
-# Pictures of tools/visualize.py
-
-
-def cell(picture, column, columns):
-    """The drawn square of a column of a picture of one image."""
-    pixels = np.asarray(picture.convert("RGB")).astype(int)
-    side = pixels.shape[1] // columns
-    part = pixels[:, column * side : (column + 1) * side]
-    drawn = (part < 255).any(-1)
-    rows, lines = np.nonzero(drawn.mean(1) > 0.6)[0], np.nonzero(drawn.mean(0) > 0.5)[0]
-    return part[rows[0] : rows[-1] + 1, lines[0] : lines[-1] + 1]
-
-
-def patches(square, grid=4):
-    """The colour of each patch, beside the cross in its middle: (L, 3)."""
-    step = len(square) / grid
-    starts = [round((place + 0.2) * step) for place in range(grid)]
-    return np.array([square[row, column] for row in starts for column in starts])
-
-
-def brightest(square):
-    """The patch of the highest sum of channels, which both colour maps rise in."""
-    return int(patches(square).sum(-1).argmax())
-
-
-@pytest.fixture
-def looked(pretrained, scenes, tmp_path):
-    """The pretrained network, an image as it sees it, and a function that runs a kind of picture on it."""
-    model = model_from_checkpoint(read_checkpoint(pretrained))
-    path = sorted((scenes / "val").rglob("*.jpg"))[3]
-    image = centre_crops([str(path)], 32)
-
-    def draw(kind, *options):
-        out = tmp_path / "new" / f"{kind}.png"
-        done = tool("visualize.py", kind, pretrained, path, *options, "--out", out)
-        assert done.returncode == 0 and f"wrote {out}" in done.stdout, done.stderr
-        return Image.open(out)
-
-    return SimpleNamespace(
-        network=model.network, image=image, seen=model.data_preprocessor.normalise(image), draw=draw, path=path
-    )
-
-
-def whole(network, seen):
-    """Tokens of the whole image, and the input of the last attention, by the blocks alone."""
-    tokens = network.embed(seen)
-    for block in network.blocks[:-1]:
-        tokens = block(tokens)
-    last = network.blocks[-1]
-    return network.norm(last(tokens)), last.norm1(tokens)
-
-
-@torch.no_grad()
-def test_attention_picture(looked):
-    picture = looked.draw("attention")
-    assert picture.width == 480
-    attention = looked.network.blocks[-1].attn
-    query, key, _ = attention.qkv(whole(looked.network, looked.seen)[1]).view(17, 3, 2, 16).unbind(1)
-    weights = torch.einsum("hd,nhd->hn", query[0], key).div(4).softmax(-1).mean(0)[1:]
-    colours = patches(cell(picture, 1, 3))
-    assert brightest(cell(picture, 1, 3)) == weights.argmax() and colours.sum(-1).argmin() == weights.argmin()
-    assert np.corrcoef(colours.sum(-1), weights)[0, 1] > 0.8
-
-
-@torch.no_grad()
-def test_similarity_picture(looked):
-    picture = looked.draw("similarity")
-    assert picture.width == 640
-    tokens = torch.nn.functional.normalize(whole(looked.network, looked.seen)[0][0], dim=-1)
-    to_class = tokens[1:] @ tokens[0]
-    centre = int(to_class.argmax())
-    to_centre = tokens[1:] @ tokens[1 + centre]
-    for column, expected in ((1, to_class), (2, to_centre)):
-        square = cell(picture, column, 4)
-        colours = patches(square).sum(-1)
-        assert brightest(square) == centre and colours.argmin() == expected.argmin()
-        row, line = (round((place + 0.5) * len(square) / 4) for place in divmod(centre, 4))
-        assert square[row - 2 : row + 3, line - 2 : line + 3].min() < 60, "the cross on the centre"
-    assert int(to_class.argmin()) != centre
-
-
-@torch.no_grad()
-def test_orders_side_by_side(looked):
-    picture = looked.draw("order", "--compare")
-    assert picture.width == 800
-    tokens = whole(looked.network, looked.seen)[0][0]
-    similarity = torch.cosine_similarity(tokens[:1], tokens[1:])
-    raster, stochastic, by_similarity, semantic = (patches(cell(picture, column, 5)).sum(-1) for column in range(1, 5))
-    assert (np.diff(raster) < 0).all()
-    assert not (np.diff(stochastic) < 0).all() and len(set(stochastic.tolist())) == 16
-    assert by_similarity.argsort()[::-1].tolist() == similarity.argsort(descending=True).tolist()
-    centre = int(similarity.argmax())
-    distance = [(p // 4 - centre // 4) ** 2 + (p % 4 - centre % 4) ** 2 for p in range(16)]
-    walked = np.array(distance)[semantic.argsort()[::-1]]
-    assert (np.diff(walked) >= 0).all() and walked[0] == 0
-
-
-@torch.no_grad()
-def test_reconstruction_picture(looked):
-    picture = looked.draw("reconstruction")
-    assert picture.width == 480
-    order = torch.tensor(patches(cell(picture, 1, 3)).sum(-1).argsort()[::-1].copy())[None]
-    # (3, 4 rows, 8, 4 columns, 8) -> (16 patches, 8 x 8 x 3): each has its own mean and variance
-    truth = looked.seen[0].view(3, 4, 8, 4, 8).permute(1, 3, 2, 4, 0).reshape(16, -1)
-    expected = looked.network.predict(looked.seen, order)[0] * truth.var(-1, keepdim=True).sqrt() + truth.mean(-1, True)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = (expected.view(4, 4, 8, 8, 3) * std + mean).clamp(0, 1).permute(0, 2, 1, 3, 4).reshape(32, 32, 3) * 255
-    square = cell(picture, 2, 3)
-    middles = ((np.arange(32) + 0.5) * len(square) / 32).astype(int)
-    wrong = np.abs(square[middles][:, middles] - expected.numpy())
-    assert np.median(wrong) < 1.5 and wrong.mean() < 4 and expected.std() > 20
-
-
-def pretraining(kind, **more):
-    """A small network that was never trained."""
-    target = more.pop("target", {"type": "PixelTarget", "blur_kernel": 0})
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "target": target}
-    torch.manual_seed(0)
-    return Pretraining({"type": kind, **size, **more})
-
-
-def test_pictures_of_mae():
-    model = pretraining("MAE", decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2).train()
-    image = torch.randint(30, 220, (1, 3, 32, 32), dtype=torch.uint8)
-    picture = draw_reconstruction(model, image)
-    assert model.network.training and picture.width == 480
-    original, masked, rebuilt = (cell(picture, column, 3) for column in range(3))
-    side = min(map(len, (original, masked, rebuilt)))
-    step = side / 4
-    equal, grey = 0, 0
-    for row in range(4):
-        for column in range(4):
-            inside = np.s_[round(row * step) + 2 : round((row + 1) * step) - 2, round(column * step) + 2 :]
-            inside = (*inside[:1], slice(inside[1].start, round((column + 1) * step) - 2))
-            is_grey = (np.abs(masked[inside] - 127.5) < 2).all()
-            grey += is_grey
-            same = np.abs(rebuilt[inside] - original[inside]).mean() < 2
-            equal += same
-            assert same != is_grey, "what it sees is left as it is, the rest is its own"
-    assert (grey, equal) == (12, 4)
-    assert draw_similarity(model, image).width == 640
-    with pytest.raises(UserError, match="MAE predicts in no order"):
-        draw_orders(model, image)
-    features = pretraining("SemAIM", target={"type": "FeatureTarget"})
-    with pytest.raises(UserError, match="predicts features, not pixels"):
-        draw_reconstruction(features, image)
-
-
-def test_a_checkpoint_of_mae_is_drawn(here, looked, tmp_path):
-    more = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    network = {"type": "MAE", **size, **more, "target": {"type": "PixelTarget", "blur_kernel": 0}}
-    content = {"format": "semaim", "epoch": 1, "config": {"model": {"type": "Pretraining", "network": network}}}
-    torch.save({**content, "model": pretraining("MAE", **more).network.state_dict()}, tmp_path / "mae.pth")
-    done = here("visualize.py", "reconstruction", tmp_path / "mae.pth", looked.path, "--out", tmp_path / "m.png")
-    assert done.returncode == 0 and Image.open(tmp_path / "m.png").width == 480, done.stderr
-    one_line(here("visualize.py", "order", tmp_path / "mae.pth", looked.path, "--out", tmp_path / "o.png"), "no order")
-
-
-def test_visualize_errors(here, pretrained, looked, tmp_path):
-    out = ["--out", tmp_path / "x.png"]
-    one_line(here("visualize.py", "attention", pretrained, tmp_path / "no.jpg", *out), "no.jpg: no such file")
-    one_line(here("visualize.py", "similarity", tmp_path / "no.pth", looked.path, *out), "no such checkpoint")
-    one_line(here("visualize.py", "order", pretrained, looked.path, "--out", tmp_path / "x.txt"), "name a .png")
-    one_line(here("visualize.py", "order", pretrained, looked.path, "--most", 0, *out), "give 1 or more")
-    blocked = ["--out", looked.path / "x.png"]
-    one_line(here("visualize.py", "attention", pretrained, looked.path, *blocked), "cannot write --out")
-    config = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"
-    arguments = ["predictions", pretrained, "--config", config]
-    one_line(here("visualize.py", *arguments, *out), "is no detector's or segmentor's config")
-    one_line(here("visualize.py", *arguments, *out, "--score-thr", 2), "give a number from 0 to 1")
-    assert not (tmp_path / "x.png").exists()
-
-
-SMALL = {"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "model.backbone.depth": 4}
-CASES = {
-    "coco": ("mmdet_configs/semaim_mask_rcnn_scenes.py", SMALL | {"model.neck.in_channels": 32}),
-    "ade": (
-        "mmseg_configs/semaim_upernet_scenes.py",
-        SMALL
-        | {
-            "model.neck.embed_dim": 32,
-            "model.decode_head.in_channels": [32] * 4,
-            "model.auxiliary_head.in_channels": 32,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ["coco", "ade"])
-def test_predictions_picture(kind, here, scenes, tmp_path):
-    pytest.importorskip(
-        "mmdet" if kind == "coco" else "mmseg",
-        reason="mmdet or mmsegmentation is not installed: runs after tools/setup.sh --extras all",
-    )
-    from mmengine.registry import MODELS
-
-    from semaim.drawing.prediction import build_pipeline, colour_of, draw_classes, predict
-    from semaim.engine.dense import build, enter
-
-    data, (file, small) = scenes.parent / kind, CASES[kind]
-    cfg = load_config(ROOT / file, small)
-    enter(cfg)
-    torch.manual_seed(0)
-    model = build(cfg.model, MODELS, "model").eval()
-    weights = tmp_path / "latest.pth"
-    torch.save({"format": "semaim", "model": model.state_dict()}, weights)
-    folder = data / ("val2017" if kind == "coco" else "images/validation")
-    paths = sorted(folder.glob("*.jpg"))[:2]
-    options = ["--config", ROOT / file, "--data-root", data, "--score-thr", 0.99]
-    options += ["--cfg-options", *(f"{key}={value}".replace(" ", "") for key, value in small.items())]
-    out = tmp_path / "p.png"
-    start = tool if kind == "coco" else here
-    done = start("visualize.py", "predictions", weights, *paths, "--out", out, *options)
-    assert done.returncode == 0, done.stderr
-    picture = np.asarray(Image.open(out)).astype(int)
-    tops = [27, 27 + 504]  # gaps of 6, lines of 24, images enlarged to 480
-    if kind == "coco":
-        assert picture.shape == (2 * 504 + 30, 2 * 480 + 18, 3)
-        coco = json.loads((data / "annotations/instances_val2017.json").read_text())
-        places = {category["id"]: place for place, category in enumerate(coco["categories"])}
-        numbers = {image["file_name"]: image["id"] for image in coco["images"]}
-        for path, top in zip(paths, tops, strict=True):
-            plain = np.asarray(Image.open(path).convert("RGB").resize((480, 480), Image.Resampling.BICUBIC)).astype(int)
-            assert (picture[top : top + 480, 492:972] == plain).all(), "nothing is found so surely"
-            objects = [it for it in coco["annotations"] if it["image_id"] == numbers[path.name]]
-            assert objects
-            left = picture[top : top + 480, 6:486]
-            for it in objects:
-                x, y, width, height = (round(15 * side) for side in it["bbox"])
-                edges = left[y + height - 1, x : x + width], left[y : y + height, x + width - 1]
-                same = [(edge == colour_of(places[it["category_id"]])).all(-1).mean() for edge in edges]
-                assert max(same) > 0.5, it["bbox"]
-    else:
-        for path, top in zip(paths, tops, strict=True):
-            truth = np.asarray(Image.open(data / "annotations/validation" / f"{path.stem}.png")).astype(int) - 1
-            truth[truth < 0] = 255
-            image, sample = predict(model, build_pipeline(cfg), str(path))
-            maps = truth, sample.pred_sem_seg.data[0].numpy()
-            for left, classes in zip((6, 492), maps, strict=True):
-                expected = np.asarray(draw_classes(image, classes, 21, 15.0)).astype(int)
-                assert (picture[top : top + 480, left : left + 480] == expected).all()
-        line = ["visualize.py", "predictions", weights, *paths, "--columns", 2, "--out", out, *options]
-        assert here(*line).returncode == 0
-        wide = np.asarray(Image.open(out)).astype(int)  # the second pair beside the first: 2 x 480 and three gaps on
-        for place, top in enumerate(tops):
-            assert (wide[27:507, 978 * place + 6 : 978 * (place + 1)] == picture[top : top + 480, 6:978]).all()
-        one_line(here("visualize.py", "predictions", weights, "--columns", 0, "--out", out, *options), "--columns 0")
-    stray = sorted(scenes.rglob("*.jpg"))[0]
-    one_line(here("visualize.py", "predictions", weights, stray, "--out", out, *options), "is none of the 10 annotated")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_BACKBONES, load_backbone
 from semaim.engine.dense import load_whole
-from semaim.engine.training import load_pretrained
+from semaim.engine.images import load_pretrained
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
@@ -301,7 +301,7 @@ def test_a_partial_start_is_told_of_what_was_trained_from_it(scaled, labelled, t
     out = tmp_path / "tuned"
     line = [CONFIG.format("finetune"), "--data-root", labelled, "--pretrained", scaled, "--work-dir", out]
     changes = {"total_batch_size": 20, "images_per_gpu": 20, "train_cfg.max_epochs": 1}
-    small = flags({**TINY, **changes, "param_scheduler.warmup_epochs": 0})
+    small = flags({**TINY, **changes, "param_scheduler.warmup": 0})
     done = tool("train.py", *line, "--allow-partial", *small)
     assert done.returncode == 0, done.stderr
     assert results(out)["partly_loaded"] == "4 of the file's tensors not read"

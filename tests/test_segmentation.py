@@ -22,7 +22,8 @@ from mmengine.registry import MODELS  # noqa: E402
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: E402
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
-from semaim.engine.config import load_config  # noqa: E402
+from semaim.engine.config import load_config, set_data_root  # noqa: E402
+from semaim.engine.training import prepare_training
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
 
@@ -70,7 +71,8 @@ def test_config_builds_and_its_name_tells_the_truth(path):
         assert len(cfg.train_dataset.metainfo.palette) == len(names) and (size or segmentor.backbone.embed_dim == 128)
         assert cfg.model.decode_head.num_classes == len(names) == cfg.model.auxiliary_head.num_classes
     else:
-        assert cfg.train_cfg.max_iters == 160000 == cfg.param_scheduler[-1]["end"] and cfg.total_batch_size == 16
+        assert cfg.train_cfg.max_iters == 160000 and cfg.param_scheduler.warmup * 160000 == 1499
+        assert cfg.total_batch_size == 16
         assert cfg.model.decode_head.num_classes == 150
         crop = int(next((part for part in path.stem.split("_") if part.isdigit()), 512))
         assert cfg.model.backbone.img_size == crop and cfg.model.test_cfg.crop_size == (crop, crop)
@@ -106,7 +108,8 @@ def test_the_main_config_is_the_released_recipe():
     assert (cfg.total_batch_size, cfg.base_lr, cfg.base_batch_size) == (16, 1e-4, 16)
     assert cfg.optim_wrapper.type == "BFloat16OptimWrapper" and cfg.optim_wrapper.paramwise_cfg.layer_decay == 0.65
     assert cfg.optim_wrapper.optimizer == {"type": "AdamW", "betas": (0.9, 0.999), "weight_decay": 0.05}
-    assert cfg.param_scheduler[0]["end"] == 1500 == cfg.param_scheduler[1]["begin"]
+    assert cfg.param_scheduler.type == "PolyWithWarmup" and cfg.param_scheduler.power == 1
+    assert cfg.param_scheduler.warmup * 160000 == 1499 and cfg.param_scheduler.start_factor == 1e-6
     assert cfg.model.test_cfg == {"mode": "slide", "crop_size": (512, 512), "stride": (341, 341)}
     assert cfg.model.backbone.drop_path_rate == 0.1 and cfg.model.decode_head.channels == 768
     assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
@@ -201,10 +204,10 @@ def test_bad_input_is_one_line_before_training(tmp_path):
         shutil.copytree(good, root)
         change(root)
         cfg = load_config(ROOT / SCENES, {**SMALL, "model.decode_head.in_channels": [32] * 4, **more})
-        dense.set_data_root(cfg, str(root))
+        set_data_root(cfg, str(root))
         cfg.pretrained = weights and str(weights)
         with pytest.raises(UserError, match=message) as error:
-            dense.plan_dense(cfg, 1)
+            prepare_training(cfg, 1)
         assert "\n" not in str(error.value)
 
     def paint(convert):
@@ -243,8 +246,8 @@ def test_bad_input_is_one_line_before_training(tmp_path):
     palette = Image.open(good / label).convert("P")
     palette.putpalette([3, 5, 7] * 256)
     value(palette, 255).save(good / label)
-    dense.set_data_root(cfg, str(good))
-    assert dense.plan_dense(cfg, 2).images == 2
+    set_data_root(cfg, str(good))
+    assert prepare_training(cfg, 2).plan.images == 2
 
 
 def test_slide_inference_is_the_mean_over_windows():

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from mmengine.registry import PARAM_SCHEDULERS
+from schedules import rates
 
 from semaim.engine.config import load_config
 from semaim.errors import UserError
+from semaim.results.running import shortened
+from semaim.results.sweeping import short
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -97,63 +99,51 @@ def fake(work, name, lr, decay, figures, settings=None):
 
 def test_a_shorter_segmentor_keeps_the_shape_of_its_schedule():
     cfg = load_config(ROOT / "mmseg_configs/semaim_upernet.py")
-    assert sweep.shortened(cfg) == {}
-    assert sweep.shortened(cfg, iters=16000) == {  # a tenth of 160,000
+    assert shortened(cfg) == {}
+    assert shortened(cfg, iters=16000) == {  # a tenth of 160,000
         "train_cfg.max_iters": 16000,
         "train_cfg.val_interval": 16000,
-        "param_scheduler.0.begin": 0,
-        "param_scheduler.0.end": 150,
-        "param_scheduler.1.begin": 150,
-        "param_scheduler.1.end": 16000,
     }
+    cfg.merge_from_dict(shortened(cfg, iters=16000))
+    found = rates(cfg)  # 1,500 steps of warm-up, of 160,000
+    assert found[0] == pytest.approx(1e-6) and found[148] < 1 == pytest.approx(found[150]) == found[150]
+    assert found[151:] == pytest.approx([1 - (step - 150.9) / 15848.1 for step in range(151, 16000)], abs=1e-12)
     with pytest.raises(UserError, match="has no max_epochs: give --iters"):
-        sweep.shortened(cfg, epochs=3)
+        shortened(cfg, epochs=3)
     with pytest.raises(UserError, match="give 1 or more"):
-        sweep.shortened(cfg, iters=0)
+        shortened(cfg, iters=0)
 
 
 def test_a_shorter_detector_keeps_the_shares_of_its_milestones():
     cfg = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn.py")
-    options = sweep.shortened(cfg, iters=7375)  # 184,375 / 25: 250 -> 10, 163,889 -> 6555.56, 177,546 -> 7101.84
-    assert options == {
-        "train_cfg.max_iters": 7375,
-        "train_cfg.val_interval": 7375,
-        "param_scheduler.0.begin": 0,
-        "param_scheduler.0.end": 10,
-        "param_scheduler.1.begin": 0,
-        "param_scheduler.1.end": 7375,
-        "param_scheduler.1.milestones": [6556, 7102],
-    }
-    assert [round(step / 7375, 3) for step in options["param_scheduler.1.milestones"]] == [0.889, 0.963]
-    cosine = sweep.shortened(load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py"), iters=7375)
-    assert cosine["param_scheduler.1.T_max"] == 7375 and cosine["param_scheduler.0.end"] == 18  # 462 / 25 = 18.48
+    options = shortened(cfg, iters=7375)  # 184,375 / 25: 250 -> 10, 163,889 -> 6555.56, 177,546 -> 7101.84
+    assert options == {"train_cfg.max_iters": 7375, "train_cfg.val_interval": 7375}
+    cfg.merge_from_dict(options)
+    found = rates(cfg)
+    assert [step for step in range(1, 7375) if found[step] < found[step - 1]] == [6556, 7102]
+    assert found[9] < 1 == found[10] and [round(step / 7375, 3) for step in (6556, 7102)] == [0.889, 0.963]
+    cosine = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py")
+    cosine.merge_from_dict(shortened(cosine, iters=7375))
+    found = rates(cosine)  # 461 / 25 = 18.44 steps of warm-up
+    assert found.argmax() == 19 and found[7374] == pytest.approx((math.pi / 7375 / 2) ** 2, rel=1e-3)
 
 
-def test_epochs_shorten_the_warm_up():
+def test_epochs_are_all_that_changes():
     cfg = load_config(ROOT / "semaim/configs/finetune/vit_base_100e.py")
-    changed = {"train_cfg.max_epochs": 10, "train_cfg.val_interval": 10, "param_scheduler.warmup_epochs": 2.0}
-    assert sweep.shortened(cfg, epochs=10) == changed
+    changed = {"train_cfg.max_epochs": 10, "train_cfg.val_interval": 10}
+    assert shortened(cfg, epochs=10) == changed
     with pytest.raises(UserError, match="has no max_iters: give --epochs"):
-        sweep.shortened(cfg, iters=100)
+        shortened(cfg, iters=100)
 
 
 @pytest.mark.parametrize("iters", [2, 3, 50])
 @pytest.mark.parametrize("name", ["mmseg_configs/semaim_upernet.py", "mmdet_configs/semaim_mask_rcnn.py"])
 def test_however_short_the_rate_reaches_its_peak(name, iters):
-    import mmengine.optim  # noqa: F401  registers the schedulers
-
     cfg = load_config(ROOT / name)
-    cfg.merge_from_dict(sweep.shortened(cfg, iters=iters))
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedulers = [PARAM_SCHEDULERS.build({**part, "optimizer": optimizer}) for part in cfg.param_scheduler]
-    rates = []
-    for _ in range(iters):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        for scheduler in schedulers:
-            scheduler.step()
-    assert rates[0] < 0.01 and rates[1] == pytest.approx(1) and max(rates) == pytest.approx(1)
-    assert iters < 50 or rates[-1] < 0.02
+    cfg.merge_from_dict(shortened(cfg, iters=iters))
+    found = rates(cfg)
+    assert found[0] < 0.01 and found[1] == pytest.approx(1) and max(found) == pytest.approx(1)
+    assert iters < 50 or found[-1] < 0.02
 
 
 @pytest.mark.parametrize(
@@ -161,7 +151,7 @@ def test_however_short_the_rate_reaches_its_peak(name, iters):
     [(1e-4, "1e-4"), (0.00025, "2.5e-4"), (1.23456789e-5, "1.23456789e-5"), (0.1, "0.1"), (1, "1"), (30.0, "30")],
 )
 def test_numbers_are_short_and_whole(number, text):
-    assert sweep.short(number) == text and float(text) == number
+    assert short(number) == text and float(text) == number
 
 
 # Whole sweeps.

@@ -14,7 +14,7 @@ from commands import one_line, tool
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from semaim.drawing.pictures import draw_orders, reconstruct
+from semaim.drawing.encoder import draw_orders, reconstruct
 from semaim.engine.pretraining import model_from_checkpoint
 from semaim.engine.training import train
 from semaim.models.vit import patchify
@@ -138,7 +138,9 @@ def test_order_and_curve_pictures(tiny_config, scenes, tmp_path):
     assert done.returncode == 0 and Image.open(tmp_path / "curve.png").size == (700, 400)
 
     out = tmp_path / "x.png"
-    one_line(tool("visualize.py", "order", ROOT / "setup.py", images[0], "--out", out), "setup.py is no checkpoint of")
+    one_line(
+        tool("visualize.py", "order", ROOT / "setup.py", images[0], "--out", out), "setup.py is not a semaim checkpoint"
+    )
     one_line(tool("visualize.py", "order", checkpoint, tmp_path / "no.jpg", "--out", out), "no.jpg: no such file")
     one_line(tool("visualize.py", "curve", tmp_path, "--out", tmp_path / "x.txt"), "name a .png")
     assert not out.exists()
@@ -166,9 +168,9 @@ def test_pictures_show_what_there_is(target):
 
 def build(network):
     """The network of a config."""
-    from semaim.engine.pretraining import build_semaim
+    from semaim.engine.pretraining import build_network
 
-    return build_semaim(**{key: value for key, value in network.items() if key != "type"})
+    return build_network(network)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

@@ -4,7 +4,6 @@ import json
 import math
 from functools import partial
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,21 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from vitdet_forms import (
+    DEPTH,
+    DIM,
+    HEADS,
+    PATCH,
+    TABLES,
+    build,
+    gradients,
+    images_of,
+    pixels,
+    plain,
+    random,
+    slow_bias,
+    slow_forward,
+)
 
 from semaim import checkpoints
 from semaim.engine.optim import layer_depths
@@ -28,110 +42,6 @@ from semaim.models.vitdet import (
 )
 from semaim.parity import vitdet
 from semaim.parity.cases import Case, run_case
-
-PATCH, DEPTH, HEADS, DIM = 4, 3, 2, 20
-TABLES = ("rel_pos_h", "rel_pos_w")
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images_of(grid, batch=2):
-    return random(batch, 3, grid[0] * PATCH, grid[1] * PATCH)
-
-
-def pixels(grid):
-    return grid[0] * PATCH, grid[1] * PATCH
-
-
-def build(table=(4, 4), pretrain=(3, 5), **options):
-    """A small encoder with every parameter away from its special start; block 1 is global."""
-    size = dict(patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, window_size=3, global_blocks=(1,))
-    size |= dict(img_size=pixels(table), pretrain_img_size=pixels(pretrain))
-    model = ViTDet(**(size | options))
-    torch.manual_seed(5)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def plain(module, name=""):
-    return {f"{name}{key}": parameter for key, parameter in module.named_parameters()}
-
-
-def gradients(loss, module):
-    return dict(zip(plain(module), torch.autograd.grad(loss, module.parameters()), strict=True))
-
-
-# The slow form: one image, one window, one head after another, with an N x N bias whose places are looped over.
-
-
-def slow_table(table, length):
-    """A table (n, d) resampled to (length, d), linearly between centres."""
-    rows = []
-    for i in range(length):
-        place = min(max((i + 0.5) * len(table) / length - 0.5, 0), len(table) - 1)
-        low = int(place)
-        high = min(low + 1, len(table) - 1)
-        rows.append(table[low] * (low + 1 - place) + table[high] * (place - low))
-    return torch.stack(rows)
-
-
-def slow_bias(query, height, width, table_h, table_w):
-    """(N, d) unscaled queries of one head -> (N, N)."""
-    table_h, table_w = slow_table(table_h, 2 * height - 1), slow_table(table_w, 2 * width - 1)
-    place_h, place_w = [], []
-    for y in range(height):
-        for x in range(width):
-            place_h.append([y - v + height - 1 for v in range(height) for _ in range(width)])
-            place_w.append([x - u + width - 1 for _ in range(height) for u in range(width)])
-    each = torch.arange(height * width)[:, None]
-    return (query @ table_h.T)[each, torch.tensor(place_h)] + (query @ table_w.T)[each, torch.tensor(place_w)]
-
-
-def slow_attention(x, p, name, heads, window, relative=True):
-    """Normalised map (B, H, W, D) -> (B, H, W, D)."""
-    height, width, dim = x.shape[1:]
-    side_h, side_w = (window, window) if window else (height, width)
-    out = torch.zeros_like(x)
-    for index, image in enumerate(x):
-        for top in range(0, height, side_h):
-            for left in range(0, width, side_w):
-                here = (slice(top, top + side_h), slice(left, left + side_w))
-                tokens = image.new_zeros(side_h, side_w, dim)
-                rows, columns = image[here].shape[:2]
-                tokens[:rows, :columns] = image[here]
-                tokens = tokens.flatten(0, 1)[None]
-                query, key, value = (layer(tokens) for layer in oracle.qkv(tokens, p, name))
-                attended = []
-                for part in torch.arange(dim).chunk(heads):
-                    bias = 0
-                    if relative:
-                        tables = (p[f"{name}.{table}"] for table in TABLES)
-                        bias = slow_bias(query[0][:, part], side_h, side_w, *tables)
-                    attended.append(oracle.attend(query[..., part], key[..., part], value[..., part], 1, bias))
-                attended = oracle.linear(torch.cat(attended, -1), p, f"{name}.proj")
-                out[(index, *here)] = attended[0].unflatten(0, (side_h, side_w))[:rows, :columns]
-    return out
-
-
-def slow_forward(model, images):
-    """Images (B, 3, height, width) -> map (B, D, H, W)."""
-    p, grid = plain(model), (images.shape[2] // PATCH, images.shape[3] // PATCH)
-    table = p["pos_embed"]
-    if grid != model.grid:
-        table = table[0].T.unflatten(1, model.grid)[None]
-        table = F.interpolate(table, grid, mode="bicubic", antialias=False)[0].flatten(1).T
-    weight = p["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1)
-    x = oracle.patchify(images, (PATCH, PATCH)) @ weight.T + p["patch_embed.proj.bias"] + table
-    x = x.unflatten(1, grid)
-    for index in range(DEPTH):
-        name, window = f"blocks.{index}", 0 if index in model.global_blocks else model.window_size
-        relative = "blocks.0.attn.rel_pos_h" in p
-        x = x + slow_attention(oracle.norm(x, p, f"{name}.norm1"), p, f"{name}.attn", HEADS, window, relative)
-        x = x + oracle.mlp(oracle.norm(x, p, f"{name}.norm2"), p, f"{name}.mlp")
-    return x.permute(0, 3, 1, 2)
 
 
 def assert_equals_the_slow_form(model, images):
@@ -414,56 +324,6 @@ def test_layers_of_the_encoder_and_of_what_is_outside():
         assert depth_of(name) == (expected, DEPTH + 2), name
 
 
-# The pyramid
-
-
-def slow_norm(x, p, name):
-    return oracle.norm(x.permute(0, 2, 3, 1), p, name).permute(0, 3, 1, 2)
-
-
-def slow_upsampling(x, p, name):
-    """Transposed convolution 2x2/2: every position becomes four."""
-    out = torch.einsum("bchw,cdij->bdhiwj", x, p[f"{name}.weight"]).flatten(4).flatten(2, 3)
-    return out + p[f"{name}.bias"][:, None, None]
-
-
-def slow_level(x, p, name):
-    if name == "p2":
-        x = slow_norm(slow_upsampling(x, p, "p2.resample.0"), p, "p2.resample.1")
-        x = slow_upsampling(0.5 * x * (1 + torch.erf(x / math.sqrt(2))), p, "p2.resample.3")
-    elif name == "p3":
-        x = slow_upsampling(x, p, "p3.resample.0")
-    elif name == "p5":
-        x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1))
-    x = slow_norm(torch.einsum("bchw,dc->bdhw", x, p[f"{name}.lateral.weight"][..., 0, 0]), p, f"{name}.lateral_norm")
-    x = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
-    return slow_norm(torch.einsum("bchwij,dcij->bdhw", x, p[f"{name}.output.weight"]), p, f"{name}.output_norm")
-
-
-@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (2, 3)])
-def test_pyramid_equals_its_definition(grid):
-    torch.manual_seed(1)
-    pyramid = SimpleFeaturePyramid(12, 8).double()
-    for parameter in pyramid.parameters():
-        nn.init.normal_(parameter)
-    maps, p = random(2, 12, *grid).double(), plain(pyramid.levels)
-    levels = dict(zip(pyramid.names, pyramid(maps), strict=True))
-    for name in ("p2", "p3", "p4", "p5"):
-        torch.testing.assert_close(levels[name], slow_level(maps, p, name), atol=1e-9, rtol=1e-9, msg=name)
-    assert torch.equal(levels["p6"], levels["p5"][..., ::2, ::2])
-    assert len(p) == 2 + 2 + 2 + 2 + 4 * (2 + 2 * 2)
-
-
-def test_levels_have_the_sizes_of_their_strides():
-    pyramid = SimpleFeaturePyramid(DIM, 8)
-    assert pyramid.strides == (4, 8, 16, 32, 64) and pyramid.names == ("p2", "p3", "p4", "p5", "p6")
-    maps = build(patch_size=16, img_size=128, pretrain_img_size=32)(random(1, 3, 128, 192))
-    for level, stride in zip(pyramid(maps), pyramid.strides, strict=True):
-        assert level.shape == (1, 8, 128 // stride, 192 // stride)
-    fewer = SimpleFeaturePyramid(DIM, 8, stride=8, scales=(1, 0.5), extra_level=False)
-    assert fewer.strides == (8, 16) and fewer.names == ("p3", "p4") and len(fewer(maps)) == 2
-
-
 # Errors
 
 
@@ -489,21 +349,6 @@ def test_images_and_contexts_that_do_not_fit():
     for wrong in (dict(context=maps), dict(causal=True)):
         with pytest.raises(ValueError, match="a map attends to all of itself"):
             attention(maps, **wrong)
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        (dict(scales=(4, 1)), "twice the one before"),
-        (dict(scales=(0.5, 1)), "twice the one before"),
-        (dict(stride=14), "power of two"),
-        (dict(stride=2), "power of two"),
-        (dict(scales=(8, 4)), "a level of scale 8"),
-    ],
-)
-def test_wrong_pyramids(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        SimpleFeaturePyramid(8, 8, **wrong)
 
 
 # Recorded results; tests/test_tools.py compares all cases.

@@ -1,49 +1,10 @@
 #!/usr/bin/env python
 """Compare the model with recorded results of the reference implementations: tools/check_parity.py FOLDER."""
 
-import argparse
 import sys
-from pathlib import Path
 
-import torch
-
+from semaim.cli.check_parity import main
 from semaim.errors import run
-from semaim.parity import FAMILIES, run_folder
-from semaim.parity.deviations import read_deviations
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Run every recorded case in a folder (all families, or one family's) and compare.",
-        epilog="Exit status 0 if every case that is run passes, 1 if one fails or none could be run.",
-    )
-    parser.add_argument("folder", type=Path, help="folder of cases: NAME.json with NAME.safetensors")
-    parser.add_argument("--verbose", action="store_true", help="show every comparison")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the tolerances were measured so
-
-    passed = failed = uncovered = 0
-    print(f"{'case':34} {'worst comparison':34} {'error':>9} {'tolerance':>9}  verdict")
-    for report in run_folder(args.folder, FAMILIES):
-        if report.uncovered:
-            uncovered += 1
-            print(f"{report.case:34} {'':54}  not run: {report.uncovered}")
-            continue
-        passed, failed = passed + report.passed, failed + (not report.passed)
-        worst, verdict = report.worst, "pass" if report.passed else "FAIL"
-        shown = report.checks if args.verbose else [c for c in report.checks if not c.passed and c is not worst]
-        print(f"{report.case:34} {worst.name:34} {worst.error:9.2e} {worst.tolerance:9.2e}  {verdict}")
-        for check in shown:
-            mark = "" if check.passed else "  FAIL"
-            print(f"{'':34} {check.name:34} {check.error:9.2e} {check.tolerance:9.2e}{mark}")
-        for deviation in report.deviations:
-            print(f"    deviation: {deviation}")
-    print("differences from the references on purpose, besides those above (docs/recipes.md):")
-    for deviation in read_deviations():
-        print(f"    {deviation.stage}: {deviation}")
-    print(f"{passed} passed, {failed} failed" + (f", {uncovered} not run" if uncovered else ""))
-    return 1 if failed or not passed else 0
-
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -1,81 +1,10 @@
 #!/usr/bin/env python
 """Look into checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
 
-import argparse
 import sys
 
-from semaim import checkpoints
-from semaim.checkpoints.normalisation import Statistics
-from semaim.errors import UserError, run
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Checkpoints of plain ViTs: official SemAIM, MAE, timm, DINO, mmpretrain, detectron2, ours."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="what it is, and what each consumer would load")
-    inspect.add_argument("file")
-    convert = commands.add_parser("convert", help="write it in another dialect, the same weights to the last bit")
-    convert.add_argument("file")
-    convert.add_argument("out", help=".pth, or for timm also .safetensors")
-    convert.add_argument(
-        "--to",
-        required=True,
-        choices=(*checkpoints.DIALECTS, "mmdet"),
-        help="mmdet takes a whole ViTDet detector of detectron2's, the others an encoder",
-    )
-    export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
-    export.add_argument("file")
-    export.add_argument("folder", metavar="DIR")
-    for command in (convert, export):
-        command.add_argument("--allow-partial", action="store_true", help="write what is a plain ViT's of another one")
-    return parser.parse_args()
-
-
-def convert_detector(file: str, out: str, to: str) -> list[str]:
-    """As `checkpoints.convert`, of a whole detector; `UserError` where mmdet is not installed."""
-    try:
-        from semaim.detection.released import convert
-    except ImportError as error:
-        raise UserError(f"{to} cannot be imported ({error}): install it with tools/setup.sh --extras all") from None
-    return convert(file, out)
-
-
-def tell_heads(file: str, out: str) -> None:
-    """Say it where the written file will be taken for one of another number of heads, which leave no tensor."""
-    heads, guess = (checkpoints.read(path).sizes["num_heads"] for path in (file, out))
-    if heads != guess:
-        print(f"it has {heads} heads; {out} does not tell, and is taken for one of {guess}: set num_heads, or use")
-        print(f"    tools/checkpoint.py export {file} DIR")
-
-
-def main() -> int:
-    args = parse_args()
-    if args.command == "inspect":
-        print(checkpoints.inspect(args.file))
-    elif args.command == "convert":
-        if args.to == "mmdet":
-            left = convert_detector(args.file, args.out, args.to)
-        else:
-            left = checkpoints.convert(args.file, args.out, args.to, args.allow_partial)
-        print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoints.grouped(left)}" if left else ""))
-        if args.to != "mmdet":
-            tell_heads(args.file, args.out)
-        statistics = checkpoints.read(args.file).statistics if args.to == "timm" else None
-        if statistics and not statistics.same(Statistics()):
-            print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
-            print(f"    tools/checkpoint.py export {args.file} DIR")
-    else:
-        architecture = checkpoints.export(args.file, args.folder, args.allow_partial)
-        print(f"wrote {args.folder}, a {architecture} of timm, opened by")
-        print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
-        found = checkpoints.read(args.file)
-        if found.heads_guessed:
-            heads = found.sizes["num_heads"]
-            print(f"{heads} head{'s' * (heads > 1)}, a guess: the file does not tell; see num_heads in its config.json")
-    return 0
-
+from semaim.cli.checkpoint import main
+from semaim.errors import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -1,34 +1,10 @@
 #!/usr/bin/env python
 """One HTML file about runs: tools/report.py work_dirs/ --out report.html (see --help)."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from semaim.errors import UserError, run
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Write one HTML file about all runs in some work folders: the results table beside the published"
-        " figures, curves, orders over training, predictions, figures of each class, times, memory and configs, as far"
-        " as the runs left them. It holds its pictures and loads nothing: it opens anywhere, also without network.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="work folders of runs, or folders of them")
-    parser.add_argument("--out", required=True, metavar="FILE.html", help="where to write the report")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    out = Path(args.out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {out}: name a .html file")
-    from semaim.results.report import write_report  # takes seconds to import
-
-    write_report([Path(folder) for folder in args.folders], out)
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
-
+from semaim.cli.report import main
+from semaim.errors import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -1,69 +1,10 @@
 #!/usr/bin/env python
 """Measure a checkpoint: tools/test.py CONFIG FILE --data-root DIR (see --help)."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from semaim.cli.options import ConfigOptions
-from semaim.engine.config import load_config
-from semaim.engine.launcher import command
-from semaim.errors import UserError, check_work_dir, run
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure a checkpoint: a classifier's accuracy, or k-NN or a fast linear probe on features, as the"
-        " config says.",
-        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
-    )
-    parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
-    parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
-    parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
-    parser.add_argument(
-        "--allow-partial", action="store_true",
-        help="load what fits of an encoder that is another network; results.json and the table say so",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
-    )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope != "mmengine":
-        from semaim.engine.dense import check_test as check
-        from semaim.engine.dense import set_data_root
-        from semaim.engine.dense import test_dense as work
-
-        cfg.tta = args.tta or cfg.get("tta", False)
-    else:
-        if args.tta:
-            raise UserError("--tta is for segmentors")
-        from semaim.engine.evaluation import check_evaluation as check
-        from semaim.engine.evaluation import evaluate as work
-        from semaim.engine.training import set_data_root
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
-    weights = args.checkpoint or args.pretrained
-    if args.allow_partial:
-        cfg.allow_partial = True
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-
-    def prepare(processes: int) -> None:
-        check(cfg, weights)
-        check_work_dir(cfg.work_dir)
-
-    return command(prepare, lambda: work(cfg, weights), args.gpus)
-
+from semaim.cli.test import main
+from semaim.errors import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

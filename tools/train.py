@@ -1,83 +1,10 @@
 #!/usr/bin/env python
 """Train a stage: tools/train.py CONFIG --pretrained FILE --data-root DIR (see --help)."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from mmengine.config import Config
-
-from semaim.cli.options import ConfigOptions
-from semaim.engine.config import load_config
-from semaim.engine.launcher import command
-from semaim.errors import check_work_dir, run
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train what the config says: pretraining, fine-tuning, a linear probe, a detector, a segmentor.",
-        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
-    )
-    parser.add_argument("config", help="config file")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
-    parser.add_argument("--pretrained", metavar="FILE", help="checkpoint, of any dialect, whose encoder to start from")
-    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="FILE",
-        help="go on, with the run's own settings, from FILE or the work folder's newest",
-    )
-    parser.add_argument(
-        "--override", action="store_true", help="with --resume: what is given here changes what the run had"
-    )
-    parser.add_argument(
-        "--allow-partial", action="store_true",
-        help="load what fits of an encoder that is another network; results.json and the table say so",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
-    )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
-    return parser.parse_args()
-
-
-def main() -> int:
-    args = parse_args()
-    from semaim.engine.resuming import data_roots, go_on  # takes seconds
-
-    cfg = load_config(args.config, args.cfg_options)
-    if cfg.default_scope != "mmengine":
-        from semaim.engine.dense import plan_dense as plan
-        from semaim.engine.dense import set_data_root
-        from semaim.engine.dense import train_dense as work
-    else:
-        from semaim.engine.training import plan_run as plan
-        from semaim.engine.training import set_data_root
-        from semaim.engine.training import train as work
-    given = dict(args.cfg_options or {})
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
-        given |= data_roots(cfg, args.data_root)
-    if args.pretrained:
-        cfg.pretrained = given["pretrained"] = args.pretrained
-    if args.allow_partial:
-        cfg.allow_partial = True
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-    resume_from, notes = go_on(cfg, given, args.resume, args.override)
-
-    def prepare(processes: int) -> None:
-        planned = Config(cfg.to_dict(), filename=cfg.filename)
-        if resume_from:
-            planned.pop("pretrained")  # its weights are in the checkpoint
-        plan(planned, processes)
-        check_work_dir(cfg.work_dir)
-
-    return command(prepare, lambda: work(cfg, resume_from, notes), args.gpus)
-
+from semaim.cli.train import main
+from semaim.errors import run
 
 if __name__ == "__main__":
     sys.exit(run(main))

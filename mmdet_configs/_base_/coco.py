@@ -4,7 +4,7 @@ Masks are bitmaps, in detectron2 polygons, and boxes are those of the cropped ma
 off is trained on as it is.
 """
 
-side = 1024
+_side = 1024
 train_dataset = dict(
     type="CocoDataset",
     data_root="data/coco",
@@ -15,15 +15,15 @@ train_dataset = dict(
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
         dict(type="RandomFlip", prob=0.5),
-        dict(type="ResizeScale", scale=(side, side), ratio_range=(0.1, 2.0)),
-        dict(type="FixedSizeCrop", crop_size=(side, side)),
+        dict(type="ResizeScale", scale=(_side, _side), ratio_range=(0.1, 2.0)),
+        dict(type="FixedSizeCrop", crop_size=(_side, _side)),
         dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2), by_mask=True, keep_empty=False),
         dict(type="PackDetInputs"),
     ],
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="ResizeShortestEdge", scale=side, max_size=side, resize_type="PillowResize"),
+    dict(type="ResizeShortestEdge", scale=_side, max_size=_side, resize_type="PillowResize"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -36,4 +36,3 @@ val_dataset = dict(
     pipeline=test_pipeline,
 )
 val_evaluator = dict(type="CocoMetric", metric=["bbox", "segm"], classwise=True)
-del side

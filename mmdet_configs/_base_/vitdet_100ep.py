@@ -14,9 +14,11 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.1),
     paramwise_cfg=dict(layer_decay=0.7, undecayed=("pos_embed",), decay="all but norms"),
 )
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=251),  # 250 steps up: both ends count
-    # x 0.1 at 88.9 % and at 96.3 % of the run
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=184375, milestones=[163889, 177546], gamma=0.1),
-]
+param_scheduler = dict(
+    type="StepsWithWarmup",
+    start_factor=0.001,
+    warmup=250 / 184375,
+    milestones=(0.888889, 0.962961),  # steps 163,889 and 177,546
+    gamma=0.1,
+)
 train_cfg = dict(type="ResumableIterations", max_iters=184375, val_interval=5000)

@@ -1,6 +1,6 @@
 """ADE20K: resized to 2048 x 512 by 0.5 to 2.0, crops of 512 pixels, at most 75 % of one class, flip, colour jitter."""
 
-crop_size = (512, 512)
+_crop_size = (512, 512)
 train_dataset = dict(
     type="ADE20KDataset",
     data_root="data/ADEChallengeData2016",
@@ -9,7 +9,7 @@ train_dataset = dict(
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations"),
         dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
-        dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+        dict(type="RandomCrop", crop_size=_crop_size, cat_max_ratio=0.75),
         dict(type="RandomFlip", prob=0.5),
         dict(type="PhotoMetricDistortion"),
         dict(type="PackSegInputs"),
@@ -30,4 +30,3 @@ val_dataset = dict(
 )
 tta_ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 val_evaluator = dict(type="CountedIoUMetric", iou_metrics=["mIoU"])
-del crop_size

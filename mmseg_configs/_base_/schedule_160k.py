@@ -14,8 +14,11 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(layer_decay=0.65),
 )
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
-]
+param_scheduler = dict(
+    type="PolyWithWarmup",
+    start_factor=1e-6,
+    warmup=1499 / 160000,  # 1,500 steps, of which the last has the peak
+    min_lr=0.0,
+    power=1.0,
+)
 train_cfg = dict(type="ResumableIterations", max_iters=160000, val_interval=16000)

@@ -1,1 +1,1 @@
-"""Speed and memory, each as a ratio to a baseline that runs beside ours: `baselines` says what we compare with."""
+"""Speed and memory, each as a ratio to a baseline that runs alternately with ours; see `baselines`."""

@@ -1,8 +1,7 @@
-"""What ours is compared with: the usual formulations, written from their descriptions, as good as they can be made.
+"""The baselines: the usual formulations, written from their descriptions and made as fast as they allow.
 
-`ExplicitMasks` runs over the parameters of one of our models, so the same input gives the same loss and gradients by
-the same weights. No module or function of ours computes anything in it but the target and, for other orders than the
-paper's, the keys.
+`ExplicitMasks` uses the parameters of one of our models, so the same input gives the same loss and gradients. It uses
+our code only for the target and, for other orders than the paper's, for the keys.
 
 Shapes: B images, L patches, N = 1 + L tokens (class token first), D channels.
 """
@@ -53,20 +52,20 @@ def unfused_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mas
 
 
 class ExplicitMasks(nn.Module):
-    """SemAIM as published: an additive mask of its own for each image, all else as in an ordinary transformer.
+    """SemAIM as published: a separate additive mask for each image, all else as in an ordinary transformer.
 
     * The order pass runs without gradient, in fp32 outside of autocast, and its last block twice: once for attention
-      weights that nobody reads, once for the tokens.
-    * Masks are fp32 (B, 1, N, N), 0 and minus infinity, built anew in each step, added in place to the scores.
+      weights that are not used, once for the tokens.
+    * Masks are fp32 (B, 1, N, N), 0 and minus infinity, built in each step and added in place to the scores.
     * All N rows are computed in both streams: the class token's query, the last patch, and the class token's
-      prediction, which is dropped.
+      prediction, which is discarded.
     * Query blocks normalise queries, keys and values one by one, though keys and values are the same tokens.
 
-    Two things are kinder to it than the published code: the key of the semantic order is computed in fp64, so that no
-    two patches are tied by rounding and the loss can be checked against ours; dropout of probability 0 is left out.
+    In two points it is better than the published code: the key of the semantic order is computed in fp64, so that
+    rounding ties no two patches and the loss can be checked against ours; dropout of probability 0 is left out.
 
     Args:
-        model: whose parameters, order and pixel target are used; the guide has to be the encoder itself.
+        model: its parameters, order and pixel target are used; its guide has to be the encoder itself.
     """
 
     def __init__(self, model: SemAIM):
@@ -110,13 +109,13 @@ class ExplicitMasks(nn.Module):
                 x = self.block(x, block, None)
             query, key, _ = plain_linear(plain_norm(x, last.norm1), last.attn.qkv).chunk(3, dim=-1)
             query, key = (t.unflatten(-1, (last.attn.num_heads, -1)).transpose(1, 2) for t in (query, key))
-            ((query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5).softmax(dim=-1)  # not read, as published
+            ((query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5).softmax(dim=-1)  # unused, as published
             x = plain_norm(self.block(x, last, None), cast(nn.LayerNorm, self.model.norm))
             return F.cosine_similarity(x[:, :1], x[:, 1:], dim=-1).softmax(dim=-1)
 
     @torch.no_grad()
     def keys(self, images: Tensor, draw: Tensor) -> Tensor:
-        """The place of each patch in the order, as a number to compare: (B, L)."""
+        """The key of each patch; the order is by rising key: (B, L)."""
         model, grid = self.model, self.model.grid_of(images.shape[-2:])
         similarity = self.similarity(images)
         if model.order != "semantic":
@@ -158,10 +157,10 @@ class ExplicitMasks(nn.Module):
 def published_step(
     explicit: ExplicitMasks, images: Tensor, draw: Tensor, groups: list[dict], betas: tuple[float, float]
 ) -> Callable[[], float]:
-    """The training step around it: fp16 with loss scaling on a GPU (fp32 on a CPU), clipping, AdamW, loss to the host.
+    """Its training step: fp16 with loss scaling on a GPU (fp32 on a CPU), clipping, AdamW, the loss copied to the host.
 
-    The optimizer is what `torch.optim.AdamW(parameters)` gives by default: not fused; one tensor after another on a
-    CPU, in lists of tensors ("foreach") on a GPU.
+    The optimizer is the default `torch.optim.AdamW(parameters)`: not fused; one tensor after another on a CPU, in lists
+    of tensors ("foreach") on a GPU.
     """
     kind = images.device.type
     scaler = torch.amp.GradScaler(kind, enabled=kind == "cuda")
@@ -184,9 +183,9 @@ def published_step(
 
 
 def plain_map_attention(attention: MapAttention, maps: Tensor) -> Tensor:
-    """ViTDet's global attention with the weights of ours: the (HW x HW) bias is built, then softmax in steps.
+    """ViTDet's global attention with our weights: the (HW x HW) bias is built, and each step is a separate operation.
 
-    scale * q.k, plus a bias for all pairs from q.h and q.w, in fp32 softmax and the product with the values.
+    scale * q.k, plus a bias for all pairs from q.h and q.w, then the softmax in fp32 and the product with the values.
 
     Args:
         attention: of a global block.
@@ -207,7 +206,7 @@ def plain_map_attention(attention: MapAttention, maps: Tensor) -> Tensor:
 
 
 class PlainImages(Dataset):
-    """Random crops as everybody loads them: Pillow, torchvision's v1 transforms, normalised floats in the worker.
+    """Random crops loaded in the usual way: Pillow, torchvision's v1 transforms, normalised floats in the worker.
 
     Args:
         root: as for `PretrainImages`.

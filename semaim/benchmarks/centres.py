@@ -1,10 +1,10 @@
-"""Where the centre of the order falls on built-in scenes, whose masks are exact: on an object, or beside.
+"""How often the centre of the order lies on an object, measured on built-in scenes, whose masks are exact.
 
     python -m semaim.benchmarks.centres CHECKPOINT... --scenes DIR [--count 400] [--random] [--out FILE.json]
 
-The centre is the patch of the largest similarity. Beside the share of images where it lies on an object stand chance,
-the mean share of such patches, and the best fixed place: the patch that is on an object most often, which an order that
-looks at nothing could start from.
+The centre is the patch with the largest similarity. Two figures are given for comparison with the share of images
+where it lies on an object: chance, the mean share of such patches, and the best fixed place, the patch that is on an
+object most often. An order that ignores the image could start there.
 """
 
 import argparse
@@ -32,9 +32,9 @@ COLUMNS = {"on_object": "on object", "chance": "chance", "best_fixed": "best fix
 
 
 def on_objects(files: Sequence[Path], grid: Grid, background: int) -> Tensor:
-    """Which patches lie on objects, by half of their area or more: semantic maps -> bool (N, L).
+    """Which patches lie on objects, with half of their area or more: semantic maps -> bool (N, L).
 
-    0 is unlabelled, the largest value background; `UserError` for a map that is not square, whose image would be cut.
+    0 is unlabelled, the largest value background; `UserError` for a map that is not square, as its image is cropped.
     """
     rows = []
     for file in files:
@@ -44,17 +44,17 @@ def on_objects(files: Sequence[Path], grid: Grid, background: int) -> Tensor:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from None
         if classes.ndim != 2 or classes.shape[0] != classes.shape[1]:
-            raise UserError(f"{file} is no square map of classes: give --scenes a folder of built-in scenes")
+            raise UserError(f"{file} is not a square map of classes: give --scenes a folder of built-in scenes")
         objects = Image.fromarray(((classes != 0) & (classes != background)).astype(np.float32))
         rows.append(np.asarray(objects.resize(grid[::-1], Image.Resampling.BOX)).ravel())
-    return torch.from_numpy(np.stack(rows)) >= 0.5 - 1e-6  # of the mean's rounding
+    return torch.from_numpy(np.stack(rows)) >= 0.5 - 1e-6  # for rounding in the mean
 
 
 @torch.no_grad()
 def similarities_of(model: Pretraining, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
     """Similarity maps (N, L) of uint8 images (N, 3, H, W): the one that the model's order uses first, then the others.
 
-    A teacher's attention is not known, so there is no "self" of it.
+    With a teacher as guide there is no "self", as its attention is not known.
     """
     network = model.network
     if not isinstance(network, SemAIM):
@@ -77,14 +77,17 @@ def similarities_of(model: Pretraining, images: Tensor, batch: int = 64) -> dict
 
 
 def measure(similarity: Tensor, objects: Tensor) -> dict[str, float]:
-    """Figures of similarity maps (N, L) by which patches lie on objects, bool (N, L).
+    """Figures of similarity maps (N, L), given which patches lie on objects, bool (N, L).
 
     Returns:
-        images: N. on_object: share of images whose centre lies on an object. chance: mean share of such patches.
-        best_fixed, best_place: share of images of the patch that most often does, and which it is. places: how many
-        patches are the centre of some image. entropy: mean of that of the map, scaled to sum 1, over the log of L: 1
-        where all patches are alike. rank_difference: mean rank of patches on objects, from 0 for the lowest similarity
-        to 1 for the highest, less that of the others; mean over the images that have both, None without any.
+        images: N.
+        on_object: share of images whose centre lies on an object.
+        chance: mean share of patches on objects.
+        best_fixed, best_place: the patch that most often lies on an object: in which share of images, and its index.
+        places: number of patches that are the centre of some image.
+        entropy: mean entropy of the maps, scaled to sum 1, divided by log L: 1 if all patches are equal.
+        rank_difference: mean rank of patches on objects minus that of the others, ranks from 0 for the lowest
+            similarity to 1 for the highest; mean over the images that have both, None without any.
     """
     images, patches = similarity.shape
     centre = similarity.argmax(dim=-1)
@@ -108,12 +111,12 @@ def measure(similarity: Tensor, objects: Tensor) -> dict[str, float]:
 
 
 def scenes_of(folder: Path, count: int) -> tuple[list[Path], list[Path], int]:
-    """Validation images spread over those of built-in scenes, their maps, and the maps' value of the background."""
+    """Evenly spaced validation images of built-in scenes, their semantic maps, and the maps' background value."""
     try:
         names = (folder / "ade/objectInfo.txt").read_text(encoding="utf-8").splitlines()[1:]
         background = max(int(line.split("\t")[0]) for line in names)
     except (OSError, ValueError):
-        raise UserError(f"{folder} holds no built-in scenes: make some by python -m semaim.data.scenes") from None
+        raise UserError(f"{folder} holds no built-in scenes: make some with python -m semaim.data.scenes") from None
     images = sorted((folder / "coco/val2017").glob("*.jpg"))
     if not images or count < 1:
         raise UserError(f"no image in {folder}/coco/val2017" if not images else f"--count {count}: give 1 or more")
@@ -128,12 +131,12 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs of SemAIM")
     parser.add_argument("--scenes", required=True, type=Path, metavar="DIR", help="folder of built-in scenes")
     parser.add_argument("--count", type=int, default=400, metavar="N", help="validation images (default: %(default)s)")
-    parser.add_argument("--random", action="store_true", help="random weights of the first one's sizes, before it")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there too")
+    parser.add_argument("--random", action="store_true", help="first measure random weights of the first one's sizes")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write all figures there")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     args = parser.parse_args()
     paths, maps, background = scenes_of(args.scenes, args.count)
-    print(f"{'checkpoint':40} {'similarity':14}" + "".join(f"{words:>12}" for words in COLUMNS.values()), end="")
+    print(f"{'checkpoint':40} {'similarity':14}" + "".join(f"{title:>12}" for title in COLUMNS.values()), end="")
     print(f"{'rank apart':>12}{'places':>8}   of {len(paths)} scenes")
     rows = []
     for place, path in enumerate([args.checkpoints[0], *args.checkpoints] if args.random else args.checkpoints):

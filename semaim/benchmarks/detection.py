@@ -1,4 +1,4 @@
-"""ViTDet's global block, and the step of Mask R-CNN on it, against attention with a bias for all pairs."""
+"""ViTDet's global block, and Mask R-CNN's training step with it, against attention with a bias for all pairs."""
 
 import copy
 import functools
@@ -15,14 +15,14 @@ from torch import Tensor
 from semaim.benchmarks.baselines import plain_map_attention, plain_mlp, plain_norm
 from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak
 from semaim.benchmarks.rows import Row, without_gpu
-from semaim.engine.results import ROOT
 from semaim.errors import UserError
 from semaim.models.vit import SIZES, Block
 from semaim.models.vitdet import MapAttention
+from semaim.places import own_config, to_install
 
 
 def build_block(model: str, img_size: int, batch: int, device: str) -> tuple[Block, Tensor]:
-    """A global block with relative positions that are not zero, and a map (B, H, W, D) for it."""
+    """A global block with nonzero relative positions, and a map (B, H, W, D) for it."""
     torch.manual_seed(0)
     if img_size < 16 or img_size % 16:
         raise UserError(f"--img-size {img_size}: give a multiple of 16")
@@ -43,7 +43,7 @@ def plain_block(block: Block, maps: Tensor) -> Tensor:
 def block_pass(
     variant: str, block: Block, maps: Tensor, precision: str = "fp32"
 ) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
-    """Forward and backward of "ours" or the "baseline": gives the output and the gradients of maps and weights."""
+    """Forward and backward of "ours" or the "baseline": returns the output and the gradients of maps and weights."""
     maps = maps.requires_grad_()
     weights = [maps, *block.parameters()]
     low = precision == "bf16" and maps.device.type == "cuda"
@@ -57,7 +57,7 @@ def block_pass(
 
 
 def build_pass(variant: str, *sizes) -> Callable:
-    """`block_pass` of a block of its own, for a process of its own."""
+    """`block_pass` of a new block, for a separate process."""
     return block_pass(variant, *build_block(*sizes))
 
 
@@ -86,7 +86,7 @@ def vitdet(
     timing = alternate(ours, plain, torch.device(device), repeats, warmup=2)
     details = {"model": model, "img_size": img_size, "batch": batch, "precision": precision, "repeats": repeats}
     common: dict[str, Any] = {"loss_difference": difference, "details": details}
-    counts = where == "GPU" and img_size == 1024  # what the targets are set for
+    counts = where == "GPU" and img_size == 1024  # the case that the targets are for
     rows = [
         Row(
             f"ViTDet global block, ViT-{model} {img_size} px, forward + backward", where, "ms", 2.0 if counts else None,
@@ -107,7 +107,7 @@ def vitdet(
 
 @contextmanager
 def plain_blocks() -> Iterator[None]:
-    """Within, all blocks of ViTDet run as `plain_block` does, in windows too."""
+    """Context manager in which all blocks of ViTDet run as `plain_block`, windowed ones included."""
 
     def forward(block: Block, x: Tensor, context: None, causal: bool) -> Tensor:
         x = x + block.drop_path(block.attn(plain_norm(x, block.norm1)))
@@ -118,14 +118,14 @@ def plain_blocks() -> Iterator[None]:
 
 
 def build_detector(model: str, img_size: int, device: str) -> Any:
-    """Mask R-CNN of the recipe, for square images of another size."""
+    """The recipe's Mask R-CNN for square images of any size."""
     from mmengine.registry import MODELS
 
     from semaim.engine.config import load_config
     from semaim.engine.dense import build, enter
 
     options = {"model.backbone.size": model, "model.backbone.img_size": img_size, "model.backbone.drop_path_rate": 0.0}
-    cfg = load_config(ROOT / "mmdet_configs" / "semaim_mask_rcnn.py", options)
+    cfg = load_config(own_config("mmdet_configs/semaim_mask_rcnn.py"), options)
     cfg.model.neck.in_channels = SIZES[model]["embed_dim"]
     cfg.model.data_preprocessor.side = img_size
     enter(cfg)
@@ -134,7 +134,7 @@ def build_detector(model: str, img_size: int, device: str) -> Any:
 
 
 def noise_batch(img_size: int, batch: int, objects: int = 8) -> dict:
-    """Images of noise with boxes and masks at random places, as mmdet's data sets give them."""
+    """Images of noise with boxes and masks at random places, in the format of mmdet's data sets."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
@@ -164,7 +164,7 @@ def noise_batch(img_size: int, batch: int, objects: int = 8) -> dict:
 def mask_rcnn(
     model: str, img_size: int, batch: int, device: str, precision: str, repeats: int, anyway: bool = False
 ) -> list[Row]:
-    """Mask R-CNN's training step, and its memory; on a CPU only where asked for."""
+    """Mask R-CNN's training step and its memory; on a CPU only with `anyway`."""
     name = "Mask R-CNN ViT-base training step at 1024 px"
     missing = [
         without_gpu(name, "images/s", 1.5),
@@ -174,7 +174,7 @@ def mask_rcnn(
         return missing
     if find_spec("mmdet") is None:
         if anyway:
-            raise UserError("--mask-rcnn: mmdet is not installed: tools/setup.sh --extras det")
+            raise UserError(f"--mask-rcnn: mmdet is not installed: {to_install('det')}")
         for row in missing:
             row.details["reason"] = "mmdet is not installed"
         return missing
@@ -183,7 +183,7 @@ def mask_rcnn(
     low = precision == "bf16" and device == "cuda"
 
     def losses(reduced: bool) -> dict[str, Tensor]:
-        torch.manual_seed(0)  # which boxes are sampled
+        torch.manual_seed(0)  # for the sampling of boxes
         with torch.autocast(device, torch.bfloat16, enabled=reduced):
             return detector(**detector.data_preprocessor(copy.deepcopy(data), True), mode="loss")
 
@@ -201,7 +201,7 @@ def mask_rcnn(
         found = losses(False)
         with plain_blocks():
             expected = losses(False)
-    # Those of the proposals: what is sampled from them for the heads may hang on a rounding.
+    # Only the losses of the proposals: the sampling for the heads may depend on rounding.
     of_proposals = [[t for k, v in one.items() if "rpn" in k for t in v] for one in (found, expected)]
     difference = check_equal("proposal losses", of_proposals[0], of_proposals[1], 1e-3)
     fused = torch.optim.AdamW(detector.parameters(), lr=1e-5, fused=True)

@@ -1,4 +1,4 @@
-"""Images a second from the loader, against Pillow and torchvision's v1 transforms."""
+"""Images per second of the loader, against Pillow and torchvision's v1 transforms."""
 
 import os
 import tempfile
@@ -20,16 +20,16 @@ from semaim.data.folder import EndlessBatches, PretrainImages, ResumableBatches,
 from semaim.engine.network import NormaliseImages
 from semaim.errors import UserError
 
-#: Mean difference of a pixel from the baseline's, in levels of 256: both resize with the same filter, but round apart.
+#: Mean difference of a pixel from the baseline's, in levels of 256: the filter is the same, the rounding is not.
 PIXEL_TOLERANCE = 0.5
 
 
 def write_textures(folder: Path, count: int = 200, size: tuple[int, int] = (500, 375), quality: int = 92) -> None:
-    """JPEGs of smooth shapes and fine grain, about as large as photographs of that size (90 kB) and as slow to decode.
+    """Write JPEGs of smooth shapes and fine grain, with about the bytes (90 kB) and decoding time of photographs.
 
     Args:
-        folder: where they go.
-        count, size: how many, and their width and height in pixels.
+        folder: for the files.
+        count, size: number of images, and their (width, height) in pixels.
         quality: of the JPEG.
     """
     generator = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def write_textures(folder: Path, count: int = 200, size: tuple[int, int] = (500,
 
 
 def check_pixels(ours: PretrainImages, plain: PlainImages, count: int = 16) -> float:
-    """Mean difference of pixels in levels of 256, by the same random numbers; `UserError` above the tolerance."""
+    """Mean difference of pixels in levels of 256, with the same random numbers; `UserError` above the tolerance."""
     normalise = NormaliseImages()
     total = 0.0
     for index in range(min(count, len(ours))):
@@ -58,22 +58,22 @@ def check_pixels(ours: PretrainImages, plain: PlainImages, count: int = 16) -> f
     return difference
 
 
-def once_through(loader: DataLoader) -> None:
-    """Take every batch."""
+def load_all(loader: DataLoader) -> None:
+    """Load every batch."""
     deque(loader, maxlen=0)
 
 
 def loader(data: str | None = None, img_size: int = 224, batch: int = 32, workers: int = 2, repeats: int = 5) -> list:
-    """Images a second, in the process itself on one core, then by workers.
+    """Images per second, first in the process itself on one core, then with workers.
 
-    Ours gives uint8 crops, which become normalised floats on the training device; the baseline's workers do that.
+    Ours returns uint8 crops, which are normalised on the training device; the baseline's workers normalise.
 
     Args:
-        data: folder of images; textures of about 500 x 375 are written to a temporary one if None.
+        data: folder of images; if None, textures of 500 x 375 pixels are written to a temporary folder.
         img_size: side of the crops in pixels.
-        batch: images a batch.
+        batch: images per batch.
         workers: processes of the second row; 0 for no such row.
-        repeats: turns that count.
+        repeats: turns that are measured.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,20 +102,20 @@ def _rows(root: str, textures: bool, img_size: int, batch: int, workers: int, re
     }
     source = "textures" if textures else "images"
     rows = []
-    for helpers in dict.fromkeys((0, workers)):
-        common: dict[str, Any] = {"num_workers": helpers, "persistent_workers": helpers > 0}
+    for count in dict.fromkeys((0, workers)):
+        common: dict[str, Any] = {"num_workers": count, "persistent_workers": count > 0}
         loaders = [
             DataLoader(ours, batch_sampler=ResumableBatches(len(ours), batch), **common),
             DataLoader(plain, batch, shuffle=True, drop_last=True, **common),
         ]
-        passes = [lambda one=one: once_through(one) for one in loaders]
+        passes = [lambda one=one: load_all(one) for one in loaders]
         timing = alternate(passes[0], passes[1], torch.device("cpu"), repeats)
         seen = len(ours) // batch * batch
-        cores = max(1, min(helpers, os.cpu_count() or 1))
+        cores = max(1, min(count, os.cpu_count() or 1))
         rows.append(
             Row(
                 f"loader, {source} of {width:.0f} x {height:.0f} to {img_size}, "
-                + (f"{helpers} workers" if helpers else "in the process"),
+                + (f"{count} workers" if count else "in the process"),
                 "CPU", "images/s per core", 2.0, ours=seen / timing.ours / cores,
                 baseline=seen / timing.baseline / cores, ratio=timing.ratio, spread=timing.spread, details=details,
             )
@@ -143,7 +143,7 @@ def waiting(images: PretrainImages, details: dict, batch: int = 256, steps: int 
         draw.copy_(found["draw"], non_blocking=True)
         step()
         torch.cuda.synchronize()
-        if turn >= 5:  # the workers have begun
+        if turn >= 5:  # after the workers have started
             waited, total = waited + ready - start, total + time.perf_counter() - start
     return Row(
         f"share of time waiting for data, ViT-base pretraining with {workers} cores", "GPU", "",

@@ -1,9 +1,9 @@
-"""How often the centre of the order changes where the image is looked at in bf16 in place of fp32.
+"""How often the centre of the order changes if the order pass runs in bf16 instead of fp32.
 
     python -m semaim.benchmarks.look CHECKPOINT... --images DIR [--count 400] [--random]
 
-The official code makes the order of pixel targets in fp32, outside of autocast; on a GPU ours looks in bf16, unless
-`look_precision="fp32"`. The centre is the patch of the largest similarity, so a small error can move it.
+The official code makes the order of pixel targets in fp32, outside of autocast; on a GPU ours runs the pass in
+bf16, unless `look_precision="fp32"`. The centre is the patch with the largest similarity, so a small error can move it.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from semaim.errors import UserError, run
 from semaim.models import SemAIM
 from semaim.models.ordering import rows_and_columns
 
-#: name of a row -> whether the pass is in bf16, and whether the similarity's last step is too.
+#: name of a row -> whether the pass is in bf16, and whether the similarity is, too.
 WAYS = {"pass in bf16, similarity in fp32": (True, False), "pass and similarity in bf16": (True, True)}
 
 
 @torch.no_grad()
 def centres(network: SemAIM, images: Tensor, low: bool, similarity_low: bool = False) -> Tensor:
-    """The patch of the largest similarity of normalised images (B, 3, H, W): int64 (B,).
+    """The patch with the largest similarity of normalised images (B, 3, H, W): int64 (B,).
 
     Args:
-        low: look under bf16 autocast.
-        similarity_low: round the tokens, their cosine and its softmax to bf16 too.
+        low: run the pass under bf16 autocast.
+        similarity_low: compute the cosine and its softmax in bf16, too.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
         tokens, similarity = network.look(images)
@@ -43,7 +43,7 @@ def centres(network: SemAIM, images: Tensor, low: bool, similarity_low: bool = F
 
 
 def compare(model: Pretraining, images: Tensor, batch: int = 32) -> dict[str, tuple[float, float]]:
-    """Share of images uint8 (N, 3, H, W) whose centre is not that of fp32, and how far it then moves, in patches."""
+    """Share of images uint8 (N, 3, H, W) whose centre differs from fp32's, and how far it then moves, in patches."""
     network = model.network
     if not isinstance(network, SemAIM) or network.look_precision != "same" or network.similarity == "self":
         raise UserError("nothing to compare: it takes a SemAIM with similarity cls or gap and look_precision same")
@@ -66,9 +66,9 @@ def compare(model: Pretraining, images: Tensor, batch: int = 32) -> dict[str, tu
 
 
 def random_again(model: Pretraining) -> None:
-    """Give the network new random weights, as a run starts with."""
+    """Give the network new random weights, as at the start of a run."""
     torch.manual_seed(0)
-    for module in reversed(list(model.network.modules())):  # the network's own start comes last
+    for module in reversed(list(model.network.modules())):  # the network's own initialisation comes last
         if hasattr(module, "reset_parameters"):
             cast(Any, module).reset_parameters()
 
@@ -78,9 +78,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m semaim.benchmarks.look", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--count", type=int, default=400, metavar="N", help="images of it (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=400, metavar="N", help="number of images (default: %(default)s)")
     parser.add_argument("--img-size", type=int, metavar="N", help="side of their centre crops (default: the run's)")
-    parser.add_argument("--random", action="store_true", help="random weights of the first one's sizes, before it")
+    parser.add_argument("--random", action="store_true", help="first measure random weights of the first one's sizes")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     args = parser.parse_args()
     paths = find_images(args.images)

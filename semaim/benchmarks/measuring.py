@@ -1,4 +1,4 @@
-"""Time, memory and equality, measured in the same way for all benchmarks."""
+"""Time, memory and equality, measured alike for all benchmarks."""
 
 import concurrent.futures
 import contextlib
@@ -15,7 +15,7 @@ from semaim.errors import UserError
 
 
 class Timing(NamedTuple):
-    """Seconds of two things that took turns."""
+    """Seconds of two alternately timed variants."""
 
     ours: float  #: median
     baseline: float  #: median
@@ -24,7 +24,7 @@ class Timing(NamedTuple):
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what a GPU still has to do."""
+    """Wait until a GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -47,14 +47,14 @@ def alternate(
     warmup: int = 1,
     inner: int = 1,
 ) -> Timing:
-    """Time two things turn by turn, so that whatever else the machine does meets both.
+    """Time two variants alternately, so that other load on the machine affects both.
 
     Args:
-        ours, baseline: to be called; one call is one step.
+        ours, baseline: functions; one call is one step.
         device: that they run on.
-        repeats: turns that count; every second one begins with the baseline.
-        warmup: calls of each before.
-        inner: calls in a turn.
+        repeats: turns that are measured; every second one begins with the baseline.
+        warmup: calls of each before the first turn.
+        inner: calls per turn.
     """
     for _ in range(warmup):
         ours()
@@ -72,7 +72,7 @@ def alternate(
 def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> float:
     """Largest difference of any pair, over that pair's largest value, or a hundredth of the largest of all pairs.
 
-    The latter for values that are zero but for rounding, as the gradients of the keys' biases are.
+    The latter is for values that are zero up to rounding, such as the gradients of the keys' biases.
     """
     pairs = list(zip(ours, baseline, strict=True))
     scales = [max(a.abs().max().item(), b.abs().max().item()) for a, b in pairs]
@@ -82,7 +82,7 @@ def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> f
 
 
 def check_equal(what: str, ours: Iterable[Tensor], baseline: Iterable[Tensor], tolerance: float) -> float:
-    """The `relative_difference`; `UserError` where it is above the tolerance: unequal things are not compared."""
+    """The `relative_difference`; `UserError` above the tolerance, as only equal results are timed."""
     difference = relative_difference(ours, baseline)
     if not difference <= tolerance:
         raise UserError(
@@ -92,7 +92,7 @@ def check_equal(what: str, ours: Iterable[Tensor], baseline: Iterable[Tensor], t
 
 
 def gpu_peak(work: Callable[[], object], device: torch.device) -> float:
-    """Peak of allocated GPU memory in bytes while `work` runs once, with all that lives on the card besides."""
+    """Peak of allocated GPU memory in bytes while `work` runs once, including everything else on the card."""
     torch.cuda.reset_peak_memory_stats(device)
     work()
     synchronise(device)
@@ -100,16 +100,15 @@ def gpu_peak(work: Callable[[], object], device: torch.device) -> float:
 
 
 def cpu_peak(build: Callable[..., Callable[[], object]], *arguments, steps: int = 2) -> float:
-    """Memory that a step takes on a CPU, in bytes, measured in a fresh process of its own.
+    """Memory of a step on a CPU in bytes, measured in a fresh process.
 
-    The allocator keeps what it once got, so a process that has run one variant tells nothing about a second one. The
-    peak is the largest resident set of the process (the kernel's VmHWM, which unlike `ru_maxrss` knows nothing of the
-    parent's) less what it held before `build` was called: weights, gradients, optimizer state and activations; not
-    Python and its libraries.
+    The allocator keeps memory, so two variants cannot be measured in one process. The peak is the largest resident set
+    of the process (the kernel's VmHWM, which unlike `ru_maxrss` does not include the parent's) minus its size before
+    `build` was called: weights, gradients, optimizer state and activations, without Python and its libraries.
 
     Args:
         build: a function of a module that makes the step; called with `arguments` in the new process.
-        steps: steps taken; the second one finds gradients and optimizer state in place.
+        steps: number of steps; in the second one gradients and optimizer state exist.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
@@ -129,7 +128,7 @@ def _cpu_peak(threads: int, build: Callable, arguments: tuple, steps: int) -> fl
 
 
 def _memory(name: str) -> float:
-    """A figure of this process's memory in bytes, as Linux keeps it."""
+    """A figure of this process's memory in bytes, from Linux."""
     try:
         with open("/proc/self/status") as lines:
             return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
@@ -138,14 +137,14 @@ def _memory(name: str) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192, repeats: int = 10) -> float:
-    """Multiplications and additions a second in a product of two large square matrices: the card's practical limit."""
+    """Multiplications and additions per second of a product of two large square matrices: the practical limit."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     times = [seconds(lambda: a @ b, device, inner=5) for _ in range(repeats)]
     return 2 * side**3 / statistics.median(times)
 
 
 def check_device(name: str) -> torch.device:
-    """The device of a name; `UserError` where this machine has none."""
+    """The device of a name; `UserError` if this machine does not have it."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that PyTorch sees; leave --device away for the CPU")
+        raise UserError("--device cuda: this machine has no GPU that PyTorch sees; leave --device out for the CPU")
     return torch.device(name)

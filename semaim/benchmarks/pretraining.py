@@ -22,22 +22,22 @@ from semaim.engine.config import CONFIGS
 from semaim.engine.network import compile_blocks
 from semaim.engine.optim import fuse, group_parameters
 from semaim.errors import UserError
-from semaim.models import PixelTarget, SemAIM, linear
+from semaim.models import PixelTarget, SemAIM, cpu_products
 from semaim.models.vit import SIZES
 
 #: Largest relative differences between ours and the baseline, both in fp32, before anything is timed.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 
-#: PyTorch's kernels of attention that are compared with the one it chooses.
+#: PyTorch's attention kernels, compared with the one it chooses.
 KERNELS = {
     "GPU": (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
-    "CPU": (),  # one fused kernel, which it chooses
+    "CPU": (),  # there is one fused kernel
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the step is measured on: a size of the encoder, images a step and their side, device, precision of ours."""
+    """The setting of a measured step: encoder size, images per step and their side, device, precision of ours."""
 
     model: str = "small"
     batch: int = 16
@@ -46,11 +46,11 @@ class Setting:
     device: str = "cpu"
     precision: str = "fp32"
     order: str = "semantic"
-    depth: int | None = None  #: of the encoder, in place of the size's
+    depth: int | None = None  #: of the encoder, overriding the size's
     compile: bool = False  #: ours with compiled blocks, as `compile=True` of a config
 
     def build(self) -> tuple[SemAIM, Tensor, Tensor]:
-        """The model by the recipe, images of noise and draws, always the same."""
+        """The recipe's model, noise images and draws; always the same."""
         torch.manual_seed(0)
         try:
             patch = (self.patch_size, self.patch_size)
@@ -77,7 +77,7 @@ def recipe() -> Config:
 
 
 def groups_of(model: SemAIM) -> list[dict]:
-    """The recipe's optimizer groups, as plain as torch takes them."""
+    """The recipe's optimizer groups with the keys that torch's optimizers accept."""
     optimizer = recipe().optim_wrapper.optimizer
     groups = group_parameters(model.named_parameters(), 1e-4, optimizer.weight_decay)
     return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
@@ -86,7 +86,7 @@ def groups_of(model: SemAIM) -> list[dict]:
 def our_step(
     model: torch.nn.Module, images: Tensor, draw: Tensor, precision: str, compile: bool = False
 ) -> Callable[[], Tensor]:
-    """A training step as the runner takes it: autocast, backward, and the recipe's optimizer wrapper."""
+    """A training step as in the runner: autocast, backward, and the recipe's optimizer wrapper."""
     if compile:
         compile_blocks(model)
     wrapper = recipe().optim_wrapper.to_dict()
@@ -106,7 +106,7 @@ def our_step(
 
 
 def build_step(variant: str, setting: Setting) -> Callable[[], object]:
-    """The step of "ours" or of the "baseline", with a model of its own."""
+    """The step of "ours" or of the "baseline", with a new model."""
     model, images, draw = setting.build()
     if variant == "ours":
         return our_step(model, images, draw, setting.precision, setting.compile)
@@ -129,9 +129,9 @@ def check_parity(model: SemAIM, images: Tensor, draw: Tensor) -> dict[str, float
 def step_flops(step: Callable[[], object]) -> int:
     """Multiplications and additions of a step's matrix products, convolutions and attention, forward and backward.
 
-    Attention counts in full, masked half included. oneDNN is left aside for this once, as its products are not counted.
+    Attention counts in full, including the masked half. oneDNN is off here, as its products are not counted.
     """
-    with patch.object(linear, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
+    with patch.object(cpu_products, "ONE_DNN", False), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
@@ -158,7 +158,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
     else:
         peaks = {name: cpu_peak(build_step, name, setting) for name in ("ours", "baseline")}
 
-    # Counted before the blocks are compiled: no counter sees into a compiled one.
+    # Counted before the blocks are compiled: the counter does not see operations in compiled blocks.
     flops = step_flops(our_step(model, images, draw, setting.precision)) if where == "GPU" else 0
     ours = our_step(model, images, draw, setting.precision, setting.compile)
     published = published_step(
@@ -195,7 +195,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
 
 
 def attention(setting: Setting, repeats: int = 5) -> list[Row]:
-    """Attention alone, forward and backward: fused and causal against steps one by one; on a GPU, kernel by kernel."""
+    """Attention alone, forward and backward: fused, causal against separate operations; on a GPU also each kernel."""
     device = torch.device(setting.device)
     where = "GPU" if device.type == "cuda" else "CPU"
     dtype = torch.bfloat16 if setting.precision == "bf16" and where == "GPU" else torch.float32
@@ -225,7 +225,7 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
             try:
                 named()
             except RuntimeError:
-                continue  # not on this card, or not in this precision
+                continue  # not available on this card or in this precision
             add(f"the same by {kernel.name.lower()}, against PyTorch's choice", [named, ours], 10 * tolerance)
     return rows
 
@@ -243,7 +243,7 @@ class OfInputs:
 
 
 def by_kernel(kernel: SDPBackend, work: OfInputs) -> tuple[Tensor, ...]:
-    """`gradients` by one of PyTorch's kernels of attention."""
+    """`gradients` with one of PyTorch's attention kernels."""
     with sdpa_kernel(kernel):
         return gradients(work)
 
@@ -251,7 +251,7 @@ def by_kernel(kernel: SDPBackend, work: OfInputs) -> tuple[Tensor, ...]:
 def attention_pair(
     batch: int, tokens: int, dim: int, heads: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[OfInputs, OfInputs]:
-    """Fused and unfused causal attention of the same queries, keys and values: two functions that give (B, N, D)."""
+    """Fused and unfused causal attention of the same queries, keys and values: two functions that return (B, N, D)."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = [torch.randn(batch, tokens, dim, generator=generator, device=device, dtype=dtype) for _ in range(3)]
     inputs = [t.requires_grad_() for t in inputs]
@@ -270,6 +270,6 @@ def attention_pair(
 
 
 def gradients(work: OfInputs) -> tuple[Tensor, ...]:
-    """Forward and backward of what `attention_pair` gives."""
+    """Forward and backward of a function of `attention_pair`."""
     out = work()
     return torch.autograd.grad(out, work.inputs, torch.ones_like(out))

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows with their targets, the machine they were measured on, a table and a JSON file."""
+"""Results of a benchmark: rows with their targets, the machine, a table and a JSON file."""
 
 import contextlib
 import datetime
@@ -19,18 +19,18 @@ from semaim.errors import UserError
 
 @dataclass
 class Row:
-    """One measured figure, ours beside the baseline's.
+    """One measured figure, ours and the baseline's.
 
     Attributes:
-        what, where: what was measured, and on what: "CPU", "GPU".
+        what, where: what was measured, and on "CPU" or "GPU".
         unit: of `ours` and `baseline`.
-        target: bound of `ratio`, or where `of_ours` is set of `ours` itself; None for a figure without target.
+        target: bound of `ratio`, or of `ours` itself if `of_ours` is set; None for a figure without target.
         at_least: whether the target is a lower bound; else an upper one.
-        ours, baseline: medians; None where not measured.
-        ratio: ours over baseline, or its inverse for times: as the target has it.
+        ours, baseline: medians; None if not measured.
+        ratio: ours over baseline, or its inverse for times, as the target needs it.
         spread: (smallest, largest) ratio among the repeats.
         loss_difference: largest relative difference of losses, and of gradients, between the two before any timing.
-        details: sizes, and what else one has to know.
+        details: sizes and other settings.
     """
 
     what: str
@@ -51,14 +51,14 @@ class Row:
         """met, missed, "no target", or why there is no figure."""
         value = self.ours if self.of_ours else self.ratio
         if self.ours is None:
-            return f"not measured: {self.details.get('reason', 'not asked for')}"
+            return f"not measured: {self.details.get('reason', 'not requested')}"
         if self.target is None or value is None:
             return "no target"
         return "met" if (value >= self.target if self.at_least else value <= self.target) else "missed"
 
 
 def without_gpu(what: str, unit: str, target: float, at_least: bool = True, of_ours: bool = False) -> Row:
-    """The row of a figure that needs a GPU, on a machine that has none."""
+    """The row of a figure that needs a GPU, on a machine without one."""
     return Row(what, "GPU", unit, target, at_least, of_ours, details={"reason": "no GPU"})
 
 
@@ -99,7 +99,7 @@ def write(path: Path, name: str, rows: list[Row], **more) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the rows as a table, as wide as it needs to be."""
+    """Print the rows as a table of 150 columns or the terminal's width, if that is larger."""
     table = Table("what", "where", "ours", "baseline", "unit", "ratio", "spread", "target", "verdict")
     for row in rows:
         bound = "-" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
@@ -113,7 +113,7 @@ def show(rows: list[Row]) -> None:
 
 
 def number(value: float | None) -> str:
-    """Three digits that count, or a dash."""
+    """Three significant digits, or a dash."""
     if value is None:
         return "-"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -47,7 +47,7 @@ def measure(setting: Setting, repeats: int) -> dict[str, float]:
             "attention": seconds(attention, device) * model.depth,
             "order": seconds(lambda: make_order("semantic", similarity, model.grid, draw), device),
         }
-        if turn:  # the first one warms up
+        if turn:  # the first turn is warm-up
             for name, value in found.items():
                 times[name].append(value)
     found = {name: statistics.median(values) for name, values in times.items()}
@@ -55,9 +55,9 @@ def measure(setting: Setting, repeats: int) -> dict[str, float]:
 
 
 def exponent(sizes: list[int], times: list[float]) -> float:
-    """Power of the size that the time grows with: slope of the logarithms, over the larger half of the sizes.
+    """Exponent of the growth of time with size: slope of the logarithms, over the larger half of the sizes.
 
-    At the small end the cost of a call hides that of the work.
+    At small sizes the overhead of calls hides the cost of the work.
     """
     start = min(len(sizes) // 2, len(sizes) - 2)
     return float(np.polyfit(np.log(sizes[start:]), np.log(times[start:]), 1)[0])
@@ -74,10 +74,10 @@ def scaling(
 
     Args:
         setting: model and device; its image size and batch are varied.
-        sides: patches along a side: tokens are their squares, one image a step.
-        batches: images a step, at 14 x 14 patches.
+        sides: patches along a side, whose squares are the numbers of tokens; one image per step.
+        batches: images per step, at 14 x 14 patches.
         repeats: measurements of each.
-        plot: PNG to draw.
+        plot: PNG file for a plot.
     """
     where = "GPU" if setting.device == "cuda" else "CPU"
     given = {**setting.__dict__, "patch_size": PATCH}
@@ -112,7 +112,7 @@ def scaling(
 
 
 def draw(path: Path, series: tuple, names: dict[str, str]) -> None:
-    """The times in two logarithmic panels."""
+    """Plot the times in two logarithmic panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,7 +138,7 @@ def draw(path: Path, series: tuple, names: dict[str, str]) -> None:
 
 @contextmanager
 def on_one_thread() -> Iterator[None]:
-    """Processes started here have one thread each and see no GPU."""
+    """Context manager: processes started in it have one thread each and see no GPU."""
     before = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
@@ -151,8 +151,8 @@ def on_one_thread() -> Iterator[None]:
 def processes(setting: Setting, count: int = 2, repeats: int = 5) -> list[Row]:
     """The step in `count` processes of one thread each that exchange gradients, against as many that do not.
 
-    Both run in the same processes by turns, so what cores and memory cost that are shared anyway is in both. The time
-    of one process alone is in the details.
+    Both run alternately in the same processes, so both include the cost of sharing cores and memory. The time of one
+    process alone is in the details.
     """
     if count > (os.cpu_count() or 1):
         return [
@@ -186,7 +186,7 @@ def processes(setting: Setting, count: int = 2, repeats: int = 5) -> list[Row]:
 
 
 def work_in_step(setting: Setting, repeats: int, out: str) -> None:
-    """What each process does: the step without and, among several, with the exchange of gradients, by turns."""
+    """The work of each process: the step without and, if there are several, with exchange of gradients, alternately."""
     from semaim.engine.runner import DistributedModel
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Time until the first step: imports, config, model, first batch, the step itself; each in a fresh process."""
+"""Time until the first step: imports, config, model, first batch, and the step itself, in fresh processes."""
 
 import os
 import statistics
@@ -10,17 +10,17 @@ from pathlib import Path
 from semaim.benchmarks.rows import Row
 from semaim.errors import UserError
 
-#: What each row imports, ours beside what it stands on; a row is left out where a package is not installed.
+#: Imports of each row: ours, and the libraries below it. A row is left out if a package is not installed.
 IMPORTS = {
     "import what pretraining needs": ("semaim.engine.training", "torch, torchvision, timm, mmengine.runner"),
     "import what detectors need": ("semaim.engine.dense, semaim.detection", "torch, mmengine.runner"),
 }
 
-#: Seconds since the process began, after each part; `{root}` and `{config}` are filled in.
+#: Seconds since the start of the process after each part; `{root}` and `{config}` are filled in.
 FIRST_STEP = """
 import time; start = time.perf_counter(); marks = {{}}
 from semaim.engine.config import load_config
-import semaim.engine.training as training
+import semaim.engine.images as training
 import torch
 from mmengine.registry import MODELS
 from semaim.engine.runner import training_loader
@@ -42,7 +42,7 @@ print(marks)
 
 
 def run(code: str) -> str:
-    """The last line that a fresh Python prints for a piece of code."""
+    """The last line that code prints in a fresh Python process."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -56,7 +56,7 @@ def import_seconds(names: str) -> float:
 
 
 def startup(repeats: int = 3, workers: int = 1) -> list[Row]:
-    """Imports beside those of the libraries alone, then the way to the first step of the smallest config."""
+    """Imports against those of the libraries alone, then each part until the first step of the smallest config."""
     import ast
     from importlib.util import find_spec
 
@@ -67,7 +67,7 @@ def startup(repeats: int = 3, workers: int = 1) -> list[Row]:
         if "detection" in ours and find_spec("mmdet") is None:
             continue
         if repeats > 1:
-            import_seconds(ours)  # reads the files from the disk
+            import_seconds(ours)  # so that the files are in the disk cache
         turns = [(import_seconds(ours), import_seconds(floor)) for _ in range(repeats)]
         a, b = (statistics.median(column) for column in zip(*turns, strict=True))
         ratios = [first / second for first, second in turns]

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from semaim import checkpoints
-from semaim.checkpoints.checkpoint import Checkpoint, LoadReport
+from semaim.checkpoints import loading
+from semaim.checkpoints.loading import LoadReport
+from semaim.checkpoints.reading import Checkpoint, read
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
@@ -21,6 +22,14 @@ NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
 
 
+def buildable(sizes: dict) -> dict:
+    """Sizes of `Checkpoint.sizes` that a network can be built with, also of a file that lacks what says them."""
+    sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
+    if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
+        sizes["num_heads"] = 1
+    return sizes
+
+
 class Consumer(NamedTuple):
     """A use of an encoder: its name, its network for sizes of `Checkpoint.sizes`, and what is new in it."""
 
@@ -31,19 +40,16 @@ class Consumer(NamedTuple):
     left: str = ""  #: what it does not read of a plain ViT
 
     def fit(self, found: Checkpoint, network: nn.Module, partial: bool = False) -> tuple[LoadReport, dict]:
-        """As `checkpoints.fit`; also `UserError` for the detector or segmentor of another task."""
+        """As `loading.fit`; also `UserError` for the detector or segmentor of another task."""
         if self.scope and not partial:
             check_task(found, self.scope)
-        return checkpoints.fit(network, found, self.new, partial)
+        return loading.fit(network, found, self.new, partial)
 
     def build(self, sizes: dict) -> nn.Module:
         """Its network on the meta device, which takes no memory."""
-        sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
-        if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
-            sizes["num_heads"] = 1
         try:
             with torch.device("meta"):
-                return self.network(**sizes)
+                return self.network(**buildable(sizes))
         except ValueError as error:
             raise UserError(f"no encoder of ours has these sizes: {error}") from None
 
@@ -76,7 +82,7 @@ CONSUMERS = (
 def check_task(found: Checkpoint, scope: str) -> None:
     """`UserError` for a trained detector or segmentor of a task other than that of `scope`."""
     for other, heads in HEADS.items():
-        if other != scope and any(name.startswith(heads) for name in (*found.state, *found.other)):
+        if other != scope and any(name.startswith(heads) for name in (*found.state, *found.skipped)):
             task = "detector" if other == "mmdet" else "segmentor"
             raise UserError(
                 f"{found.path} is a trained {task}, whose encoder computes with more than this one has: start from"
@@ -84,12 +90,12 @@ def check_task(found: Checkpoint, scope: str) -> None:
             )
 
 
-def load_backbone(backbone: nn.Module, path: str, scope: str, partial: bool = False) -> LoadReport:
-    """The pretrained encoder into a detector's or segmentor's backbone."""
-    found = checkpoints.read(path)
+def load_backbone(backbone: nn.Module, path: str | Checkpoint, scope: str, partial: bool = False) -> LoadReport:
+    """The pretrained encoder of a file, or of what was read of it, into a detector's or segmentor's backbone."""
+    found = path if isinstance(path, Checkpoint) else read(path)
     if not partial:
         check_task(found, scope)
-    return checkpoints.load(backbone, found, NEW_IN_BACKBONES, partial)
+    return loading.load(backbone, found, NEW_IN_BACKBONES, partial)
 
 
 def verdicts(found: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from semaim.errors import UserError
+from semaim.reading import keeping, once
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
 
@@ -60,16 +61,16 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
         mmap: leave the tensors in the file until they are used, for a look at the rest.
     """
     try:
-        mmap = mmap and zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        mapped = mmap and not keeping() and zipfile.is_zipfile(path)
+        checkpoint = once(path, lambda it: torch.load(it, map_location="cpu", weights_only=True, mmap=mapped))
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
     except Exception as error:  # unpickling and zip errors are of many types
         reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
-        raise UserError(f"{path} is no checkpoint of a run of ours: {reason}") from None
+        raise UserError(f"{path} is not a semaim checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise UserError(f"{path} is no checkpoint of a run of ours: it holds {held[:150]}")
+        raise UserError(f"{path} is not a semaim checkpoint: it holds {held[:150]}")
     return checkpoint
 
 

@@ -38,8 +38,8 @@ def beside(path: str | os.PathLike) -> dict | None:
         return None
     if "pretrained_cfg" not in config:
         kept = ("architecture", "num_features", "num_classes", "model_args")
-        told = {name: value for name, value in config.items() if name not in ("architecture", "model_args")}
-        config = {name: config[name] for name in kept if name in config} | {"pretrained_cfg": told}
+        rest = {name: value for name, value in config.items() if name not in ("architecture", "model_args")}
+        config = {name: config[name] for name in kept if name in config} | {"pretrained_cfg": rest}
     for name in ("model_args", "pretrained_cfg"):
         if config.get(name) is None:
             config[name] = {}

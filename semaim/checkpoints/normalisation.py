@@ -69,22 +69,22 @@ def of_file(path: str | os.PathLike) -> Statistics | None:
 
 
 def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
-    """As `of_file`, of a file whose content is read already: of our runs' configs, `pretrained_cfg`, config.json."""
+    """As `of_file`, of a file whose content is read already: its config, `pretrained_cfg`, or config.json."""
     path, content = Path(path), _mapping(content)
     if content.get("format") == FORMAT and (found := of_run(_mapping(content.get("config")), path)):
         return found
     beside = hub_config.beside(path) or {}
-    for told, origin in (
+    for held, origin in (
         (_mapping(content.get("pretrained_cfg")), f"from pretrained_cfg in {path.name}"),
         (_mapping(beside.get("pretrained_cfg")), f"from the config beside {path.name}"),
     ):
-        if told.get("mean") is not None or told.get("std") is not None:
-            return Statistics.checked(told.get("mean"), told.get("std"), 1, f"{path}: pretrained_cfg", origin)
+        if held.get("mean") is not None or held.get("std") is not None:
+            return Statistics.checked(held.get("mean"), held.get("std"), 1, f"{path}: pretrained_cfg", origin)
     return None
 
 
 def of_run(config: Mapping, path: str | os.PathLike = "the checkpoint") -> Statistics | None:
-    """The statistics in the config that a run of ours has saved; None in older ones, whose were ImageNet's."""
+    """The statistics in the config of a semaim checkpoint; None in older ones, whose were ImageNet's."""
     for holder, scale, name in (
         (config.get("dataset"), 1, "dataset"),
         (_mapping(config.get("model")).get("data_preprocessor"), 255, "model.data_preprocessor"),

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from semaim.errors import UserError
+from semaim.reading import once
 
 #: Records that files of the field's tools hold beside their weights. They are read as inert stand-ins, never imported.
 HARMLESS = re.compile(
@@ -38,12 +39,7 @@ def read_file(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is a folder: name a file" if path.is_dir() else f"no such checkpoint: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                return _ArrayUnpickler(file, path).load()
-        return _load_inert(path)
+        return once(path, _read)
     except UserError:
         raise
     except Exception as error:  # zip, pickle, header and memory errors are of many types
@@ -51,6 +47,15 @@ def read_file(path: str | os.PathLike) -> Any:
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
             reason = "it holds more than tensors and plain containers"
         raise UserError(f"cannot read {path}: broken or no checkpoint ({reason})") from None
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".pkl":
+        with open(path, "rb") as file:
+            return _ArrayUnpickler(file, path).load()
+    return _load_inert(path)
 
 
 def _load_inert(path: Path) -> Any:

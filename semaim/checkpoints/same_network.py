@@ -1,7 +1,7 @@
-"""Whether a network of ours computes what the encoder of a file computes: by names, and by what no name tells.
+"""Whether a network of ours computes what the encoder of a file computes: by names, and by what leaves no name.
 
-Names tell most: layer scale, registers, norms of queries and keys, tables of bias. The activation, the epsilon of the
-norms and the number of heads leave no tensor; timm's config.json, where it lies beside the file, tells them.
+Most of it has a name: layer scale, registers, norms of queries and keys, tables of bias. The activation, the epsilon of
+the norms and the number of heads leave no tensor; timm's config.json, where it lies beside the file, has them.
 """
 
 import inspect
@@ -41,23 +41,23 @@ def kinds(names: Iterable[str]) -> str:
     return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
 
 
-def unread(names: Iterable[str], own: Collection[str], pooled: bool, ours: bool) -> list[str]:
+def unread(names: Iterable[str], own: Collection[str], pooled: bool, native: bool) -> list[str]:
     """Tensors that the encoder of a file computes with, and a network does not.
 
     Args:
         names: of the file's encoder and what stands beside it, under our names.
         own: names of the network.
         pooled: its tokens are pooled to one vector: then a pooling by attention is missed.
-        ours: a run of this suite wrote the file, so what stands beside its encoder is its decoder or head.
+        native: this suite trained the file, so what stands beside its encoder is its decoder or head.
     """
     left = []
     for name in names:
         first, last = name.partition(".")[0], name.rpartition(".")[2]
         if name in own:
-            if last in DENSE and not ours:
+            if last in DENSE and not native:
                 left.append(name)
             continue
-        apart = APART.fullmatch(first) or ours and first not in ENCODER
+        apart = APART.fullmatch(first) or native and first not in ENCODER
         # The final norm and the class token may have no reader: maps have neither, pooled patches no norm.
         apart = apart or first == "attn_pool" and not pooled
         apart = apart or first in ("norm", "cls_token") and not any(n.partition(".")[0] == first for n in own)
@@ -71,9 +71,9 @@ def lacking(missing: Iterable[str]) -> list[str]:
     return [name for name in missing if name.partition(".")[0] in ENCODER]
 
 
-def timm_model(told: Mapping[str, Any]) -> nn.Module | str:
+def timm_model(recorded: Mapping[str, Any]) -> nn.Module | str:
     """The network that timm's config.json describes, on the meta device; or what keeps it from being built."""
-    architecture, args = told["architecture"], told.get("model_args") or {}
+    architecture, args = recorded["architecture"], recorded.get("model_args") or {}
     if not timm.is_model(architecture):
         return f"its config names the architecture {architecture!r}, which timm {timm.__version__} does not have"
     # Arguments of create_model itself would read other files.
@@ -88,37 +88,37 @@ def timm_model(told: Mapping[str, Any]) -> nn.Module | str:
         return f"its config names the architecture {architecture}, which timm cannot build ({reason})"
 
 
-def told_differences(theirs: nn.Module, sizes: Mapping, reads_norm: bool) -> list[str]:
+def recorded_differences(recorded: nn.Module, sizes: Mapping, reads_norm: bool) -> list[str]:
     """What timm's network computes otherwise than ours, in words.
 
     Args:
-        theirs: timm's network, on any device.
-        sizes: of the file's encoder, see `checkpoint.sizes_of`; those of another file are told.
+        recorded: timm's network, on any device.
+        sizes: of the file's encoder, see `sizes.sizes_of`; a config of other sizes is a difference.
         reads_norm: the final norm takes part.
     """
-    depth = len(getattr(theirs, "blocks", ()))
-    if (getattr(theirs, "embed_dim", None), depth) != (sizes["embed_dim"], sizes["depth"]):
-        return [f"the config beside it is of a network of width {getattr(theirs, 'embed_dim', None)}, depth {depth}"]
+    depth = len(getattr(recorded, "blocks", ()))
+    if (getattr(recorded, "embed_dim", None), depth) != (sizes["embed_dim"], sizes["depth"]):
+        return [f"the config beside it is of a network of width {getattr(recorded, 'embed_dim', None)}, depth {depth}"]
     found: dict[str, list[str]] = {}
-    for name, module in theirs.named_modules():
+    for name, module in recorded.named_modules():
         first = name.partition(".")[0]
         if APART.fullmatch(first) or first == "attn_pool" or first == "norm" and not reads_norm:
             continue
-        told = None
+        what = None
         if type(module) not in PLAIN or isinstance(module, nn.LayerNorm) and not NORMS.fullmatch(name):
-            told = f"is {type(module).__name__}"
+            what = f"is {type(module).__name__}"
         elif isinstance(module, nn.LayerNorm) and module.eps != LAYER_NORM_EPS:
-            told = f"has eps {module.eps:g}, ours {LAYER_NORM_EPS:g}"
+            what = f"has eps {module.eps:g}, ours {LAYER_NORM_EPS:g}"
         elif isinstance(module, nn.GELU) and module.approximate != "none":
-            told = f"is GELU by {module.approximate}"
+            what = f"is GELU by {module.approximate}"
         elif isinstance(module, Attention) and not math.isclose(module.scale, module.head_dim**-0.5):
-            told = f"scales by {module.scale:g}"
-        if told:
-            found.setdefault(told, []).append(name or "network")
-    return [f"{kinds(names)} {told}" for told, names in found.items()]
+            what = f"scales by {module.scale:g}"
+        if what:
+            found.setdefault(what, []).append(name or "network")
+    return [f"{kinds(names)} {what}" for what, names in found.items()]
 
 
-def heads_of(theirs: nn.Module) -> int | None:
+def heads_of(recorded: nn.Module) -> int | None:
     """The number of heads of timm's network."""
-    heads = {module.num_heads for name, module in theirs.named_modules() if name.endswith(".attn")}
+    heads = {module.num_heads for name, module in recorded.named_modules() if name.endswith(".attn")}
     return heads.pop() if len(heads) == 1 else None

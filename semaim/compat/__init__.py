@@ -1,7 +1,7 @@
-"""mmcv's compiled operators over torchvision's, so that mmdet and mmseg run with nothing to compile.
+"""mmcv's compiled operators in terms of torchvision's, so that mmdet and mmseg run without compiling anything.
 
-mmcv-lite is mmcv without the compiled module `mmcv._ext`, which mmcv.ops, mmdet and mmseg cannot be imported without.
-`install()` comes before their import.
+mmcv-lite is mmcv without the compiled module `mmcv._ext`, which mmcv.ops, mmdet and mmseg import. `install()` has to be
+called before they are imported.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.places import to_install
 
 NAME = "mmcv._ext"
 SOURCE = Path(__file__).with_name("mmcv_ext.py")
@@ -18,7 +19,7 @@ SOURCE = Path(__file__).with_name("mmcv_ext.py")
 class TorchvisionOps:
     """Finder of `mmcv._ext` in `mmcv_ext.py`.
 
-    An importer and not an entry of `sys.modules`: mmengine asks `pkgutil.find_loader` whether the operators exist.
+    An importer instead of an entry in `sys.modules`: mmengine looks for the operators with `pkgutil.find_loader`.
     """
 
     @staticmethod
@@ -28,8 +29,8 @@ class TorchvisionOps:
 
 
 def install() -> None:
-    """Make `mmcv._ext` importable where it is not; a compiled one wins. Once or many times, the result is the same."""
+    """Make `mmcv._ext` importable; a compiled module takes precedence. Repeated calls have no further effect."""
     if importlib.util.find_spec("mmcv") is None:
-        raise UserError("mmcv is not installed: run tools/setup.sh --extras all")
+        raise UserError(f"mmcv is not installed: run {to_install('all')}")
     if importlib.util.find_spec(NAME) is None:
         sys.meta_path.append(TorchvisionOps)  # last: a compiled module that appears later is found before it

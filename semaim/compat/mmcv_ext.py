@@ -1,8 +1,7 @@
-"""The module `mmcv._ext` where no compiled one is installed: imported under that name, by `semaim.compat.install()`.
+"""The module `mmcv._ext` if no compiled one is installed: imported under that name after `semaim.compat.install()`.
 
-Signatures, outputs written in place and behaviour at the edges are those of mmcv 2.1.0's C++ (`mmcv/ops/csrc`), as
-mmcv.ops calls it. Every other operator can be looked up, as mmcv.ops does when it is imported, and says what is missing
-when it is called.
+Signatures, outputs written in place and behaviour in edge cases are those of mmcv 2.1.0's C++ (`mmcv/ops/csrc`), as
+mmcv.ops calls it. All other operators can be looked up, as mmcv.ops does on import, but raise an error when called.
 """
 
 from collections.abc import Callable
@@ -16,16 +15,16 @@ from semaim.errors import UserError
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
-    """Indices (K,) int64 of the boxes that greedy suppression keeps, the best score first.
+    """Indices (K,) int64 of the boxes that greedy suppression keeps, highest score first.
 
     boxes: (N, 4) x1, y1, x2, y2; scores: (N,); offset: 1 where x2 and y2 are the last pixel, so a width is x2 - x1 + 1.
     """
     dtype = torch.promote_types(boxes.dtype, scores.dtype)
-    # torchvision has no CPU kernel for half types, and mmcv's are all of fp32.
+    # torchvision has no CPU kernel for half precision, and mmcv's are all fp32.
     dtype = torch.promote_types(dtype, torch.float32)
     if offset:
-        # min(x2 + 1, x2' + 1) - max(x1, x1') is the intersection's width with offset 1, so moving the corners is all it
-        # takes. In fp64 the sum is exact; in fp32 it would round the corners of boxes that are far from the origin.
+        # min(x2 + 1, x2' + 1) - max(x1, x1') is the intersection's width with offset 1, so moving the corners is
+        # enough. In fp64 the sum is exact; in fp32 it would round the corners of boxes far from the origin.
         dtype = torch.float64
         boxes = torch.cat([boxes[:, :2].to(dtype), boxes[:, 2:].to(dtype) + offset], dim=1)
     # An overlap equal to the threshold is kept. torchvision compares with a double, and fp32's 3/5 is above 0.6 in it.
@@ -54,7 +53,7 @@ def roi_align_forward(
         _missing("roi_align_forward with pool_mode='max'")
     dtype = _kernel_dtype(input)
     rois = rois.to(dtype)
-    # On a GPU the compiled kernel checks nothing either, and looking would wait for all that is queued there.
+    # On a GPU the compiled kernel checks nothing either, and a check would wait for all queued work.
     if rois.is_cpu:
         _check_rois(rois, input.size(0), spatial_scale, aligned)
     pooled = torch.ops.torchvision.roi_align(
@@ -92,7 +91,7 @@ def roi_align_backward(
 
 
 def get_compiler_version() -> str:
-    """For the report of `mmcv.utils.collect_env`, which calls both of these unasked."""
+    """For the report of `mmcv.utils.collect_env`, which calls both of these functions."""
     return "none: torchvision's operators stand in"
 
 
@@ -105,9 +104,9 @@ def _kernel_dtype(values: Tensor) -> torch.dtype:
 
 
 def _check_rois(rois: Tensor, batch: int, spatial_scale: float, aligned: bool) -> None:
-    """What mmcv's CPU kernel refuses and torchvision's turns into numbers, and what both read outside the memory."""
+    """Refuse boxes that only mmcv's CPU kernel refuses, and boxes for which both kernels read outside the memory."""
     start, end = (rois[:, 1:] * spatial_scale - 0.5).chunk(2, dim=1)
-    if aligned and not (end - start >= 0).all():  # so put that NaN is refused, too
+    if aligned and not (end - start >= 0).all():  # written so that NaN is refused, too
         raise RuntimeError("roi_align: boxes of negative or undefined size; x1 <= x2 and y1 <= y2 are needed")
     index = rois[:, 0].trunc()
     if not ((index >= 0) & (index < batch)).all():
@@ -122,7 +121,7 @@ def _missing(name: str) -> NoReturn:
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    # Python's own look-ups (`__path__`, `__wrapped__`, `_...`) must go on failing.
+    # Python's own look-ups (`__path__`, `__wrapped__`, `_...`) still have to fail.
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

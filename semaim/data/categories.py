@@ -1,7 +1,7 @@
-"""Categories of COCO annotation files and the classes of a config: all of them, in one order, or a chosen part.
+"""The categories of a COCO annotation file against the classes of a config: the same, in one order, or a chosen subset.
 
-mmdet numbers classes by their places among the categories of the file, whatever order the config lists them in, and
-passes over what only one side knows: with a file of other categories it trains and measures something else in silence.
+mmdet numbers classes by the order of the categories in the file, whatever the order in the config, and ignores names
+that only one of them has. With a file of other categories it silently trains and measures something else.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from semaim.errors import UserError
 
 @dataclass
 class Categories:
-    """The categories of an annotation file, and what it holds of them.
+    """The categories of an annotation file, and its annotations of them.
 
     Attributes:
         file: the file.
         names: of the categories, in its order.
         ids: of the categories, in its order.
-        labels: of every annotation, a place in `names`.
+        labels: of every annotation, an index into `names`.
         images: of every annotation, the id of its image.
     """
 
@@ -31,7 +31,7 @@ class Categories:
     images: list[int | str]
 
     def left_out(self, classes: Sequence[str]) -> dict[str, int]:
-        """How much is of other categories: categories, annotations, and images with no annotation of these classes."""
+        """What `classes` leaves out: counts of categories, annotations, and images without an annotation of a class."""
         kept = [name in classes for name in self.names]
         keeps = [kept[label] for label in self.labels]
         return {
@@ -44,12 +44,12 @@ class Categories:
 
 
 def check_categories(found: Categories, classes: Sequence[str], chosen: bool) -> None:
-    """`UserError` where the file's categories are not the classes.
+    """Raise `UserError` if the file's categories are not the classes.
 
     Args:
-        found: of a file.
+        found: the file's categories.
         classes: of the data set in the config, in its order.
-        chosen: whether they may be a part of the file's categories.
+        chosen: whether the classes may be a subset of the file's categories.
     """
     extra = [name for name in found.names if name not in classes]
     missing = [name for name in classes if name not in found.names]
@@ -71,10 +71,10 @@ def check_categories(found: Categories, classes: Sequence[str], chosen: bool) ->
     if common != list(classes):
         place = next(i for i, pair in enumerate(zip(common, classes, strict=True)) if pair[0] != pair[1])
         raise UserError(
-            f"{found.file}: its categories stand in another order than the config's classes ({common[place]!r} where"
+            f"{found.file}: its categories are in another order than the config's classes ({common[place]!r} where"
             f" the config has {classes[place]!r}), and mmdet numbers them by the file: list the classes in the order of"
             " the file, which has to be the same for training and validation"
         )
     ids = [number for number, name in zip(found.ids, found.names, strict=True) if name in classes]
-    if ids != sorted(ids):  # pycocotools sorts them, and mmdet's table by class does not
+    if ids != sorted(ids):  # pycocotools sorts them, mmdet's table by class does not
         raise UserError(f"{found.file}: its categories are not sorted by id: sort its list 'categories'")

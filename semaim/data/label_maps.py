@@ -1,7 +1,7 @@
-"""Finds what is wrong with the label maps of a segmentation data set before a training meets them.
+"""Check the label maps of a segmentation data set before a training uses them.
 
-`verify_ade20k` reads everything, the images too, and returns a `Report`. `count_values` decodes the label maps only: it
-is for the start of a training. What the values mean is judged in label_rules.py. Nothing is ever written.
+`verify_ade20k` reads everything, images included, and returns a `Report`. `count_values` decodes only the label maps,
+for the start of a training. The rules for their values are in label_rules.py. Nothing is written.
 """
 
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.data.label_rules import Labels, errors, limits, warnings
 from semaim.errors import UserError
 
-LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's names of one channel of 8 or 16 bits in a PNG
+LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's modes of PNGs with one channel of 8 or 16 bits
 BROKEN_IMAGE = "broken image"
 
 
 def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
-    """What is wrong with an image, of which all or only the head is read, and its label map; the pixels per value."""
+    """A problem of an image (its header only, without `whole`) and its label map, or None; and the pixels per value."""
     image, label = pair
     try:
         size = image_size(image, whole)
@@ -34,14 +34,14 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     if mode not in LABEL_MODES:
         return ("label map that is not one channel of 8 or 16 bits", f"{label.name}: mode {mode}"), {}
     if values.shape != size[::-1]:
-        text = f"{label.name}: {size_words(values.shape[::-1])}, its image {size_words(size)}"
+        text = f"{label.name}: {size_text(values.shape[::-1])}, its image {size_text(size)}"
         return ("label map and image differ in size", text), {}
     counts = np.bincount(values.ravel())
     return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:
-    """The pixels of each value in every label map, by its file; `UserError` where one cannot be trained on.
+    """The pixels of each value in every label map, by its file; `UserError` if one cannot be trained on.
 
     Args:
         pairs: (image, label map) files.
@@ -50,7 +50,7 @@ def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:
 
 
 def _state(path: str) -> tuple[int, int]:
-    """When a file was written, and its size; none where it is not there."""
+    """The modification time and size of a file; zeros if it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
@@ -58,7 +58,7 @@ def _state(path: str) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-@lru_cache(maxsize=2)  # of both splits: a run of one process asks before it starts, and again for its log
+@lru_cache(maxsize=2)  # both splits: a run of one process needs them before it starts, and again for its log
 def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
     def count(pair: tuple) -> tuple[str | None, dict[int, int]]:
         image, label = map(Path, pair[:2])
@@ -83,17 +83,17 @@ def verify_ade20k(
     progress: bool = False,
     most_ignored: float | None = None,
 ) -> Report:
-    """Look at every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
+    """Check every pair of images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png.
 
     Args:
         root: the folder that holds images/ and annotations/.
-        classes: how many there are, unlabelled not counted.
+        classes: their number, without unlabelled.
         reduce_zero_label: whether 0 means unlabelled and classes count from 1, as in ADE20K, or classes count from 0.
         workers: threads.
-        progress: show a bar, where the standard error is a terminal.
-        most_ignored: largest share of a split's pixels that may be unlabelled, None for any.
+        progress: show a bar if the standard error is a terminal.
+        most_ignored: largest share of a split's pixels that may be unlabelled, None for no limit.
 
-    `UserError` where there is nothing to look at.
+    `UserError` if there is nothing to check.
     """
     root = Path(root)
     if not root.is_dir():
@@ -107,7 +107,7 @@ def verify_ade20k(
         for folder in (images, labels):
             if not folder.is_dir():
                 raise UserError(f"no such folder: {folder} (ADE20K's layout: images/{split} and annotations/{split})")
-        # Not the hidden files that some systems put beside each.
+        # Without the hidden files that some systems add.
         pictures, maps = {p.stem for p in images.glob("[!.]*.jpg")}, {p.stem for p in labels.glob("[!.]*.png")}
         for stem in sorted(pictures - maps):
             report.problem("image without label map", f"{split}/{stem}.jpg")
@@ -133,7 +133,7 @@ def verify_ade20k(
 
 
 def _judge(report: Report, labels: Labels, trained: Labels | None, most_ignored: float | None) -> None:
-    """Put into the report what the values of a split are, and what is wrong with them; every map that is."""
+    """Add the values of a split and their problems to the report, naming every map with a value beyond the classes."""
     report.summary += str(labels).split("\n")
     beyond = "value beyond the classes"
     for kind, text in errors(labels, most_ignored):

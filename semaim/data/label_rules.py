@@ -1,6 +1,6 @@
-"""What the values of label maps mean to a training, and which of them would train nonsense.
+"""The meaning of the values of label maps in training, and checks that find wrong ones.
 
-docs/labels.md has the table: each kind of error and warning, when it is found, and what to do.
+docs/labels.md has the table of all errors and warnings: when each is found, and what to do.
 """
 
 import math
@@ -12,19 +12,19 @@ from functools import cached_property
 
 from semaim.data.findings import shortened
 
-IGNORED = 255  #: the number of a class that is neither trained nor measured, in mmseg and here
+IGNORED = 255  #: class number of pixels that are neither trained nor measured, in mmseg and here
 VALUES = range(256)  #: mmseg reads a map as 8 bits
-HALF = 0.5  #: of the pixels ignored: more is worth a warning
+HALF = 0.5  #: share of ignored pixels above which there is a warning
 CONVERT = "tools/convert_labels.py values MAPS OUT"
 
 
 def trained_as(
     reduce_zero_label: bool, label_map: Mapping[int, int] | None = None, ignored: int = IGNORED
 ) -> list[int | None]:
-    """The class that each value of 0 to 255 trains, None where none: what mmseg's `LoadAnnotations` makes of it.
+    """The class that each value of 0 to 255 trains, None if it is ignored, as in mmseg's `LoadAnnotations`.
 
-    `reduce_zero_label` comes first: 0 is ignored, the others are less by one, 255 stays. `label_map` then renames what
-    it names, each once, and leaves the others.
+    `reduce_zero_label` comes first: 0 is ignored, the others are reduced by one, 255 stays. `label_map` then replaces
+    the numbers it lists, each once.
     """
     numbers = [IGNORED if value in (0, IGNORED) else value - 1 for value in VALUES] if reduce_zero_label else VALUES
     numbers = [(label_map or {}).get(number, number) for number in numbers]
@@ -33,13 +33,13 @@ def trained_as(
 
 @dataclass(frozen=True)
 class Labels:
-    """The values of a split's label maps, and what training makes of each.
+    """The values of a split's label maps, and the class that each value trains.
 
     Args:
         split: its name in messages.
         counts: file -> the pixels of each value in it.
-        classes: names in the order of their numbers; empty ones where they have none.
-        train: whether the split is trained on, not measured on.
+        classes: names in the order of their numbers; empty strings if there are no names.
+        train: whether it is the training split, not the validation split.
         reduce_zero_label, label_map, ignored_number: of `trained_as`.
     """
 
@@ -66,12 +66,12 @@ class Labels:
 
     @cached_property
     def images(self) -> Counter:
-        """Value -> maps that hold it."""
+        """Value -> number of maps that contain it."""
         return Counter(value for found in self.counts.values() for value in found)
 
     @cached_property
     def values(self) -> list[int]:
-        """Those that occur, in order."""
+        """The values that occur, sorted."""
         return sorted(self.pixels)
 
     @cached_property
@@ -81,16 +81,16 @@ class Labels:
 
     @property
     def absent(self) -> list[int]:
-        """Numbers of the classes that do not."""
+        """Numbers of the classes that do not occur."""
         return [number for number in range(len(self.classes)) if number not in self.occurring]
 
     @property
     def ignored(self) -> float:
-        """Share of the pixels that no class has."""
+        """Share of the pixels that belong to no class."""
         return sum(self.pixels[value] for value in self.values if self.number(value) is None) / self.pixels.total()
 
     def number(self, value: int) -> int | None:
-        """The class that a value trains; a value over 255 is itself, which no class is."""
+        """The class that a value trains; a value over 255 is returned as it is and belongs to no class."""
         return self.trained[value] if value in VALUES else value
 
     def beyond(self, found: Mapping[int, int]) -> list[int]:
@@ -104,7 +104,7 @@ class Labels:
         return f"{value} {self.classes[number]}".strip()
 
     def names(self, numbers: list[int]) -> str:
-        """Classes in words, the first of many."""
+        """A list of classes for a message, shortened if it is long."""
         return shortened([self.name(number) for number in numbers])
 
     def __str__(self) -> str:
@@ -123,17 +123,17 @@ class Labels:
 
 
 def folded(parts: list[str]) -> list[str]:
-    """Parts in lines of 116 characters, none broken."""
+    """Join parts into lines of 116 characters without breaking a part."""
     kept = ", ".join(part.replace(" ", "\0") for part in parts)
     wrapped = textwrap.wrap(kept, 116, break_long_words=False, break_on_hyphens=False)
     return [f"  {line}".replace("\0", " ") for line in wrapped]
 
 
-Found = tuple[str, str]  # a kind, as docs/labels.md has it, and what is wrong
+Found = tuple[str, str]  # a kind of docs/labels.md, and the details
 
 
 def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]:
-    """What would end a training, or make it learn nonsense in silence; `most_ignored` is the config's, a share."""
+    """What would stop a training or silently make it learn wrong labels; `most_ignored` is a share, from the config."""
     classes = len(labels.classes)
     if classes < 2:
         text = f"{labels.split} has {classes} class{'es' * (classes != 1)}: a prediction has nothing to choose from and"
@@ -143,18 +143,18 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         if over := labels.beyond(found):
             yield "value beyond the classes", f"{name} holds the value {over[0]}; {limits(labels, over[0])}"
             return
-    mend = ""
+    remedy = ""
     if labels.values == [0, IGNORED]:  # a mask as image editors write it
-        mend = f": write 1 in place of 255 ({CONVERT} 255=1) and set reduce_zero_label=False"
+        remedy = f": write 1 in place of 255 ({CONVERT} 255=1) and set reduce_zero_label=False"
     if not labels.occurring:
         values = ", ".join(map(str, labels.values))
         text = f"all pixels of {labels.split} are ignored, its maps hold {values} with reduce_zero_label="
-        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{mend or ': nothing can be learned of it'}"
+        yield "nothing labelled at all", f"{text}{labels.reduce_zero_label}{remedy or ': nothing can be learned'}"
         return
     if len(labels.occurring) == 1:
         (one,) = labels.occurring
         text = f"all labelled pixels of {labels.split} are of the class {labels.name(one)}"
-        why = mend or f": {'nothing is learned' if labels.train else 'to predict it everywhere gives an mIoU of 100'}"
+        why = remedy or f": {'nothing is learned' if labels.train else 'to predict it everywhere gives an mIoU of 100'}"
         yield "one class only", text + why
         return
     whole = labels.occurring == set(range(classes - 1))
@@ -163,7 +163,7 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
             "counted from 0, it seems",
             f"{labels.split} holds every value from 0 to {classes - 1} and never {classes}, the last of {classes}"
             " classes with reduce_zero_label=True, which ignores 0: set it to False if the classes count from 0; if 0"
-            f" is unlabelled and {labels.name(classes - 1)} just absent, say so by"
+            f" is unlabelled and {labels.name(classes - 1)} just absent, say so with"
             f" most_ignored={math.ceil(100 * labels.ignored) / 100:g}",
         )
     if most_ignored is not None and labels.ignored > most_ignored:
@@ -172,13 +172,13 @@ def errors(labels: Labels, most_ignored: float | None = None) -> Iterator[Found]
         yield (
             "more ignored than the config expects",
             f"{labels.ignored:.1%} of the pixels of {labels.split} are ignored ({', '.join(shares)}), the config's"
-            f" most_ignored is {most_ignored:.1%}: are these labels numbered otherwise? (CamVid's own, 0 to 10 with 11"
-            " for void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
+            f" most_ignored is {most_ignored:.1%}: are these labels numbered differently? (CamVid's own, 0 to 10 with"
+            " 11 for void, become the config's by tools/convert_labels.py camvid ROOT OUT)",
         )
 
 
 def warnings(labels: Labels, trained: Labels | None = None) -> Iterator[Found]:
-    """What a training survives, and should be known; `trained` is the training split beside a validation one."""
+    """What does not stop a training but should be known; `trained` is the training split, for a validation split."""
     if labels.absent:
         text = f"{len(labels.absent)} of {len(labels.classes)} never occur in {labels.split}"
         if not labels.train:
@@ -202,13 +202,13 @@ def warnings(labels: Labels, trained: Labels | None = None) -> Iterator[Found]:
 
 
 def counted_from_zero(labels: Labels) -> bool:
-    """Whether 0 is ignored and the largest value is one short of the last class's, as where classes count from 0."""
+    """Whether 0 is ignored and the largest value is one below the last class's, as when classes count from 0."""
     values = [value for value in labels.values if value != IGNORED]
     return labels.reduce_zero_label and not labels.label_map and values[-1:] == [len(labels.classes) - 1]
 
 
 def limits(labels: Labels, value: int) -> str:
-    """What is allowed, and what a value beyond it hints at."""
+    """The values that are allowed, and a likely cause of a larger one."""
     classes = len(labels.classes)
     last = max((v for v in VALUES if (n := labels.trained[v]) is not None and n < classes), default=0)
     text = f"of {classes} classes, with reduce_zero_label={labels.reduce_zero_label}, the largest is {last}"

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from semaim.data.folder import find_images, load_image, seed_of
 from semaim.errors import UserError
 
-#: How training images are made. Every one ends in a horizontal flip with probability 1/2 and normalisation.
+#: How training images are augmented. Every one ends in a horizontal flip with probability 1/2 and normalisation.
 AUGMENTS = {
     "randaugment": "random crop, resized; RandAugment, random erasing (fine-tuning: MAE, SemAIM)",
     "resized_crop": "random crop, resized (linear probing: MAE, SAIM)",
@@ -37,7 +37,7 @@ def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[
         )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"no class folders in {folder}: images stand in {folder}/CLASS/")
+        raise UserError(f"no class folders in {folder}: images belong in {folder}/CLASS/")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = find_images(folder / name)
@@ -47,7 +47,7 @@ def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[
 
 
 def first_of_each(paths: list[str], labels: list[int], classes: list[str], count: int) -> tuple[list[str], list[int]]:
-    """The first `count` paths of each class, and their labels; `UserError` where a class has fewer."""
+    """The first `count` paths of each class, and their labels; `UserError` if a class has fewer."""
     if type(count) is not int or count < 1:  # True is an int too
         raise UserError(f"dataset.images_per_class {count!r}: give 1 or more, or None for all")
     chosen = []
@@ -60,7 +60,7 @@ def first_of_each(paths: list[str], labels: list[int], classes: list[str], count
 
 
 def check_classes(train: list[str], val: list[str], root: str | os.PathLike) -> None:
-    """`UserError` where the two splits hold other classes: their numbers would not mean the same."""
+    """`UserError` if the two splits have different classes: equal numbers would mean different classes."""
     for has, lacks, split in ((train, val, "val"), (val, train, "train")):
         if missing := sorted(set(has) - set(lacks)):
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -95,10 +95,11 @@ def training_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ):
-    """PIL image -> normalised floats (3, S, S), by a name of `AUGMENTS`.
+    """PIL image -> normalised floats (3, S, S).
 
     Args:
         img_size: side of the crop in pixels.
+        augment: a name of `AUGMENTS`.
         min_scale: smallest share of the image's area that a resized crop may have.
         rand_augment: timm's name of the policy.
         random_erase: probability that a rectangle is replaced by noise.
@@ -149,14 +150,14 @@ class LabelledImages(Dataset):
         crop_pct: share of the resized image that evaluation's centre crop covers, along a side.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
-        images_per_class: train on the first so many of each class, by name; None for all. Validation is on all.
+        images_per_class: train on this many images of each class, the first by name; None for all. Validation uses all.
         **augmentation: further arguments of `training_transform`.
 
-    An item is asked for by index, or by (epoch, index) where it is random, and is a dict of `image`, float
+    The key of an item is its index, or (epoch, index) for random augmentation. An item is a dict of `image`, float
     (3, S, S), normalised; `label`; and `index`.
     """
 
-    metainfo: dict = {}  # mmengine asks for it
+    metainfo: dict = {}  # mmengine reads it
 
     def __init__(
         self,
@@ -199,9 +200,12 @@ setattr(LabelledImages.__init__, "arguments_of", training_transform)  # noqa: B0
 
 
 class seeded:  # noqa: N801  # used as a function: `with seeded(1, 2):`
-    """Within it, the generators of torch (CPU), numpy and Python start from the given whole numbers; then they go on.
+    """Context manager that seeds the generators of torch (CPU), numpy and Python, and restores their states at its end.
 
     timm's augmentations draw from all three.
+
+    Args:
+        *parts: whole numbers of 0 or more, the seed together.
     """
 
     def __init__(self, *parts: int):

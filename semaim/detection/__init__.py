@@ -1,4 +1,4 @@
-"""Our part in mmdet: importing this registers in its registries what ViTDet's configs name."""
+"""Extensions of mmdet: importing this package registers what the ViTDet configs name."""
 
 from semaim import compat
 
@@ -10,6 +10,7 @@ import mmdet.models  # noqa: E402, F401
 from mmdet.registry import METRICS, MODELS, TASK_UTILS, TRANSFORMS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
+from semaim.detection.backbone import ViTDetBackbone  # noqa: E402
 from semaim.detection.cascade import ViTDetCascade  # noqa: E402
 from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN, ViTDetRoIHead  # noqa: E402
 from semaim.detection.initial import ViTDetBoxHead, ViTDetMaskHead  # noqa: E402
@@ -18,12 +19,12 @@ from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
 from semaim.detection.padding import SquarePadding  # noqa: E402
 from semaim.detection.released import foreign_weights  # noqa: E402
 from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
-from semaim.models.vitdet import MapScales, SimpleFeaturePyramid, ViTDet  # noqa: E402
+from semaim.models.vitdet import MapScales, SimpleFeaturePyramid  # noqa: E402
 
 __all__ = ["foreign_weights"]
 
 MODELS.register_module(module=SquarePadding)
-MODELS.register_module(module=ViTDet)
+MODELS.register_module(name="ViTDet", module=ViTDetBackbone)
 MODELS.register_module(module=SimpleFeaturePyramid)
 MODELS.register_module(module=MapScales)
 MODELS.register_module(module=PreciseRPNHead)

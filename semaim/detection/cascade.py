@@ -1,4 +1,4 @@
-"""Cascade R-CNN as ViTDet has it: three box heads, one after another, and one mask head."""
+"""Cascade R-CNN as in ViTDet: three box heads in sequence, and one mask head."""
 
 import torch
 from mmdet.models.task_modules import SamplingResult
@@ -14,19 +14,20 @@ from semaim.detection.heads import Boxes, ViTDetRoIHead, nonempty, with_objects
 
 
 class ViTDetCascade(ViTDetRoIHead):
-    """Box heads that move the boxes in turn, each matched more strictly than the one before.
+    """Box heads that refine the boxes in sequence, each matched more strictly than the one before.
 
-    Proposals are sampled once, for the first stage; all its boxes, moved, are the next one's. The losses of all stages
-    count alike, and each passes 1 / stages of its gradient to the maps. Scores are the mean of the stages' softmaxes,
-    boxes the last one's. The mask head learns from the first stage's proposals and runs on the final boxes.
+    Proposals are sampled once, for the first stage; its refined boxes, all of them, are the input of the next stage.
+    The losses of all stages have equal weights, and each stage passes 1 / stages of its gradient to the maps. Scores
+    are the mean of the stages' softmaxes, boxes are the last stage's. The mask head is trained on the first stage's
+    proposals and runs on the final boxes.
 
-    mmdet's samples anew in every stage, weighs the losses by 1, 0.5, 0.25 and not the gradient, averages logits, and
-    has a mask head a stage.
+    mmdet's head samples again in every stage, weights the losses by 1, 0.5, 0.25 and not the gradient, averages logits,
+    and has a mask head for each stage.
 
     Args:
-        stages: of each in turn, the overlap from which a box is an object's (`iou`), and the `stds` of its deltas.
-        bbox_head: config of all stages, one box for all classes; its `stds` are the stage's.
-        **parts: of mmdet's `StandardRoIHead`; the sampler must not add the objects itself.
+        stages: per stage, the overlap from which a box matches an object (`iou`) and the `stds` of its deltas.
+        bbox_head: config of all stages, one box for all classes; its `stds` are replaced by the stage's.
+        **parts: arguments of mmdet's `StandardRoIHead`; the sampler must not add the objects itself.
 
     Source: detectron2's modeling/roi_heads/cascade_rcnn.py, as projects/ViTDet configures it.
     """
@@ -36,14 +37,14 @@ class ViTDetCascade(ViTDetRoIHead):
         super().__init__(**parts)
 
     def init_bbox_head(self, bbox_roi_extractor: dict, bbox_head: dict) -> None:
-        """Build a box head a stage."""
+        """Build one box head per stage."""
         self.bbox_roi_extractor, self.bbox_head = MODELS.build(bbox_roi_extractor), nn.ModuleList()
         for stage in self.stages:
             coder = dict(bbox_head["bbox_coder"], stds=stage["stds"])
             self.bbox_head.append(MODELS.build(dict(bbox_head, bbox_coder=coder, reg_class_agnostic=True)))
 
     def init_assigner_sampler(self) -> None:
-        """Build an assigner a stage, and the first one's sampler."""
+        """Build one assigner per stage, and the sampler of the first stage."""
         if self.train_cfg is not None:
             assigners = [dict(self.train_cfg.assigner) for _ in self.stages]
             for assigner, stage in zip(assigners, self.stages, strict=True):
@@ -59,7 +60,7 @@ class ViTDetCascade(ViTDetRoIHead):
         return self.bbox_head[stage](pooled)
 
     def move(self, stage: int, boxes: list[Tensor], deltas: Tensor, metas: list[dict]) -> list[Tensor]:
-        """Each image's boxes (N, 4), moved by a stage's deltas of them all (N, 4) and clipped to the image."""
+        """Each image's boxes (N, 4), moved by a stage's deltas (of all images, (N, 4)) and clipped to the image."""
         parts = deltas.detach().split([len(part) for part in boxes])
         decode = self.bbox_head[stage].bbox_coder.decode
         return [
@@ -70,12 +71,12 @@ class ViTDetCascade(ViTDetRoIHead):
     # Training
 
     def sample(self, proposals: InstanceData, objects: InstanceData) -> SamplingResult:
-        """Of an image's proposals those that the first stage and the masks are trained on."""
+        """The proposals of an image that the first stage and the mask head are trained on."""
         proposals = InstanceData(priors=proposals.bboxes)
         return self.bbox_sampler.sample(self.bbox_assigners[0].assign(proposals, objects), proposals, objects)
 
     def targets(self, stage: int, boxes: Tensor, objects: InstanceData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of boxes (N, 4): labels (N,), the last for background, their weights, deltas (N, 4), their weights."""
+        """For boxes (N, 4): labels (N,), the last for background, their weights, deltas (N, 4), their weights."""
         head = self.bbox_head[stage]
         index = self.bbox_assigners[stage].assign(InstanceData(priors=boxes), objects).gt_inds - 1
         found = index >= 0
@@ -109,16 +110,16 @@ class ViTDetCascade(ViTDetRoIHead):
         rcnn_test_cfg: ConfigDict,
         rescale: bool = False,
     ) -> Boxes:
-        """Boxes, scores and labels of every image; no box is dropped between the stages."""
-        moved, shares = [found.bboxes for found in rpn_results_list], []
+        """Boxes, scores and labels of every image; no box is removed between the stages."""
+        moved, probabilities = [found.bboxes for found in rpn_results_list], []
         for stage in range(len(self.stages)):
             boxes, rois = moved, bbox2roi(moved)
             logits, deltas = self.run(stage, x, rois)
-            shares.append(logits.softmax(-1))
+            probabilities.append(logits.softmax(-1))
             moved = self.move(stage, boxes, deltas, batch_img_metas)
         counts = [len(part) for part in boxes]
-        # The head takes a softmax of what it gets, and that of the logarithms of shares is the shares.
-        parts = (t.split(counts) for t in (rois, torch.stack(shares).mean(0).log(), deltas))
+        # The head applies a softmax; that of the logarithms of probabilities is the probabilities.
+        parts = (t.split(counts) for t in (rois, torch.stack(probabilities).mean(0).log(), deltas))
         results = self.bbox_head[-1].predict_by_feat(
             *parts, batch_img_metas=batch_img_metas, rcnn_test_cfg=rcnn_test_cfg, rescale=rescale
         )

@@ -1,6 +1,7 @@
-"""Names of detectron2's whole ViTDet detectors, Mask R-CNN and Cascade, and ours.
+"""Names of weights in detectron2's whole ViTDet detectors, Mask R-CNN and Cascade, and ours.
 
-Background is the last class in both, anchors, deltas and flattened regions stand in the same order: renaming is all.
+Background is the last class in both, and anchors, deltas and flattened regions have the same order, so the weights only
+need new names.
 Source: projects/ViTDet of detectron2 at 02b5c4e.
 """
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from semaim.errors import UserError
 
-#: Level of the pyramid -> places in `simfp_N` of what resamples, of the 1x1 and of the 3x3 convolution.
+#: Level of the pyramid -> indices in `simfp_N` of the resampling layers, the 1x1 and the 3x3 convolution.
 PYRAMID = {2: ((0, 1, 3), 4, 5), 3: ((0,), 1, 2), 4: ((), 0, 1), 5: ((), 1, 2)}
 
-#: detectron2's names (patterns) and ours. A norm inside a convolution stands before the convolution's own weights.
+#: detectron2's names (patterns) and ours. The pattern of a norm inside a convolution precedes that of the convolution.
 RENAMES = [(r"backbone\.net\.(.+)", r"backbone.\1")]
 for _level, (_resample, _lateral, _output) in PYRAMID.items():
     _theirs, _ours = rf"backbone\.simfp_{_level}\.", f"neck.levels.p{_level}."
@@ -40,7 +41,7 @@ RENAMES += [
     (r"roi_heads\.mask_head\.predictor\.(\w+)", r"roi_head.mask_head.conv_logits.\1"),
 ]
 
-#: Buffers that are no weights: the pixels' statistics, which a preprocessor has, and anchors, which are made anew.
+#: Buffers that are not weights: pixel statistics, which the preprocessor has, and anchors, which are generated.
 INERT = re.compile(r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.cell_anchors\.\d+")
 
 
@@ -48,16 +49,16 @@ def our_name(name: str) -> str | None:
     """detectron2's name of a weight -> ours; None for a name that its ViTDet detectors do not have."""
     for theirs, ours in RENAMES:
         if match := re.fullmatch(theirs, name):
-            # {n}: detectron2 counts these from 1, mmdet from 0. A group that is not there is empty.
+            # {n}: detectron2 counts these from 1, mmdet from 0. A group that did not match is empty.
             return re.sub(r"\{(\d+)\}", lambda number: str(int(number[1]) - 1), match.expand(ours))
     return None
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a whole detector under our names, without the position of the class token, which nothing reads.
+    """The weights of a whole detector under our names, without the class token's position, which is unused.
 
     Raises:
-        UserError: a tensor is none of these detectors' weights or buffers.
+        UserError: a tensor is not a weight or buffer of these detectors.
     """
     ours = {name: our_name(name) for name in state if not INERT.fullmatch(name)}
     if unknown := [name for name, renamed in ours.items() if renamed is None]:

@@ -1,7 +1,7 @@
-"""mmdet's heads by ViTDet's rules, those of detectron2, and with boxes in fp32 under autocast too, as there.
+"""mmdet's heads with the rules of detectron2's ViTDet, and with boxes in fp32 even under autocast, as in detectron2.
 
-bf16 has eight bits: between 512 and 1,024 pixels its numbers are 4 apart. mmdet makes anchors and moves boxes in the
-type of the scores, and samples regions at boxes of the type of the maps.
+bf16 has eight significant bits: between 512 and 1,024 pixels its numbers are 4 apart. mmdet makes anchors and moves
+boxes in the dtype of the scores, and samples regions at boxes in the dtype of the maps.
 """
 
 import torch
@@ -17,11 +17,11 @@ Boxes = list[InstanceData]  #: of each image
 class PreciseRPNHead(RPNHead):
     """Proposals from fp32 logits, anchors and boxes; losses over a fixed number of anchors; arguments as mmdet's.
 
-    Boxes are ranked by their logits: in fp32 sigmoids tie, the more so the surer the network is (above 17 all are 1).
+    Boxes are ranked by their logits: fp32 sigmoids tie, more often for confident networks (above 17 all are 1).
     """
 
     def predict_by_feat(self, cls_scores: list[Tensor], bbox_preds: list[Tensor], *args, **kwargs) -> Boxes:
-        """As mmdet's, of the same numbers in fp32."""
+        """As mmdet's, with the inputs cast to fp32."""
         with torch.autocast(cls_scores[0].device.type, enabled=False):
             scores, boxes = ([t.float() for t in maps] for maps in (cls_scores, bbox_preds))
             return super().predict_by_feat(scores, boxes, *args, **kwargs)
@@ -37,10 +37,10 @@ class PreciseRPNHead(RPNHead):
         rescale: bool = False,
         with_nms: bool = True,
     ) -> InstanceData:
-        """One image's maps per level -> proposals in its pixels, by falling `scores`, which are logits."""
+        """One image's maps per level -> proposals in its pixels, sorted by falling `scores`, which are logits."""
         cfg, boxes, logits, levels = cfg or self.test_cfg, [], [], []
         for level, (score, deltas, anchors) in enumerate(zip(cls_score_list, bbox_pred_list, mlvl_priors, strict=True)):
-            # Stable, so that ties, of which bf16 has many, end alike on every device.
+            # Stable, so that ties, of which bf16 has many, give the same order on every device.
             score, best = score.permute(1, 2, 0).flatten().sort(descending=True, stable=True)
             score, best = score[: cfg.nms_pre], best[: cfg.nms_pre]
             deltas = deltas.permute(1, 2, 0).reshape(-1, 4)[best]
@@ -51,16 +51,16 @@ class PreciseRPNHead(RPNHead):
         return self._bbox_post_process(found, cfg, rescale, with_nms, img_meta)
 
     def get_targets(self, anchor_list: list, valid_flag_list: list, batch_gt_instances: list, *args, **kwargs) -> tuple:
-        """As mmdet's, but all losses are divided by the anchors sampled at most, 256 an image.
+        """As mmdet's, but all losses are divided by the largest possible number of sampled anchors, 256 per image.
 
-        mmdet counts those that are sampled, and one positive anchor more for an image that has none.
+        mmdet divides by the number actually sampled, counting one positive anchor more for an image without any.
         """
         targets = super().get_targets(anchor_list, valid_flag_list, batch_gt_instances, *args, **kwargs)
         return *targets[:4], self.sampler.num * len(anchor_list), *targets[5:]
 
 
 class PreciseRoIExtractor(SingleRoIExtractor):
-    """Regions sampled in fp32, where the boxes are and the operator computes anyway; arguments as mmdet's."""
+    """Regions sampled in fp32, the dtype of the boxes and of the operator; arguments as mmdet's."""
 
     def forward(self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
         """Maps (B, C, H, W) per level, boxes (N, 5) with the image's index first -> (N, C, h, w)."""
@@ -69,18 +69,18 @@ class PreciseRoIExtractor(SingleRoIExtractor):
 
 
 class PreciseSyncBN(nn.SyncBatchNorm):
-    """SyncBN whose processes exchange fp32: where one has no boxes torch sends the type of its maps, which must fit."""
+    """SyncBN that exchanges fp32: a process without boxes sends the dtype of its maps, which has to match."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) -> the same, in its type."""
+        """(N, C, ...) -> the same shape and dtype."""
         return super().forward(x.float()).to(x.dtype)
 
 
 class ViTDetRoIHead(StandardRoIHead):
-    """Objects learn as proposals, matched like the others; empty boxes are no detections; arguments as mmdet's.
+    """mmdet's head, trained with the objects among the proposals, without empty boxes; arguments as mmdet's.
 
-    Its sampler must not add the objects itself: mmdet's would put them first, each matched with itself, which is
-    another object where two have the same box.
+    The objects' boxes are matched like all proposals. The sampler must not add them itself: mmdet's puts them first,
+    each matched with itself, which is a different object if two have the same box.
     """
 
     def loss(self, x: tuple[Tensor, ...], rpn_results_list: Boxes, batch_data_samples: list[DetDataSample]) -> dict:
@@ -93,7 +93,7 @@ class ViTDetRoIHead(StandardRoIHead):
 
 
 def with_objects(proposals: Boxes, samples: list[DetDataSample]) -> Boxes:
-    """The proposals of every image, and after them the boxes of its objects."""
+    """The proposals of every image, followed by the boxes of its objects."""
     return [
         InstanceData(bboxes=torch.cat([found.bboxes, sample.gt_instances.bboxes]))
         for found, sample in zip(proposals, samples, strict=True)

@@ -1,7 +1,8 @@
-"""Box and mask heads that start as detectron2's.
+"""Box and mask heads with detectron2's initialisation.
 
-mmdet's start alike but for two layers: the box head's first linear layer (uniform, there as wide as its inputs alone
-call for) and the mask head's last one (normal, std 0.16 in place of 0.001: masks start undecided).
+mmdet's differs in two layers. The box head's first linear layer is uniform in both; detectron2's range depends on its
+inputs alone. The mask head's last layer is normal, in mmdet with std 0.16 in place of 0.001, with which masks start
+undecided.
 
 Source: detectron2 at 02b5c4e, modeling/roi_heads/{box_head,mask_head}.py; fvcore's weight_init.
 """
@@ -11,7 +12,7 @@ from torch import nn
 
 
 class ViTDetBoxHead(Shared4Conv1FCBBoxHead):
-    """mmdet's head of four convolutions and a linear layer; arguments as there."""
+    """mmdet's head of four convolutions and a linear layer; arguments as mmdet's."""
 
     def init_weights(self) -> None:
         """As mmdet's, but linear layers before the last are uniform within sqrt(3 / inputs): std 1 / sqrt(inputs)."""
@@ -21,9 +22,9 @@ class ViTDetBoxHead(Shared4Conv1FCBBoxHead):
 
 
 class ViTDetMaskHead(FCNMaskHead):
-    """mmdet's head of four convolutions, a transposed one and a predictor; arguments as there."""
+    """mmdet's head of four convolutions, a transposed one and a predictor; arguments as mmdet's."""
 
     def init_weights(self) -> None:
-        """As mmdet's, but the predictor is normal of std 0.001."""
+        """As mmdet's, but the predictor is normal with std 0.001."""
         super().init_weights()
         nn.init.normal_(self.conv_logits.weight, std=0.001)

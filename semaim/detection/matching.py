@@ -1,4 +1,4 @@
-"""Which boxes stand for which objects, and how boxes are moved: by detectron2's rules, where mmdet's are others."""
+"""Matching boxes to objects and applying deltas to boxes, with detectron2's rules where mmdet's differ."""
 
 import math
 
@@ -8,17 +8,19 @@ from torch import Tensor
 
 
 class BestOverlapAssigner(MaxIoUAssigner):
-    """Anchors to objects: by overlap, and for every object the anchors that overlap it most, however little that is.
+    """Match anchors to objects by overlap; the best anchors of every object are positive, however small the overlap.
 
-    An anchor stands for the object that *it* overlaps most, also where another object claims it. An object that
-    overlaps no anchor takes none. In mmdet the last object that claims an anchor has it, and an object whose best
-    overlap is below `min_pos_iou` claims none: under large-scale jitter every seventh object.
+    A positive anchor belongs to the object that *it* overlaps most, even if it is the best anchor of another object.
+    An object that overlaps no anchor gets none. In mmdet an anchor that is the best of several objects belongs to the
+    last of them, and an object whose best overlap is below `min_pos_iou` gets no best anchor: under large-scale jitter
+    every seventh object.
 
     Args:
-        pos_iou_thr, neg_iou_thr: an anchor is positive from the one on, negative below the other, else ignored.
+        pos_iou_thr, neg_iou_thr: an anchor is positive from the first overlap on, negative below the second, else
+            ignored.
 
-    Source: detectron2's modeling/matcher.py, `allow_low_quality_matches`. There an object that overlaps no anchor
-    claims all that do not overlap it, which is all of them.
+    Source: detectron2's modeling/matcher.py, `allow_low_quality_matches`. There, for an object that overlaps no
+    anchor, all anchors are positive, as all have its best overlap of 0.
     """
 
     def __init__(self, pos_iou_thr: float, neg_iou_thr: float):
@@ -29,20 +31,20 @@ class BestOverlapAssigner(MaxIoUAssigner):
         if not overlaps.numel():
             return super().assign_wrt_overlaps(overlaps, gt_labels)
         best, which = overlaps.max(dim=0)
-        claimed = (overlaps == overlaps.amax(dim=1, keepdim=True)) & (overlaps > 0)
-        positive = (best >= self.pos_iou_thr) | claimed.any(dim=0)
+        best_of_object = (overlaps == overlaps.amax(dim=1, keepdim=True)) & (overlaps > 0)
+        positive = (best >= self.pos_iou_thr) | best_of_object.any(dim=0)
         found = torch.where(best < self.neg_iou_thr, 0, -1).where(~positive, which + 1)
         labels = gt_labels[which].where(positive, -1)
         return AssignResult(len(overlaps), found, best, labels)
 
 
 class BoxCoder(DeltaXYWHBBoxCoder):
-    """Boxes moved in fp32, whatever the network computed in, and limited in growth alone.
+    """Deltas applied to boxes in fp32, whatever the dtype of the network; only growth is limited.
 
-    mmdet moves them in the type of the deltas, in which 0.1 may be 0.1001 (bf16), and limits how far a box shrinks too.
+    mmdet applies them in their own dtype, in which 0.1 may be 0.1001 (bf16), and limits how far a box shrinks, too.
 
     Args:
-        stds: of the deltas (x, y, width, height), by which they are divided; inverses of detectron2's weights.
+        stds: of the deltas (x, y, width, height), by which they are divided; the inverses of detectron2's weights.
 
     Source: detectron2's modeling/box_regression.py.
     """
@@ -57,7 +59,7 @@ class BoxCoder(DeltaXYWHBBoxCoder):
         max_shape: tuple[int, int] | None = None,
         wh_ratio_clip: float = 16 / 1000,
     ) -> Tensor:
-        """Boxes (N, 4) and deltas (N, classes * 4) -> boxes (N, classes * 4), clipped to `max_shape`, rows first."""
+        """Boxes (N, 4), deltas (N, classes * 4) -> boxes (N, classes * 4), clipped to `max_shape` (height, width)."""
         boxes, weights = bboxes.float()[:, None], bboxes.new_tensor([1 / std for std in self.stds], dtype=torch.float32)
         moves = pred_bboxes.float().unflatten(1, (-1, 4)) / weights
         sizes = boxes[..., 2:] - boxes[..., :2]

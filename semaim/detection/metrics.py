@@ -1,4 +1,4 @@
-"""COCO's metric by another evaluator."""
+"""COCO's metric with a faster evaluator."""
 
 from tempfile import TemporaryDirectory
 
@@ -13,9 +13,9 @@ STATS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
 
 class FasterCocoMetric(CocoMetric):
-    """mmdet's `CocoMetric` with faster-coco-eval in place of pycocotools: the same figures, sooner.
+    """mmdet's `CocoMetric` with faster-coco-eval in place of pycocotools: the same figures, faster.
 
-    Takes `CocoMetric`'s arguments; of its metrics bbox and segm, without the table by class.
+    Takes `CocoMetric`'s arguments; supports its metrics bbox and segm, without the table by class.
     """
 
     def __init__(self, *arguments, **options):
@@ -27,7 +27,7 @@ class FasterCocoMetric(CocoMetric):
         super().__init__(*arguments, **options)
 
     def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
-        """(ground truth, predictions) of every image -> bbox_mAP, ..., segm_mAP, ... as shares, to three digits."""
+        """(ground truth, predictions) of every image -> bbox_mAP, ..., segm_mAP, ... from 0 to 1, to three digits."""
         api = self._coco_api
         self.cat_ids = self.cat_ids or api.get_cat_ids(cat_names=self.dataset_meta["classes"])
         self.img_ids = self.img_ids or api.get_img_ids()
@@ -40,7 +40,7 @@ class FasterCocoMetric(CocoMetric):
             if not boxes:
                 log.error("The testing results of the whole dataset is empty.")
                 break
-            if metric == "segm":  # else the area of the box would tell the size of the object
+            if metric == "segm":  # otherwise the size of an object would be its box's area
                 boxes = [{key: value for key, value in box.items() if key != "bbox"} for box in boxes]
             evaluation = self._evaluator.COCOeval_faster(
                 truth, truth.loadRes(boxes), iouType=metric, print_function=lambda *_, **__: None

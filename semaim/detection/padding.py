@@ -1,4 +1,4 @@
-"""Images of any size on one square."""
+"""Padding of images of any size to one square."""
 
 from mmdet.models import DetDataPreprocessor
 
@@ -9,14 +9,14 @@ class SquarePadding(DetDataPreprocessor):
     """Normalise, then pad with zeros at the bottom and right to one square, in training and in testing.
 
     Features and anchors cover the padding; boxes are clipped to `img_shape`, the image without it. So the encoder sees
-    the grid its relative positions were made for, and an image's detections do not hang on the others of its batch.
-    mmdet's own `BatchFixedSizePad` acts in training alone.
+    the grid its relative positions were made for, and an image's detections do not depend on the others in its batch.
+    mmdet's own `BatchFixedSizePad` is applied in training only.
 
     Args:
-        side: of the square in pixels. An image that is larger raises `UserError`.
+        side: of the square in pixels. A larger image raises `UserError`.
         **arguments: of mmdet's `DetDataPreprocessor`.
 
-    Source: `square_pad` of detectron2's ViTDet, which cuts a larger image off.
+    Source: `square_pad` of detectron2's ViTDet, which crops a larger image.
     """
 
     def __init__(self, side: int, **arguments):

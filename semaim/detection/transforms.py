@@ -1,4 +1,4 @@
-"""Photos for detectors as detectron2 resizes and crops them: Pillow's filters, its rounding of sizes, its crops.
+"""Resizing and cropping of photos as in detectron2: Pillow's filters, its rounding of sizes, its crops.
 
 Source: detectron2 at 02b5c4e, data/transforms; checked against it in `semaim.parity.detector_recipe`.
 """
@@ -10,10 +10,10 @@ from mmdet.structures.mask import BitmapMasks
 
 
 class PillowResize(Resize):
-    """To an exact size by Pillow: photos bilinear, masks nearest.
+    """Resize to an exact size with Pillow: photos bilinear, masks nearest.
 
-    Pillow's bilinear filter widens where it shrinks (it is antialiased). OpenCV's, mmdet's default, reads four pixels
-    whatever the factor.
+    Pillow's bilinear filter widens when it shrinks an image (it is antialiased). OpenCV's, mmdet's default, reads four
+    pixels whatever the factor.
 
     Args:
         scale: (width, height) of the result; mmdet's `ResizeShortestEdge` sets it for every photo.
@@ -24,7 +24,7 @@ class PillowResize(Resize):
 
     def _resize_masks(self, results: dict) -> None:
         masks, size = results.get("gt_masks"), results["img_shape"]
-        if isinstance(masks, BitmapMasks):  # mmdet's own have no choice of the backend
+        if isinstance(masks, BitmapMasks):  # mmdet's own method has no choice of backend
             resized = [mmcv.imresize(m, size[::-1], interpolation="nearest", backend="pillow") for m in masks]
             results["gt_masks"] = BitmapMasks(resized, *size)
         else:
@@ -32,11 +32,11 @@ class PillowResize(Resize):
 
 
 class ResizeScale(PillowResize):
-    """Large-scale jitter: as large as fits into a random multiple of a size, the sides in proportion.
+    """Large-scale jitter: resize to the largest size that fits into a random multiple of `scale`, sides in proportion.
 
     Args:
-        scale: (width, height) of the size.
-        ratio_range: the multiples, drawn evenly.
+        scale: (width, height).
+        ratio_range: range of the multiple, drawn uniformly.
     """
 
     def __init__(self, scale: tuple[int, int], ratio_range: tuple[float, float] = (0.1, 2.0)):
@@ -49,16 +49,16 @@ class ResizeScale(PillowResize):
         return tuple(max(1, round(side * factor)) for side in (width, height))
 
     def transform(self, results: dict) -> dict:
-        """Resize photo, boxes and masks by one draw."""
+        """Resize photo, boxes and masks by one random multiple."""
         self.scale = self.size(*results["img"].shape[:2], np.random.uniform(*self.ratio_range))
         return super().transform(results)
 
 
 class FixedSizeCrop(RandomCrop):
-    """A random part of a photo where it is larger than `crop_size`, boxes anew from the cropped masks.
+    """A random crop of a photo that is larger than `crop_size`; boxes are recomputed from the cropped masks.
 
-    One number places the crop on both axes: a photo too large in both is cut along its diagonal. A photo, or a crop,
-    without objects stays.
+    One random number places the crop on both axes, so in a photo too large in both the crop lies along the diagonal.
+    Photos and crops without objects are kept.
 
     Args:
         crop_size: (width, height).

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.dist import get_world_size
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import DATASETS, METRICS, MODELS
+from mmengine.registry import DATASETS, METRICS
 from timm.data import Mixup
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from semaim.data.labelled import LabelledImages
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
+from semaim.registry import MODELS, SCOPE
 
 DATASETS.register_module(module=LabelledImages)
 
@@ -33,7 +34,8 @@ class Classification(NetworkModel):
     """A classifier as mmengine trains it.
 
     Args:
-        network, precision, compile: as for `NetworkModel`.
+        network: config of the `Classifier`.
+        precision, compile: as for `NetworkModel`.
         mixup, cutmix: parameter of the beta distributions of timm's Mixup, each used in half of the batches where
             both are above 0.
         label_smoothing: share of the target that all classes divide equally.
@@ -48,7 +50,7 @@ class Classification(NetworkModel):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
     ):
-        super().__init__(network, precision, compile)
+        super().__init__(MODELS.build({**network, "_scope_": SCOPE}), precision, compile)
         self.label_smoothing = label_smoothing
         classes = self.network.num_classes
         mixes = mixup > 0 or cutmix > 0

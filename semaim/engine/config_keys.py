@@ -12,6 +12,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from semaim.errors import UserError, close, nearest
+from semaim.registry import SCOPE, TASKS, Method
 
 #: Keys beside a `type` that its builder takes, not the class itself: of optimizers, hooks, norms, deconvolutions,
 #: initialisations, and of the suppression of boxes.
@@ -87,6 +88,12 @@ MEANT = {
     "max_epochs": "max_iters",
 }
 
+#: Keys that there were once, as patterns of whole paths, and what says it now.
+FORMER = {
+    r"param_scheduler\.warmup_epochs": "param_scheduler.warmup, a share of the run: 0.05 for 40 of 800 epochs",
+    r"param_scheduler\.\d+(\..*)?": "param_scheduler, one dict whose warmup and milestones are shares of the run",
+}
+
 #: Arguments of the grouping of parameters that come from the model and the optimizer.
 OF_THE_MODEL = {"model", "parameters", "lr", "weight_decay", "depth_of", "norms"}
 
@@ -105,14 +112,14 @@ class Types:
     """What the types of a scope's configs name: a class or function by its name, and its arguments.
 
     Args:
-        scope: mmengine, or the package whose registries lie above mmengine's; what is to be known has been imported.
+        scope: the package whose registries lie above mmengine's; what is to be known has been imported.
     """
 
-    def __init__(self, scope: str = "mmengine"):
+    def __init__(self, scope: str = SCOPE):
         self.scope, self.located = scope, False
         modules = dict.fromkeys((f"{scope}.registry", "mmengine.registry"))
         found = (vars(importlib.import_module(module)).values() for module in modules)
-        registries = {id(r): r for part in found for r in part if isinstance(r, Registry)}.values()
+        registries = {id(r): r for part in found for r in part if isinstance(r, Registry) and r is not TASKS}.values()
         self.registries = sorted(registries, key=lambda registry: registry.scope != scope)  # its own come first
 
     def names(self) -> set[str]:
@@ -127,7 +134,7 @@ class Types:
         for registry in self.registries:
             if name in registry.module_dict:
                 return registry.module_dict[name]
-        if self.scope != "mmengine":  # operators are named beside the registries: RoIAlign, nms
+        if self.scope != SCOPE:  # operators are named beside the registries: RoIAlign, nms
             found = getattr(importlib.import_module("mmcv.ops"), name, None)
             if found is None and not self.located:
                 self.located = True
@@ -144,7 +151,7 @@ class Types:
             return None
         known, closed = arguments(built)
         if not closed:  # what is left goes on to a type that another argument names, as RandomResize's to Resize
-            defaults = {name: p.default for name, p in inspect.signature(built).parameters.items()}
+            defaults = {name: p.default for name, p in inspect.signature(built_by(built)).parameters.items()}
             others = [self.find(node.get(name, value)) for name, value in defaults.items() if isinstance(value, str)]
             others = [arguments(other) for other in others if other is not None]
             if not others:
@@ -156,6 +163,7 @@ class Types:
 def arguments(built: object) -> tuple[set[str], bool]:
     """Names of the arguments a class or builder takes, base classes included, and whether these are all."""
     names: set[str] = set()
+    built = built_by(built)
     pending = [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else [built]
     for function in pending:
         if function is nn.Module.__init__:
@@ -175,6 +183,11 @@ def arguments(built: object) -> tuple[set[str], bool]:
     else:
         return names - {"self"}, False
     return names - {"self"}, True
+
+
+def built_by(built: object) -> object:
+    """A class or builder itself; of a pretraining method its network, whose arguments a config gives."""
+    return built.network if inspect.isclass(built) and issubclass(built, Method) and built.network else built
 
 
 def check_tree(cfg: Config, types: Types) -> None:
@@ -219,6 +232,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
     known = known_keys(node, path, types, free) if path else None
     for key, item in node.items():
         if known is not None and key not in known:
+            _refuse_former(f"{path}.{key}")
             raise UserError(f"unknown config key {path}.{key}: {nearest(str(key), known - BUILDER_KEYS)}")
         if key not in FOREIGN:
             _check(item, f"{path}.{key}" if path else str(key), types, free)
@@ -227,8 +241,8 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
 def _check_type(name: object, path: str, types: Types) -> None:
     built = types.find(name)
     if built is None and not (isinstance(name, str) and "." in name):  # of another package: it will say
-        near = close(str(name), types.names(), cutoff=0.8 if types.scope != "mmengine" else 0.5)
-        if near or types.scope == "mmengine":
+        near = close(str(name), types.names(), cutoff=0.8 if types.scope != SCOPE else 0.5)
+        if near or types.scope == SCOPE:
             raise UserError(f"unknown type {name!r} in {path}: {nearest(str(name), near or types.names())}")
     for base in inspect.getmro(built) if inspect.isclass(built) else ():
         needed = PACKAGES.get(base.__name__)
@@ -266,6 +280,7 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 if known is None and "type" not in node:
                     known = set(node)
             if part not in node and known is not None and part not in known:
+                _refuse_former(path)
                 hint = _hint(path, part, at, known - BUILDER_KEYS, tree, types)
                 raise UserError(f"unknown config key {path}: {hint}")
             if part not in node:
@@ -274,6 +289,13 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
             node, at = node[part], f"{at}.{part}" if at else part
         else:
             _check_kind(path, value, node)
+
+
+def _refuse_former(path: str) -> None:
+    """`UserError` for a key that there was once."""
+    for pattern, now in FORMER.items():
+        if re.fullmatch(pattern, path):
+            raise UserError(f"unknown config key {path}: there is no such key any more: set {now}")
 
 
 def _places(node: object, types: Types | None, path: str = "") -> Iterator[str]:
@@ -314,7 +336,7 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
 
 def _default(node: Mapping, name: str, types: Types | None) -> object:
     """What an argument of a type is where it is not given."""
-    built = types.find(node["type"]) if types and "type" in node else None
+    built = built_by(types.find(node["type"])) if types and "type" in node else None
     for function in [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else ():
         found = inspect.signature(function).parameters.get(name)
         if found is not None:

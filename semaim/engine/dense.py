@@ -1,8 +1,8 @@
-"""Detection and segmentation: mmdet's and mmseg's models and data under our runner, so that they resume exactly."""
+"""What detectors and segmentors share: mmdet's and mmseg's models and data, built so that runs resume exactly."""
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -10,28 +10,19 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.data import Dataset
 
-import semaim.engine.hooks  # noqa: F401  registers what configs name
 from semaim import checkpoints
-from semaim.checkpoints.consumers import load_backbone
-from semaim.checkpoints.normalisation import choose, settle
-from semaim.data.folder import EndlessBatches, check_whole, load_image
+from semaim.data.folder import check_whole, load_image
 from semaim.data.labelled import seeded
-from semaim.engine.classes import check_classes, in_words, keep_classes, left_out, registered, takes
-from semaim.engine.launcher import join
+from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import LateOptimWrapper
-from semaim.engine.results import record_load, record_origin, write_results
-from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
-from semaim.engine.schedule import BatchPlan, plan_batch
 from semaim.errors import UserError
-
-#: Tasks by the scope their configs name, and the package that registers our part in it.
-SCOPES = {"mmdet": "semaim.detection", "mmseg": "semaim.segmentation"}
+from semaim.places import to_install
+from semaim.registry import SCOPE, task_of, tasks
 
 #: A long side in pixels that no image reaches.
 UNLIMITED = 10**6
@@ -88,42 +79,30 @@ class SeededImages(NamedImages):
             return super().__getitem__(index)
 
 
+def is_dense(cfg: Config) -> bool:
+    """Whether a config is of a task on mmdet's or mmseg's models."""
+    task = task_of(cfg)
+    return task is not None and task.scope != SCOPE
+
+
+def check_dense(cfg: Config) -> None:
+    """`UserError` for a config of another kind of task."""
+    if not is_dense(cfg):
+        raise UserError(f"{cfg.filename} is no detector's or segmentor's config")
+
+
 def enter(cfg: Config) -> None:
-    """Register what configs of the scope name, and keep the chosen classes; `UserError` where packages are missing."""
+    """Register what configs of the task name, and keep the chosen classes; `UserError` where packages are missing."""
+    task = task_of(cfg)
     try:
-        importlib.import_module(SCOPES[cfg.default_scope])
+        importlib.import_module(task.package)
     except ImportError as error:
-        raise UserError(
-            f"{cfg.default_scope} cannot be imported ({error}): install it with tools/setup.sh --extras all"
-        ) from None
+        raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
         warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)
-
-
-def set_data_root(cfg: Config, root: str) -> None:
-    """Read both splits from another folder of the same layout."""
-    for split in ("train_dataset", "val_dataset"):
-        cfg[split].data_root = root
-
-
-def plan_dense(cfg: Config, processes: int) -> BatchPlan:
-    """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
-    enter(cfg)
-    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
-    choose(cfg, cfg.get("pretrained"))
-    if cfg.default_scope == "mmseg" and plan.images * (processes if torch.cuda.is_available() else 1) < 2:
-        raise UserError("a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch")
-    train, val = check_data(cfg, ("train_dataset", "val_dataset"))
-    check_fit(cfg, val)
-    EndlessBatches(len(train), plan.images, plan.accumulation, processes)
-    model = build(cfg.model, MODELS, "model")
-    check_positions(model)
-    if cfg.get("pretrained"):
-        load_encoder(model.backbone, cfg)
-    return plan
 
 
 def check_positions(model: nn.Module) -> None:
@@ -154,11 +133,6 @@ def check_fit(cfg: Config, images: Dataset) -> None:
             raise UserError(f"model.test_cfg.mode is {test['mode']!r}{more}")
 
 
-def load_encoder(backbone: nn.Module, cfg: Config) -> checkpoints.LoadReport:
-    """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
-    return load_backbone(backbone, cfg.pretrained, cfg.default_scope, cfg.get("allow_partial", False))
-
-
 def build(config: dict, registry, what: str):
     """Build from a registry; a wrong key is a `UserError`."""
     try:
@@ -172,25 +146,13 @@ def build(config: dict, registry, what: str):
         ) from None
 
 
-def check_data(cfg: Config, splits: tuple[str, ...]) -> tuple[Dataset, ...]:
-    """The images of these splits; `UserError` for what would end a training later, or silently spoil it."""
+def check_classes_of(cfg: Config, splits: tuple[str, ...]) -> None:
+    """`UserError` where classes of these splits, their files and the model's heads differ, or there is no metric."""
     for split in splits:
         if "data_root" not in cfg[split]:
             raise UserError(f"{split} is a {cfg[split].get('type')} without data_root: give one data set, not wrapped")
         check_classes(cfg, split)
     build(evaluator_of(cfg), METRICS, "val_evaluator")
-    sets = build_data(cfg, splits)
-    describe_data(cfg, dict(zip(splits, sets, strict=True)))
-    return sets
-
-
-def describe_data(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
-    """What the labels of these splits hold, as lines of a log; `UserError` where they are no good for this config."""
-    if not all("reduce_zero_label" in images.get_data_info(0) for images in sets.values()):
-        return []  # boxes and masks, not label maps
-    from semaim.segmentation.labels import check_labels
-
-    return check_labels(cfg, sets)
 
 
 def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
@@ -206,20 +168,6 @@ def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dat
             raise empty
         sets.append(images)
     return tuple(sets)
-
-
-def validation(cfg: Config, split: str) -> dict:
-    """mmengine's arguments of a validation ("val") or test ("test") on `val_dataset`."""
-    loader = {
-        "batch_size": 1,
-        "num_workers": cfg.num_workers,
-        "persistent_workers": cfg.num_workers > 0,
-        "worker_init_fn": {"type": prepare_worker},
-        "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": NamedImages(build(cfg.val_dataset, DATASETS, "val_dataset")),
-    }
-    loop = {"type": "ValLoop" if split == "val" else "TestLoop"}
-    return {f"{split}_dataloader": loader, f"{split}_cfg": loop, f"{split}_evaluator": evaluator_of(cfg)}
 
 
 def evaluator_of(cfg: Config) -> dict:
@@ -256,123 +204,6 @@ def averaged(cfg: Config) -> None:
     cfg.model = {"type": "SegTTAModel", "module": cfg.model}
 
 
-def runner_of(cfg: Config, world: int, **parts) -> SeededRunner:
-    """The runner of a training or a test."""
-    return SeededRunner(
-        model=cfg.model,
-        work_dir=cfg.work_dir,
-        default_hooks=cfg.default_hooks if "train_dataloader" in parts else {**cfg.default_hooks, "checkpoint": None},
-        launcher="pytorch" if world > 1 else "none",
-        default_scope=cfg.default_scope,
-        log_processor=cfg.log_processor,
-        visualizer=cfg.visualizer,
-        randomness={"seed": cfg.seed},
-        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_") + ("" if "train_cfg" in parts else "_test"),
-        cfg=cfg,
-        **parts,
-    )
-
-
-def in_steps(schedulers: list[dict], accumulation: int) -> list[dict]:
-    """Schedules in optimizer steps -> in iterations."""
-    scaled = []
-    for scheduler in schedulers:
-        changed = {key: scheduler[key] * accumulation for key in ("begin", "end", "T_max") if key in scheduler}
-        if "milestones" in scheduler:
-            changed["milestones"] = [step * accumulation for step in scheduler["milestones"]]
-        scaled.append({**scheduler, **changed})
-    return scaled
-
-
-def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
-    """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
-
-    The model is the one that trains: on a CPU, processes do not exchange what they see.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    synced = all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-    seen = plan.images * (plan.processes if synced else 1)
-    if not norms or seen == plan.total:
-        return None
-    return (
-        f"batch normalisation sees {seen} images at a time, not the {plan.total} of a step, so gradients and running"
-        " statistics are not the recipe's: see images_per_gpu and the number of GPUs"
-    )
-
-
-def train_dense(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
-    """Train as the config says, in this process and, where launched so, in step with its siblings.
-
-    Args:
-        cfg: of the run.
-        resume_from: a checkpoint of this very run to go on from.
-        notes: lines for the log.
-    """
-    world = join()
-    enter(cfg)
-    plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
-    for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
-        warnings.filterwarnings("ignore", message=message)
-    torch.manual_seed(cfg.seed)
-    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
-    train, val = build_data(cfg)
-    loader = endless_loader(SeededImages(train, cfg.seed), plan, cfg.seed, cfg.num_workers, pseudo_collate)
-    cfg.optim_wrapper.optimizer.lr = plan.lr
-    cfg.optim_wrapper.accumulative_counts = plan.accumulation
-    record_origin(cfg, cfg.get("pretrained"), resume_from)
-    steps = cfg.train_cfg.max_iters
-    scaled = {key: cfg.train_cfg[key] * plan.accumulation for key in ("max_iters", "val_interval")}
-    runner = runner_of(
-        cfg,
-        world,
-        train_dataloader=loader,
-        train_cfg={**cfg.train_cfg, **scaled},
-        optim_wrapper=cfg.optim_wrapper,
-        param_scheduler=in_steps(cfg.param_scheduler, plan.accumulation),
-        load_from=resume_from,
-        **validation(cfg, "val"),
-    )
-    model = getattr(runner.model, "module", runner.model)
-    log = runner.logger.info
-    for note in notes:
-        log(note)
-    log(str(plan))
-    if told := batch_norm_note(model, plan):
-        runner.logger.warning(told)
-    epochs = steps * plan.total / len(train)
-    log(f"schedule: {steps:,} steps = {epochs:.1f} epochs of {len(train):,} images; {len(val):,} to validate on")
-    log(f"images normalised with {statistics}")
-    if resume_from is None and cfg.get("pretrained"):
-        log(str(record_load(load_encoder(model.backbone, cfg), cfg, runner.cfg)))
-    elif resume_from is None:
-        log("no --pretrained checkpoint: training starts from random weights")
-    counts = left_out(cfg, "train_dataset", "val_dataset")
-    for line in in_words(counts):
-        log(line)
-    if is_main_process():
-        for line in describe_data(cfg, {"train_dataset": train, "val_dataset": val}):
-            log(line)
-    runner.train()
-    data, metrics = cfg.train_dataset.data_root, figures(cfg, runner.train_loop.metrics)
-    more = {"iterations": steps, **counts, **counted(runner.val_loop)}
-    write_results(cfg, metrics, len(train), len(val), cfg.get("pretrained"), data=data, **more)
-    return runner
-
-
-def check_test(cfg: Config, weights: str | None) -> None:
-    """`UserError` for what can be known to be wrong before any process starts."""
-    if not weights:
-        raise UserError("name a checkpoint: tools/test.py CONFIG FILE")
-    enter(cfg)
-    settle(cfg, weights)
-    load_whole(build(cfg.model, MODELS, "model"), weights, lambda line: None, cfg.get("allow_partial", False))
-    if cfg.get("tta"):
-        averaged(Config(cfg.to_dict()))
-    (val,) = check_data(cfg, ("val_dataset",))
-    check_names(weights, val)
-    check_fit(cfg, val)
-
-
 def check_names(weights: str, images: Dataset) -> None:
     """`UserError` where a checkpoint was trained on other classes than these images have, or in another order."""
     trained, own = checkpoints.classes_of(checkpoints.read_file(weights)), list(images.metainfo["classes"])
@@ -383,32 +214,6 @@ def check_names(weights: str, images: Dataset) -> None:
             f"{weights} was trained on other classes than val_dataset has: class {place} is {theirs!r} there and"
             f" {ours!r} here: test with the classes of its training"
         )
-
-
-def test_dense(cfg: Config, weights: str) -> dict[str, float]:
-    """Measure a trained detector or segmentor on the validation images."""
-    world = join()
-    enter(cfg)
-    statistics = settle(cfg, weights)
-    (val,) = build_data(cfg, ("val_dataset",))
-    record_origin(cfg, weights, whole=True)
-    described = describe_data(cfg, {"val_dataset": val}) if is_main_process() else []
-    if cfg.get("tta"):
-        averaged(cfg)
-    runner = runner_of(cfg, world, **validation(cfg, "test"))
-    model = runner.model
-    while hasattr(model, "module"):  # of other processes, and of several predictions
-        model = model.module
-    record_load(load_whole(model, weights, runner.logger.info, cfg.get("allow_partial", False)), cfg)
-    counts = left_out(cfg, "val_dataset")
-    for line in (*described, *in_words(counts), f"images normalised with {statistics}"):
-        runner.logger.info(line)
-    metrics = figures(cfg, runner.test())
-    more = {"stage": "test", **counts, **counted(runner.test_loop)}
-    if cfg.get("tta"):
-        more |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
-    write_results(cfg, metrics, None, len(val), weights, data=cfg.val_dataset.data_root, **more)
-    return metrics
 
 
 def counted(loop) -> dict[str, int]:
@@ -450,8 +255,9 @@ def load_whole(
     content = checkpoints.read_file(path)
     weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
     scope = DefaultScope.get_current_instance()
-    if scope and scope.scope_name in SCOPES:
-        renamed = importlib.import_module(SCOPES[scope.scope_name]).foreign_weights(content, model, path)
+    for package in dict.fromkeys(task.package for task in tasks() if scope and task.scope == scope.scope_name):
+        rename = getattr(importlib.import_module(package), "foreign_weights", None) if package else None
+        renamed = rename(content, model, path) if rename else None
         weights = weights if renamed is None else renamed
     own = model.state_dict()
     missing, extra = [n for n in own if n not in weights], [n for n in weights if n not in own]

@@ -165,10 +165,10 @@ class ProgressBar(Hook):
 
 @HOOKS.register_module()
 class OrderPictures(Hook):
-    """Pictures of what the model makes of a few images: similarity map, order, reconstruction.
+    """Pictures of what the network makes of a few images, as its method is drawn: its order, or its reconstruction.
 
-    Written to `orders/epoch_NNNN.png` in the work folder, and to TensorBoard, before the first epoch, then every
-    `interval` epochs and after the last.
+    Written to `orders/epoch_NNNN.png` (or `reconstructions/`) in the work folder, and to TensorBoard, before the first
+    epoch, then every `interval` epochs and after the last.
 
     Args:
         interval: epochs between two pictures; 0 for none.
@@ -197,14 +197,15 @@ class OrderPictures(Hook):
         state = gathered(model.network.state_dict()) if is_sharded(model) else None
         if not is_main_process():
             return
-        from semaim.drawing.pictures import draw_orders  # matplotlib takes a second to import
+        from semaim.drawing.encoder import DRAWN  # matplotlib takes a second to import
         from semaim.engine.pretraining import model_from_checkpoint
 
         if state:
             model = model_from_checkpoint({"config": runner.cfg.to_dict(), "model": state})
         images = runner.train_dataloader.dataset.preview(self.images)
-        picture = draw_orders(model, images, title=f"epoch {epoch}")
-        folder = Path(runner.work_dir) / "orders"
+        kind = model.method.picture
+        picture = DRAWN[kind](model, images, title=f"epoch {epoch}")
+        folder = Path(runner.work_dir) / f"{kind}s"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"epoch_{epoch:04d}.png")
-        runner.visualizer.add_image("orders", np.asarray(picture), step=epoch)
+        runner.visualizer.add_image(f"{kind}s", np.asarray(picture), step=epoch)

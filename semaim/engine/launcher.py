@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -15,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from semaim.errors import UserError
+from semaim.reading import read_once
 
 SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -77,25 +79,32 @@ def leave() -> None:
     torch.distributed.destroy_process_group()
 
 
-def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: int | str) -> int:
+def command(prepare: Callable[[int], Any], work: Callable[[Any], object], gpus: int | str) -> int:
+    """`run_command`, with every file read once until the work begins."""
+    with read_once():
+        return run_command(prepare, work, gpus)
+
+
+def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gpus: int | str) -> int:
     """Run a tool's work in as many processes as asked for; returns the exit status.
 
     Args:
         prepare: called once, with the number of processes, before any is started: raises `UserError` early.
-        work: what every process does.
+        work: what every process does; it gets what `prepare` gave, or None where another process has called that.
         gpus: GPUs of this machine ("all" for all), or CPU processes where it has none.
     """
+    prepared = None
     if not launched():
         processes = check_processes(gpus)
         nodes = int(os.environ.get("NNODES", 1))
-        prepare(processes * nodes)
+        prepared = prepare(processes * nodes)
         if processes > 1 or nodes > 1:
-            return spawn(sys.argv, processes)
+            return spawn(own_line(), processes)
     if SPAWNED in os.environ:
         end_with_parent()
     world = join()
     try:
-        work()
+        work(prepared)
         if world > 1:
             leave()
         return 0
@@ -117,6 +126,13 @@ def command(prepare: Callable[[int], None], work: Callable[[], object], gpus: in
         # After an error nobody is waited for; NCCL, whose work may hang, is left to its watchdog.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
+
+
+def own_line() -> list[str]:
+    """What Python was started with here, to start it again; `python -m semaim.cli` is no path of a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["-m", "semaim.cli"] if spec and spec.name == "semaim.cli.__main__" else sys.argv[:1]
+    return [*start, *sys.argv[1:]]
 
 
 def spawn(arguments: list[str], processes: int) -> int:

@@ -46,7 +46,7 @@ class NetworkModel(BaseModel):
     """A network as mmengine trains it. Checkpoints hold the state of `network`, so its parameter names have no prefix.
 
     Args:
-        network: config of the network.
+        network: what is trained.
         precision: "bf16" (autocast on a GPU; a CPU computes in fp32 all the same) or "fp32".
         compile: compile the blocks with torch.compile; takes minutes on a CPU.
         data_preprocessor: config of what moves a batch to the device.
@@ -54,7 +54,7 @@ class NetworkModel(BaseModel):
 
     def __init__(
         self,
-        network: dict,
+        network: nn.Module,
         precision: str = "bf16",
         compile: bool = False,
         data_preprocessor: dict | None = None,
@@ -62,7 +62,7 @@ class NetworkModel(BaseModel):
         super().__init__(data_preprocessor=data_preprocessor)
         if precision not in ("bf16", "fp32"):
             raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
-        self.network: nn.Module = MODELS.build(network)
+        self.network = network
         self.precision = precision
         if compile:
             compile_blocks(self.network)

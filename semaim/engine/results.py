@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,19 +13,17 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 
 from semaim import __version__
-from semaim.checkpoints.checkpoint import LoadReport
+from semaim.checkpoints import LoadReport
 from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import of_config
 from semaim.checkpoints.safe_reading import read_file
 from semaim.models.vit import SIZES
+from semaim.registry import method_of, task_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
 CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: the folders in it that a figure depends on
 
-#: Methods by the order of SemAIM's network, in the words of published.yaml.
-METHODS = {"semantic": "SemAIM", "stochastic": "SAIM", "raster": "raster order"}
-ENCODERS = ("SemAIM", "MAE", "Classifier", "ViTDet", "SegmentationViT")  #: types that take sizes of `SIZES`
-EVALUATIONS = {"NearestNeighbours": "k-NN", "FastProbe": "fast linear probe"}
+ENCODERS = ("Classifier", "ViTDet", "SegmentationViT")  #: types beside the methods' that take sizes of `SIZES`
 
 
 def write_results(
@@ -46,12 +45,14 @@ def write_results(
     origin = dict(cfg.get("origin") or {})
     trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
+    task = task_of(cfg)
     results = {
         "config": origin.pop("config", None) or config_name(cfg),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "method": origin.pop("method", None),
         "backbone": backbone_of(cfg),
-        "task": task_of(cfg),
+        "task": task.title,
+        "reported": {name: asdict(metric) for name, metric in task.reported(metrics).items()},
         "checkpoint": checkpoint,
         **origin,
         "data": str(more.pop("data", None) or cfg.dataset.root),
@@ -91,10 +92,11 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     """
     if not is_main_process():
         return
-    found = origin_of(resumed, same=True) if resumed and task_of(cfg) else {}
+    found = origin_of(resumed, same=True) if resumed and not _pretrains(cfg) else {}
     if not found and weights:
         found = origin_of(weights, same=whole, trained=whole)
-    cfg.origin = {**found, "config": config_name(cfg), "commit": commit()}
+    own = {"method": title_of(cfg.model)} if _pretrains(cfg) else {}
+    cfg.origin = {**found, **own, "config": config_name(cfg), "commit": commit()}
 
 
 def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
@@ -130,10 +132,11 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
         return {}
     known = _mapping(config.get("origin"))
     partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
-    if _mapping(config.get("model")).get("type") == "Pretraining":
+    if _pretrains(config):
+        recorded = known.get("method")  # its module may be one that only the pretraining's config names
         return {
             **partly,
-            "method": method_of(config["model"]),
+            "method": recorded if isinstance(recorded, str) else title_of(_mapping(config.get("model"))),
             "pretrain_config": name if isinstance(name := known.get("config"), str) else None,
             "pretrain_epochs": _whole(content.get("epoch")),
             "pretrain_images": _whole(content.get("images")),
@@ -144,10 +147,12 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
         names += ("load_report", "allow_partial")
     origin = {name: known[name] for name in names if known.get(name) is not None} | partly
     if not same and "method" in origin:
-        origin["method"] = f"{origin['method']} after {task_of(config)}"
+        task = task_of(config)
+        origin["method"] = f"{origin['method']} after {task.title if task else 'other training'}"
     if trained:
-        dense = config.get("default_scope") != "mmengine"
-        origin |= {"iterations": _whole(content.get("step"))} if dense else {"epochs": _whole(content.get("epoch"))}
+        iterations = "max_iters" in _mapping(config.get("train_cfg"))
+        key, counted = ("iterations", "step") if iterations else ("epochs", "epoch")
+        origin[key] = _whole(content.get(counted))
         origin["train_images"] = _whole(content.get("images"))
         origin["cfg_options"] = dict(_mapping(config.get("cfg_options")))
     return origin
@@ -161,25 +166,11 @@ def config_name(cfg: Config) -> str | None:
     return "/".join(path.parts[-2:])
 
 
-def method_of(model: Mapping) -> str | None:
+def title_of(model: Mapping) -> str | None:
     """The method that a pretraining's config of the model describes, as published.yaml spells it."""
     network = _mapping(model.get("network"))
-    if network.get("type") != "SemAIM":
-        return network.get("type") if isinstance(network.get("type"), str) else None
-    order, guide = network.get("order", "semantic"), network.get("guide", "online")
-    teacher = str(_mapping(guide).get("name", ""))
-    features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
-    features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
-    # Published is CLIP as OpenAI built it, on images with ImageNet's statistics. Earlier versions did neither.
-    official = "_quickgelu_" in teacher and _mapping(guide).get("normalisation") == "student"
-    parts = [METHODS.get(order, f"order {order}")]
-    if _mapping(network.get("target")).get("type") == "FeatureTarget":
-        parts.append(f"{features} features")
-    elif guide != "online":
-        parts.append(f"guide {features}")
-    if network.get("similarity", "cls") != "cls":
-        parts.append(f"similarity {network['similarity']}")
-    return "SemAIM*" if official and parts == ["SemAIM", "CLIP features"] else ", ".join(parts)
+    method = method_of(network)
+    return method.title(network) if method else None
 
 
 def backbone_of(cfg: Mapping) -> str | None:
@@ -188,7 +179,8 @@ def backbone_of(cfg: Mapping) -> str | None:
     model = _mapping(model.get("module")) or model  # of several predictions
     encoder = _mapping(model.get("network")) or _mapping(model.get("backbone"))
     preset = SIZES.get(encoder.get("size", "base"))
-    if encoder.get("type") not in ENCODERS or preset is None:
+    known = encoder.get("type") in ENCODERS or method_of(encoder) is not None
+    if not known or preset is None:
         return None
     sizes = {key: encoder.get(key) or value for key, value in preset.items()}
     name = next((name for name, published in SIZES.items() if published == sizes), None)
@@ -196,18 +188,6 @@ def backbone_of(cfg: Mapping) -> str | None:
         return f"ViT, {sizes['depth']} blocks of {sizes['embed_dim']} channels"
     patch = encoder.get("patch_size", 16)
     return f"ViT-{name[0].upper()}" + ("" if patch == (14 if name == "huge" else 16) else f"/{patch}")
-
-
-def task_of(cfg: Mapping) -> str | None:
-    """The task of a config, in the words of published.yaml; None for pretraining."""
-    if cfg.get("default_scope") != "mmengine":
-        return {"mmdet": "detection", "mmseg": "segmentation"}.get(cfg.get("default_scope"))
-    if evaluation := _mapping(cfg.get("evaluation")):
-        return EVALUATIONS.get(evaluation.get("type"))
-    model = _mapping(cfg.get("model"))
-    if model.get("type") != "Classification":
-        return None
-    return "linear probing" if _mapping(model.get("network")).get("probe") else "fine-tuning"
 
 
 def commit() -> str | None:
@@ -224,6 +204,12 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + "+changes" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _pretrains(config: Mapping) -> bool:
+    """Whether a config pretrains: its figures are those of later tasks."""
+    task = task_of(config)
+    return task is not None and task.pretrains
 
 
 def _whole(value: object) -> int | None:

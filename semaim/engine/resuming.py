@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from semaim.checkpoints.files import read_checkpoint
 from semaim.engine.classes import keep_classes
-from semaim.engine.config import check_keys, is_dense, merge, top_keys, types_of
+from semaim.engine.config import check_keys, merge, top_keys, types_of
 from semaim.engine.results import config_name
 from semaim.engine.saving import choose_checkpoint
 from semaim.errors import UserError
@@ -30,19 +30,13 @@ NOTED = re.compile(
 FILLED = re.compile(r"(dataset|model\.data_preprocessor)\.(mean|std)")
 
 #: Last parts of keys that name what is built. A file does not say that; the config and the command line do.
-NAMES_CODE = ("type", "constructor", "resize_type")
+NAMES_CODE = ("type", "constructor", "resize_type", "imports", "task")
 
 #: Last parts of keys that name a place.
 PLACES = ("root", "data_root", "pretrained")
 
 ABSENT = type("Absent", (), {"__repr__": lambda self: "not set"})()
 SHOWN = 8  #: differences that an error lists at most
-
-
-def data_roots(cfg: Config, root: str) -> dict[str, str]:
-    """What --data-root sets, as options."""
-    splits = [f"{split}.data_root" for split in ("train_dataset", "val_dataset") if split in cfg]
-    return dict.fromkeys(["dataset.root"] if "dataset" in cfg else splits, root)
 
 
 def go_on(
@@ -139,7 +133,7 @@ def _saved(config: Mapping, cfg: Config) -> dict:
 def _entered(cfg: Config, kept: object) -> dict:
     """The config as a run would change it at its start that keeps these classes."""
     now = Config(cfg.to_dict())
-    if kept and is_dense(cfg):
+    if kept and "keep_classes" in top_keys(cfg):
         now.keep_classes = kept
         keep_classes(now)
         now.keep_classes = cfg.get("keep_classes")

@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, newest_checkpoint, read_checkpoint, write_checkpoint
+from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.engine.hooks import LateRuntimeInfo
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.errors import UserError
@@ -65,6 +65,23 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
     }
 
 
+def for_mm(runner, state: dict) -> dict:
+    """What mmdet's and mmseg's own loaders read of a detector's or segmentor's file; nothing of another network's.
+
+    `state_dict` holds the tensors of `model` again, which torch writes once, and `meta` the classes and their colours.
+
+    Args:
+        runner: of the run.
+        state: of `training_state`, on the CPU.
+    """
+    model = getattr(runner.model, "module", runner.model)
+    if saved_module(runner) is not model:
+        return {}
+    info = runner.train_dataloader.dataset.metainfo
+    named = {name: info[name] for name in ("classes", "palette") if info.get(name)}
+    return {"meta": {"dataset_meta": named}, "state_dict": state["model"]}
+
+
 def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
     """Continue a run from `training_state`, on any number of processes."""
     if "optimizer" not in checkpoint:
@@ -85,17 +102,11 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
         runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
         iteration = epoch * len(batches)
     runner.train_loop.seek(epoch, iteration)
-    # The config's rates and schedule, not the file's: accumulation or the base rate may be others now. mmengine's
-    # schedulers only know the step before, so they take all steps again: 20 us each, 3 s for 160,000.
+    # The config's rates and schedule, not the file's: accumulation or the base rate may be others now.
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group.update(rate)
-    walked = [scheduler for scheduler in runner.param_schedulers if not hasattr(scheduler, "seek")]
-    for _ in range(iteration if walked else 0):
-        for scheduler in walked:
-            scheduler.step()
     for scheduler in runner.param_schedulers:
-        if scheduler not in walked:
-            scheduler.seek(iteration)
+        scheduler.seek(iteration)
     for name, (values, counts) in checkpoint["history"].items():
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             runner.message_hub.update_scalar(name, value, int(count))
@@ -137,7 +148,8 @@ class SaveCheckpoints(Hook):
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        write_checkpoint(state or training_state(runner, epoch, iteration), folder / name)
+        state = plain(state or training_state(runner, epoch, iteration))
+        write_checkpoint(state | for_mm(runner, state), folder / name)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)

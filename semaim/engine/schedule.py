@@ -1,6 +1,7 @@
-"""Learning rate and weight decay: the schedule of the published recipes, layer decay, batch arithmetic."""
+"""Learning rate: the schedules of the published recipes as shares of a run, and batch arithmetic."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mmengine.optim.scheduler.param_scheduler import INF, _ParamScheduler
@@ -9,55 +10,71 @@ from mmengine.registry import PARAM_SCHEDULERS
 from semaim.errors import UserError
 
 
-def cosine_with_warmup(epoch: float, epochs: float, warmup_epochs: float, floor: float = 0.0) -> float:
-    """Share of the peak learning rate at a fractional epoch.
-
-    Rises linearly from 0 over `warmup_epochs`, then falls as half a cosine to `floor`. MAE's and SemAIM's schedule:
-    taken at the start of each step, so the very first step has learning rate 0.
-    """
-    if epoch < warmup_epochs:
-        return epoch / warmup_epochs
-    done = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+def warm_up(step: float, length: float, start: float = 0.0) -> float:
+    """Share of the peak learning rate at a step of the warm-up: from `start` in a straight line to 1 at `length`."""
+    return start + (1 - start) * step / length if step < length else 1.0
 
 
-@PARAM_SCHEDULERS.register_module()
-class CosineWithWarmup(_ParamScheduler):
-    """`cosine_with_warmup` by iteration, in closed form, so that it can start anywhere.
+def cosine(done: float, floor: float = 0.0) -> float:
+    """Share of the peak when `done` of the way down, from 0 to 1, is behind: half a cosine from 1 to `floor`."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if done > 0 else 1.0
 
-    mmengine's LinearLR and CosineAnnealingLR multiply step by step: they cannot start at 0 and reach the peak an
-    iteration early.
+
+def cosine_with_warmup(now: float, length: float, warmup: float, floor: float = 0.0) -> float:
+    """Share of the peak learning rate: MAE's and SemAIM's schedule.
+
+    It rises linearly from 0, then falls as half a cosine to `floor`. It is taken at the start of each step, so the very
+    first step has learning rate 0.
 
     Args:
-        epochs, warmup_epochs: in epochs.
-        iterations_per_epoch: batches of one process in an epoch.
-        accumulation: iterations of one optimizer step; the rate changes with the steps.
-        peak_lr, min_lr: the highest and the lowest rate of a parameter group of scale 1.
+        now, length, warmup: the time, the length of the run and of its warm-up, all in epochs or all in steps.
+        floor: the share that the cosine ends at.
+    """
+    return warm_up(now, warmup) * cosine((now - warmup) / (length - warmup), floor)
+
+
+class ScheduleInShares(_ParamScheduler):
+    """A learning rate in closed form, so that it can start anywhere: a warm-up, and what follows by `fall`.
+
+    Config files give shares of the run, so that a run of another length has a schedule of the same shape. mmengine's
+    schedulers have places in iterations, and multiply step by step.
+
+    Args:
+        steps: optimizer steps of the run; the engine gives it.
+        accumulation: iterations of one optimizer step, within which the rate stays; the engine gives it.
+        peak_lr: the highest rate of a parameter group of scale 1; the engine gives it.
+        warmup: share of the run, from 0 to below 1, after which the rate is at its peak: 40 / 800.
+        start_factor: share of the peak that the warm-up starts from.
         end, by_epoch, verbose: as for mmengine's schedulers; `by_epoch` is always False.
     """
 
     def __init__(
         self,
         optimizer,
-        epochs: int,
-        warmup_epochs: float,
-        iterations_per_epoch: int,
-        accumulation: int,
-        peak_lr: float,
-        min_lr: float = 0.0,
+        steps: int,
+        accumulation: int = 1,
+        peak_lr: float = 1.0,
+        warmup: float = 0.0,
+        start_factor: float = 0.0,
         end: int = INF,
         by_epoch: bool = False,
         verbose: bool = False,
     ):
-        if not 0 <= warmup_epochs < epochs:
-            raise UserError(f"warm-up of {warmup_epochs} epochs must be shorter than the run of {epochs}")
-        self.epochs, self.warmup_epochs, self.iterations_per_epoch = epochs, warmup_epochs, iterations_per_epoch
-        self.accumulation, self.floor = accumulation, min_lr / peak_lr
+        check_share("warmup", warmup)
+        self.steps, self.accumulation, self.peak_lr = steps, accumulation, peak_lr
+        self.warmup, self.start_factor = warmup * steps, start_factor  # in steps, not always whole
         super().__init__(optimizer, param_name="lr", end=end, by_epoch=by_epoch, verbose=verbose)
 
+    def fall(self, step: int) -> float:
+        """What a step's share of the peak is multiplied by, beside the warm-up."""
+        raise NotImplementedError
+
+    def share(self, step: int) -> float:
+        """Share of the peak learning rate in a step, counted from 0."""
+        return warm_up(step, self.warmup, self.start_factor) * self.fall(step)
+
     def _get_value(self) -> list[float]:
-        iteration = self.last_step - self.last_step % self.accumulation
-        share = cosine_with_warmup(iteration / self.iterations_per_epoch, self.epochs, self.warmup_epochs, self.floor)
+        share = self.share(self.last_step // self.accumulation)
         return [base * share for base in self.base_values]
 
     def seek(self, iteration: int) -> None:
@@ -65,6 +82,132 @@ class CosineWithWarmup(_ParamScheduler):
         self.last_step = iteration - 1
         self._global_step = iteration - 1
         self.step()
+
+
+@PARAM_SCHEDULERS.register_module()
+class CosineWithWarmup(ScheduleInShares):
+    """`cosine_with_warmup`.
+
+    Args:
+        min_lr: the rate of a parameter group of scale 1 at the end.
+        from_start: whether the cosine spans the whole run, warm-up included, as in hustvl/MIMDet; else it starts where
+            the warm-up ends.
+        run: as of `ScheduleInShares`.
+    """
+
+    def __init__(self, optimizer, min_lr: float = 0.0, from_start: bool = False, **run):
+        self.min_lr, self.from_start = min_lr, from_start
+        super().__init__(optimizer, **run)
+
+    def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
+        begin = 0 if self.from_start else self.warmup
+        return cosine((step - begin) / (self.steps - begin), self.min_lr / self.peak_lr)
+
+
+@PARAM_SCHEDULERS.register_module()
+class PolyWithWarmup(ScheduleInShares):
+    """Down by a power of what is left of the run, to `min_lr` in its last step: mmsegmentation's.
+
+    As there, the peak lasts two steps: the last of the warm-up, and the first of what follows.
+
+    Args:
+        min_lr: the rate of a parameter group of scale 1 in the last step.
+        power: 1 is a straight line.
+        run: as of `ScheduleInShares`.
+    """
+
+    def __init__(self, optimizer, min_lr: float = 0.0, power: float = 1.0, **run):
+        self.min_lr, self.power = min_lr, power
+        super().__init__(optimizer, **run)
+
+    def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
+        begin, last = self.warmup + 1, self.steps - 1
+        if step <= begin:
+            return 1.0
+        floor = self.min_lr / self.peak_lr
+        return floor + (1 - floor) * max(0.0, 1 - (step - begin) / (last - begin)) ** self.power
+
+
+@PARAM_SCHEDULERS.register_module()
+class StepsWithWarmup(ScheduleInShares):
+    """Times `gamma` from every milestone on: detectron2's.
+
+    Args:
+        milestones: shares of the run; the nearest whole step is the first of the lower rate.
+        gamma: factor.
+        run: as of `ScheduleInShares`.
+    """
+
+    def __init__(self, optimizer, milestones: tuple[float, ...] = (), gamma: float = 0.1, **run):
+        self.milestones, self.gamma = milestones_in_steps(milestones, run["steps"]), gamma
+        super().__init__(optimizer, **run)
+
+    def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
+        return self.gamma ** sum(milestone <= step for milestone in self.milestones)
+
+
+#: Arguments that the engine gives to every schedule.
+GIVEN = ("optimizer", "steps", "accumulation", "peak_lr", "end", "by_epoch")
+
+
+def check_share(name: str, value: object) -> None:
+    """`UserError` for what is no share of a run."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise UserError(
+            f"param_scheduler.{name} is {value!r}: give a share of the run, from 0 to below 1: 0.05 for 40 of 800"
+            " epochs"
+        )
+
+
+def milestones_in_steps(milestones: object, steps: int) -> list[int]:
+    """Shares of a run -> its steps; `UserError` for others."""
+    if not isinstance(milestones, list | tuple):
+        raise UserError(f"param_scheduler.milestones is {milestones!r}: give a list of shares of the run")
+    for index, milestone in enumerate(milestones):
+        check_share(f"milestones.{index}", milestone)
+    return [round(milestone * steps) for milestone in milestones]
+
+
+def check_schedule(settings: object) -> None:
+    """`UserError` for a config's `param_scheduler` that is none of the schedules here, or has impossible numbers."""
+    known = [name for name, kind in PARAM_SCHEDULERS.module_dict.items() if _in_shares(kind)]
+    kind = PARAM_SCHEDULERS.get(settings["type"]) if isinstance(settings, Mapping) and "type" in settings else None
+    if not _in_shares(kind):
+        raise UserError(
+            f"param_scheduler must be one dict, of type {', '.join(sorted(known))}: its warm-up and milestones are"
+            " shares of the run, whose length train_cfg gives"
+        )
+    for key in GIVEN:
+        if key in settings:
+            raise UserError(f"param_scheduler.{key}: the run sets it, from train_cfg and the batch: leave it out")
+    check_share("warmup", settings.get("warmup", 0.0))
+    milestones_in_steps(settings.get("milestones", ()), 1)
+
+
+def _in_shares(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, ScheduleInShares)
+
+
+def describe(settings: Mapping, steps: int, epochs: int | None = None) -> str:
+    """A config's `param_scheduler` in words.
+
+    Args:
+        settings: as `check_schedule` passes them.
+        steps: optimizer steps of the run.
+        epochs: of the run, where it is counted in epochs.
+    """
+    warm = settings.get("warmup", 0.0)
+    in_epochs = f"{round(warm * epochs, 9):g} epochs = " if epochs else ""
+    if settings["type"] == "StepsWithWarmup":
+        places = " and ".join(f"{step:,}" for step in milestones_in_steps(settings.get("milestones", ()), steps))
+        then = f"x {settings.get('gamma', 0.1):g} at steps {places}"
+    else:
+        shape = "cosine" if settings["type"] == "CosineWithWarmup" else "polynomial"
+        then = f"{shape} to {settings.get('min_lr', 0):g}"
+    return f"warm-up {in_epochs}{round(warm * steps):,} steps, then {then}"
 
 
 @dataclass(frozen=True)
@@ -101,3 +244,9 @@ def plan_batch(total: int, processes: int, most_images: int, base_lr: float, bas
     share = total // processes
     accumulation = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most_images)
     return BatchPlan(total, processes, share // accumulation, accumulation, base_lr, base_batch)
+
+
+def schedule_of(settings: Mapping, plan: BatchPlan, steps: int) -> dict:
+    """A config's `param_scheduler` as mmengine's runner builds it, for a run of so many optimizer steps."""
+    run = {"steps": steps, "accumulation": plan.accumulation, "peak_lr": plan.lr}
+    return {**settings, **run, "by_epoch": False}

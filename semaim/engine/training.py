@@ -1,174 +1,130 @@
-"""From a config to a finished run, for every stage on images: pretraining, fine-tuning, linear probing."""
+"""Training, for every task: from a config to a finished run."""
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
 from torch.utils.data import Dataset
 
-import semaim.engine.classification  # noqa: F401  registers what configs name
-import semaim.engine.hooks  # noqa: F401
+import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
-import semaim.engine.pretraining  # noqa: F401
-from semaim import checkpoints
-from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
-from semaim.checkpoints.normalisation import choose, settle
-from semaim.data.folder import ResumableBatches
-from semaim.data.labelled import check_classes
+from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
-from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
-from semaim.engine.schedule import BatchPlan, plan_batch
+from semaim.engine.runner import SeededRunner
+from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
+from semaim.reading import forget
+from semaim.registry import Task, task_named
 
 
-def build_datasets(cfg: Config) -> tuple[Dataset, Dataset | None]:
-    """The training images, and for labelled data the validation images; fills in the number of classes."""
-    network = cfg.model.network
-    if cfg.model.type == "Pretraining":
-        sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
-        return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
-    train = DATASETS.build({**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"})
-    val = build_validation(cfg)
-    check_classes(train.classes, val.classes, cfg.dataset.root)
-    if network.num_classes is None:
-        network.num_classes = len(train.classes)
-    if network.num_classes not in (0, len(train.classes)):
-        raise UserError(
-            f"{cfg.dataset.root} has {len(train.classes)} classes, the config {network.num_classes}: set --cfg-options"
-            " model.network.num_classes=None to take as many as there are"
-        )
-    return train, val
+@dataclass
+class Prepared:
+    """What a run needs and what has been checked before it starts, so that nothing is read twice.
+
+    Attributes:
+        task: of the config.
+        statistics: mean and standard deviation of its images; they stand in the config too.
+        plan: the batch arithmetic; None of a test.
+        train, val: the images; None where the task has none.
+        lines: what the checks found, for the log.
+        recorded: what is known of the run from here on, for results.json.
+    """
+
+    task: Task
+    statistics: Statistics
+    plan: BatchPlan | None = None
+    train: Dataset | None = None
+    val: Dataset | None = None
+    lines: list[str] = field(default_factory=list)
+    recorded: dict = field(default_factory=dict)
 
 
-def build_validation(cfg: Config) -> Dataset:
-    """The validation images of labelled data, as they are measured on."""
-    img_size = cfg.model.network.img_size
-    return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
+def prepare_training(cfg: Config, processes: int, resume_from: str | None = None, check: bool = True) -> Prepared:
+    """Build the data of a run and check what can be checked; the config is completed in place.
+
+    Args:
+        cfg: of the run.
+        processes: how many it will have.
+        resume_from: a checkpoint of this very run to go on from.
+        check: look for everything that would end the run later; else the process that started this one has done so.
+
+    Raises:
+        UserError: something is wrong that would end the run, or silently spoil it.
+    """
+    task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
+    if not task.trains:
+        raise UserError(f"{cfg.filename} measures a checkpoint ({task.title}): tools/test.py {cfg.filename} FILE")
+    return task.prepare_training(cfg, processes, resume_from, check)
 
 
-def plan_run(cfg: Config, processes: int) -> BatchPlan:
-    """The batch arithmetic of a run; model, data and pretrained weights are checked before anything is started."""
-    network = dict(cfg.model.network)
-    if isinstance(network.get("guide"), dict):
-        network["guide"] = "online"  # a teacher's weights wait
-    if "num_classes" in network:
-        network["num_classes"] = network["num_classes"] or 1  # the data will tell
-    with torch.device("meta"):  # sizes and names are checked without memory
-        MODELS.build({**cfg.model, "network": network})
-    plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
-    if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
-        raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
-    choose(cfg, cfg.get("pretrained"))
-    train, _ = build_datasets(cfg)
-    ResumableBatches(len(train), plan.images, plan.accumulation, processes)
-    if cfg.get("pretrained") and processes > 1:  # a single process says itself what is wrong
-        load_pretrained(MODELS.build(cfg.model).network, cfg.pretrained, cfg.get("allow_partial", False))
-    return plan
-
-
-def model_config(cfg: Config) -> dict:
-    """`cfg.model` as it is built: with `compile`, and with the statistics of images that come as pixels."""
-    config = {**cfg.model, "compile": cfg.compile}
-    if cfg.model.type == "Pretraining":
-        config |= {"mean": cfg.dataset.get("mean"), "std": cfg.dataset.get("std")}
-    return config
-
-
-def load_pretrained(network: torch.nn.Module, path: str, partial: bool = False) -> checkpoints.LoadReport:
-    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoints.load`."""
-    return checkpoints.load(network, path, NEW_IN_CLASSIFIERS, partial)
-
-
-def set_data_root(cfg: Config, root: str) -> None:
-    """Read the images from another folder."""
-    cfg.dataset.root = root
-
-
-def train(cfg: Config, resume_from: str | None = None, notes: Sequence[str] = ()) -> SeededRunner:
+def train(
+    cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: Prepared | None = None
+) -> SeededRunner:
     """Train as the config says, in this process and, where launched so, in step with its siblings.
 
     Args:
         cfg: of the run.
         resume_from: a checkpoint of this very run to go on from.
         notes: lines for the log.
+        prepared: what `prepare_training` gave for this config, in this process; None to prepare here.
     """
     world = join()
-    plan = plan_batch(cfg.total_batch_size, world, cfg.images_per_gpu, cfg.base_lr)
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # its successor is not in torch 2.6
-    # With accumulation the schedule moves before the first optimizer step, on purpose.
-    warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
+    for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
+        # Its successor is not in torch 2.6; and with accumulation the schedule moves before the first step, on purpose.
+        warnings.filterwarnings("ignore", message=message)
+    run = prepared or prepare_training(cfg, world, resume_from, check=False)
+    task, plan = run.task, run.plan
     torch.manual_seed(cfg.seed)
-
-    statistics = settle(cfg, resume_from or cfg.get("pretrained"))
-    images, val = build_datasets(cfg)
-    loader = training_loader(images, plan, cfg.seed, cfg.num_workers)
-    epochs, per_epoch = cfg.train_cfg.max_epochs, len(loader)
+    loader = task.training_loader(cfg, run)
     cfg.optim_wrapper.optimizer.lr = plan.lr
     cfg.optim_wrapper.accumulative_counts = plan.accumulation
-    scheduler = {
-        **cfg.param_scheduler,
-        "by_epoch": False,
-        "epochs": epochs,
-        "iterations_per_epoch": per_epoch,
-        "accumulation": plan.accumulation,
-        "peak_lr": plan.lr,
-    }
-    validation = {}
-    if val is not None:
-        validation = {
-            "val_dataloader": evaluation_loader(val, plan.images, cfg.num_workers),
-            "val_cfg": {"type": "ValLoop"},
-            "val_evaluator": {"type": "ClassAccuracy"},
-        }
     record_origin(cfg, cfg.get("pretrained"), resume_from)
-    runner = SeededRunner(
-        model=model_config(cfg),
-        work_dir=cfg.work_dir,
+    runner = make_runner(
+        cfg,
+        model=task.model_config(cfg),
         train_dataloader=loader,
-        train_cfg=cfg.train_cfg,
-        **validation,
         optim_wrapper=cfg.optim_wrapper,
-        param_scheduler=scheduler,
-        default_hooks=cfg.default_hooks,
-        custom_hooks=cfg.get("custom_hooks"),
         load_from=resume_from,
-        launcher="pytorch" if world > 1 else "none",
+        **task.schedule(cfg, run, loader),
+        **(task.validation(cfg, run, "val") if run.val is not None else {}),
+    )
+    model = getattr(runner.model, "module", runner.model)
+    log = runner.logger.info
+    for line in (*notes, str(plan), *task.describe(cfg, run, loader, model)):
+        log(line)
+    for line in task.cautions(run, model):
+        runner.logger.warning(line)
+    if resume_from is None and cfg.get("pretrained"):
+        log(str(record_load(task.load_encoder(cfg, model, cfg.pretrained), cfg, runner.cfg)))
+    elif resume_from is None and run.val is not None:
+        log("no --pretrained checkpoint: training starts from random weights")
+    for line in run.lines:
+        log(line)
+    forget()
+    runner.train()
+    if run.val is not None:
+        metrics, more = task.trained_figures(cfg, runner)
+        write_results(cfg, metrics, len(run.train), len(run.val), cfg.get("pretrained"), **more, **run.recorded)
+    return runner
+
+
+def make_runner(cfg: Config, **parts) -> SeededRunner:
+    """The runner of a training or a test; `parts` are mmengine's arguments that differ."""
+    training = "train_dataloader" in parts
+    return SeededRunner(
+        work_dir=cfg.work_dir,
+        default_hooks=cfg.default_hooks if training else {**cfg.default_hooks, "checkpoint": None},
+        custom_hooks=cfg.get("custom_hooks") if training else None,
+        launcher="pytorch" if torch.distributed.is_initialized() else "none",
         default_scope=cfg.default_scope,
         log_processor=cfg.log_processor,
         visualizer=cfg.visualizer,
         randomness={"seed": cfg.seed},
-        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_"),
+        experiment_name=str(Path(cfg.work_dir).resolve()).replace("/", "_") + ("" if training else "_test"),
         cfg=cfg,
+        **parts,
     )
-    model = getattr(runner.model, "module", runner.model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    steps = per_epoch // plan.accumulation
-    warm = cfg.param_scheduler.warmup_epochs
-    log = runner.logger.info
-    for note in notes:
-        log(note)
-    log(str(plan))
-    log(
-        f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps; warm-up {warm} epochs ="
-        f" {round(steps * warm):,} steps, then cosine to {cfg.param_scheduler.get('min_lr', 0):g}"
-    )
-    log(model.describe())
-    log(f"images normalised with {statistics}")
-    log(
-        f"{trained:,} trained weights; {len(images):,} images in {images.root}"
-        + (f", {len(val):,} to validate on" if val is not None else "")
-    )
-    if resume_from is None and cfg.get("pretrained"):
-        report = load_pretrained(model.network, cfg.pretrained, cfg.get("allow_partial", False))
-        log(str(record_load(report, cfg, runner.cfg)))
-    elif resume_from is None and val is not None:
-        log("no --pretrained checkpoint: training starts from random weights")
-    runner.train()
-    if val is not None:
-        scalars = {name: runner.message_hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}
-        write_results(cfg, scalars, len(images), len(val), cfg.get("pretrained"), epochs=runner.epoch)
-    return runner

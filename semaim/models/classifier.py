@@ -13,13 +13,13 @@ class Classifier(VisionTransformer):
     """A plain ViT that classifies.
 
     Args:
-        num_classes: of the head; 0 for none.
-        pool: "avg" pools the patch tokens of the last block, before a norm of its own (`fc_norm`); "cls" takes the
+        num_classes: of the head; 0 for no head.
+        pool: "avg" pools the patch tokens of the last block, followed by a norm of its own (`fc_norm`); "cls" takes the
             class token after the encoder's `norm`.
-        probe: linear probing: the encoder is frozen and always in eval mode, and a batch normalisation without
-            affine parameters stands before the head.
+        probe: linear probing: the encoder is frozen and always in eval mode, and the head is
+            preceded by a batch normalisation without affine parameters.
         head_init_std: of the head's truncated normal initialisation.
-        fc_norm: whether pooled patches get that norm; None: where it is trained, so not in a probe.
+        fc_norm: whether pooled patches get that norm; None: only where it is trained, so not in a probe.
         **encoder: of `VisionTransformer`.
 
     Source: MAE's and SemAIM's `models_vit.py`, `main_finetune.py` and `main_linprobe.py`; names as in timm and MAE.
@@ -41,7 +41,7 @@ class Classifier(VisionTransformer):
         # Fine-tuning trains the position table too.
         self.pos_embed.requires_grad_(not probe)
         if pool == "avg":
-            # In pretraining, `norm` ends the decoder: pooled patches get a new one, or in a probe none.
+            # In pretraining, `norm` belongs to the decoder's end: pooled patches get a new norm, or none in a probe.
             self.norm = nn.Identity()
             normed = not probe if fc_norm is None else fc_norm
             self.fc_norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS) if normed else nn.Identity()
@@ -56,7 +56,7 @@ class Classifier(VisionTransformer):
 
     @property
     def pooling(self) -> str:
-        """What `features` are, in words."""
+        """A short description of `features` for logs and results."""
         if self.pool == "cls":
             return "class token"
         return "mean of the patches" + (", layer norm" if isinstance(self.fc_norm, nn.LayerNorm) else "")

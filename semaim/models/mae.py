@@ -6,7 +6,7 @@ One training step, top to bottom (He et al., CVPR 2022; official code facebookre
 2. *Encode.* The encoder sees the class token and the kept patches only, which is why MAE is fast.
 3. *Decode.* The latent is projected to the decoder's width, a mask token stands in for every removed patch, positions
    are added, and a few narrow blocks see all of it.
-4. *Predict.* Every patch predicts its pixels; the loss falls on the removed ones.
+4. *Predict.* Every patch predicts its pixels; the loss is the mean over the removed patches.
 
 Every image loses equally many patches, so the mean over the removed patches of a batch does not change when the batch
 is split over processes or accumulated steps.
@@ -20,16 +20,15 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from semaim.models.semaim import take
 from semaim.models.targets import PixelTarget
-from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions
+from semaim.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, sincos_positions, take
 
 
 class MAEOutput(NamedTuple):
-    """What a training step produced; patches stand in image order (row by row)."""
+    """What a training step produced; patches are in image order (row by row)."""
 
     loss: Tensor  #: scalar, mean over the removed patches of all images
-    loss_map: Tensor  #: (B, L), of kept patches too
+    loss_map: Tensor  #: (B, L), of the kept patches too
     prediction: Tensor  #: (B, L, width)
     target: Tensor  #: (B, L, width)
     mask: Tensor  #: (B, L), 1 where the patch was removed, 0 where it was kept
@@ -62,9 +61,11 @@ class MAE(VisionTransformer):
             raise ValueError(f"decoder_depth {decoder_depth}: a decoder needs a block")
         if not isinstance(target, PixelTarget):
             raise ValueError(f"MAE predicts pixels: the target has to be a PixelTarget, not a {type(target).__name__}")
-        ours, theirs = ((*of.patch_size, of.in_chans) for of in (self, target))
-        if ours != theirs:  # not only the width: 8 x 2 pixels are as many as 4 x 4
-            raise ValueError(f"the target's patches have (height, width, channels) {theirs}, the encoder's {ours}")
+        encoder_patch, target_patch = ((*part.patch_size, part.in_chans) for part in (self, target))
+        if encoder_patch != target_patch:  # not only the width: 8 x 2 pixels are as many as 4 x 4
+            raise ValueError(
+                f"the target's patches have (height, width, channels) {target_patch}, the encoder's {encoder_patch}"
+            )
         self.target, self.mask_ratio = target, mask_ratio
         self.count_kept(self.grid[0] * self.grid[1])  # fails now, not in the first step
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
@@ -80,10 +81,10 @@ class MAE(VisionTransformer):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def count_kept(self, length: int) -> int:
-        """How many of an image's `length` patches are kept; ValueError if none is, or all are."""
+        """The number of patches kept of an image's `length`; ValueError for none or all."""
         kept = int(length * (1 - self.mask_ratio))
         if not 0 < kept < length:
-            raise ValueError(f"mask_ratio {self.mask_ratio} keeps {kept} of {length} patches: some must stay, some go")
+            raise ValueError(f"mask_ratio {self.mask_ratio} keeps {kept} of {length} patches: keep some, remove some")
         return kept
 
     def remove(self, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +105,7 @@ class MAE(VisionTransformer):
 
     def encode(self, images: Tensor, kept: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised, and kept patches int64 (B, K) -> latent (B, 1 + K, D), class token first."""
-        tokens = self.embed(images)  # positions are added before patches go
+        tokens = self.embed(images)  # positions are added before patches are removed
         tokens = torch.cat([tokens[:, :1], take(tokens[:, 1:], kept)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -113,8 +114,8 @@ class MAE(VisionTransformer):
     def decode(self, latent: Tensor, place: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latent (B, 1 + K, D) and place int64 (B, L) on a (rows, columns) grid -> prediction (B, L, width)."""
         tokens = self.decoder_embed(latent)
-        stand_ins = self.mask_token.expand(len(place), place.shape[1] + 1 - tokens.shape[1], -1)
-        patches = take(torch.cat([tokens[:, 1:], stand_ins], dim=1), place)
+        mask_tokens = self.mask_token.expand(len(place), place.shape[1] + 1 - tokens.shape[1], -1)
+        patches = take(torch.cat([tokens[:, 1:], mask_tokens], dim=1), place)
         tokens = torch.cat([tokens[:, :1], patches], dim=1)
         tokens = tokens + resample_abs_pos_embed(self.decoder_pos_embed, grid, self.grid, num_prefix_tokens=1)
         for block in self.decoder_blocks:

@@ -1,7 +1,7 @@
-"""In which order the patches of an image are predicted: similarity -> centre -> key -> order.
+"""The order in which the patches of an image are predicted: similarity -> centre -> key -> order.
 
 Every order is a key per patch; the smaller key is predicted earlier, and equal keys are ranked by `draw`, one uniform
-number per patch. All randomness enters through `draw`, so an order is a pure function that a seed repeats.
+number per patch. All randomness enters through `draw`, so an order is a pure function, and a seed reproduces it.
 
 Shapes: similarity and draw (B, L), keys (B, L), order int64 (B, L); `order[b, k]` is the patch predicted k-th;
 grid is (rows, columns) with L = rows * columns, patch index = row * columns + column.
@@ -20,7 +20,7 @@ from semaim.errors import nearest
 
 Grid = tuple[int, int]
 
-#: Half sides of the nested boxes on the 14 x 14 grid of the reference; they scale with other grids.
+#: Half sides of the nested boxes on the 14 x 14 grid of the reference; they scale with the grid.
 BOX_HALF_SIDES, BOX_GRID = (1, 3, 5), 14
 
 
@@ -36,7 +36,7 @@ def similarity_map(tokens: Tensor, source: str = "cls", scaling: str = "softmax"
         (B, L) float32, also under autocast: scaled cosine similarity. Official code: models_semaim.py,
         `attention_type`.
     """
-    with torch.autocast(tokens.device.type, enabled=False):  # a maximum is taken of it: bf16 would make ties
+    with torch.autocast(tokens.device.type, enabled=False):  # its maximum is used: bf16 would make ties
         tokens = tokens.float()
         patches = tokens[:, 1:]
         whole = tokens[:, :1] if source == "cls" else patches.mean(dim=1, keepdim=True)
@@ -66,8 +66,8 @@ def box_key(centre: Tensor, grid: Grid) -> Tensor:
     """Minus the number of nested boxes around the centre patch that hold a patch: (B,) -> int64 (B, L), -3 innermost.
 
     A box of half side r spans [c - r, c + r), moved inward where it would leave the grid. On 14 x 14 the half sides
-    are 1, 3 and 5, as in the reference; its boxes however stop before the last row and column, and the innermost one
-    misses its own centre two patches from a border.
+    are 1, 3 and 5, as in the reference; there, however, the boxes stop before the last row and column, and the
+    innermost one misses its own centre if that is two patches from a border.
     """
     coordinates = rows_and_columns(grid, centre.device)
     centre_row = torch.div(centre, grid[1], rounding_mode="floor")
@@ -81,7 +81,7 @@ def box_counts(
     scale_of: Grid | None = None,
     half_sides: tuple[int, ...] = BOX_HALF_SIDES,
 ) -> Tensor:
-    """How many nested boxes around each centre hold each patch.
+    """The number of nested boxes around each centre that hold each patch.
 
     Args:
         centres, patches: rows and columns, int64 (B,) and (L,) each.
@@ -150,7 +150,7 @@ def _out_center(similarity: None, grid: Grid, draw: Tensor) -> Tensor:
 
 
 def _stochastic_center(similarity: None, grid: Grid, draw: Tensor) -> Tensor:
-    # The patch with the smallest draw is a uniformly random patch, and comes first among its own box.
+    # The patch with the smallest draw is a uniformly random patch, and comes first in its own box.
     return box_key(draw.argmin(dim=-1), grid)
 
 
@@ -167,7 +167,7 @@ ORDERS: dict[str, Callable[[Any, Grid, Tensor], Tensor]] = {
     "stochastic_center": _stochastic_center,
 }
 
-#: Orders that look at the image; the others need no pass of the guide.
+#: Orders that depend on the image; the others need no pass of the guide.
 SEMANTIC_ORDERS = frozenset({"semantic", "similarity", "semantic_rings"})
 
 
@@ -189,7 +189,7 @@ def make_order(name: str, similarity: Tensor | None, grid: Grid, draw: Tensor) -
 
     Args:
         name: a key of `ORDERS`.
-        similarity: (B, L); None will do for orders outside `SEMANTIC_ORDERS`.
+        similarity: (B, L); may be None for orders outside `SEMANTIC_ORDERS`.
         grid: (rows, columns).
         draw: (B, L) uniform in [0, 1).
 

@@ -1,7 +1,7 @@
 """The encoder for semantic segmentation: maps of several blocks, relative position bias, layer scale.
 
-Source: BEiT's and MAE's segmentation backbones (mmseg's `BEiT` and `MAE`). Our names are those of `VisionTransformer`;
-`attn.rel_bias` and `gamma_1`, `gamma_2` are new.
+Source: BEiT's and MAE's segmentation backbones (mmseg's `BEiT` and `MAE`). Parameters are named as in
+`VisionTransformer`; `attn.rel_bias`, `gamma_1` and `gamma_2` are new.
 """
 
 import math
@@ -18,12 +18,12 @@ from semaim.models.vit import Attention, Block, VisionTransformer, resize_positi
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # kept beyond a call that runs in it
+@torch.inference_mode(False)  # the cached tensor is used outside inference mode too
 def bias_index(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Rows of a bias table that the token pairs of a grid read: int64 (1 + L, 1 + L), [query, key].
+    """The row of the bias table for every pair of tokens of a grid: int64 (1 + L, 1 + L), [query, key].
 
-    A table has a row for each of the (2 H - 1) (2 W - 1) offsets of two patches, row by row from the most negative,
-    then one each for class token to patch, patch to class token, and class token to itself. As in BEiT.
+    A table has a row for each of the (2 H - 1) (2 W - 1) offsets of two patches, row by row from the most negative
+    offset, then one each for class token to patch, patch to class token, and class token to itself. As in BEiT.
     """
     height, width = grid
     place = torch.arange(height * width, device=device)
@@ -37,7 +37,7 @@ def bias_index(grid: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A bias table (rows, heads) of an old grid for a new one: bicubic over offsets; the class token's rows stay."""
+    """A bias table (rows, heads) of an old grid for a new grid: bicubic over offsets; the class token's rows stay."""
     if old == new:
         return table
     patches, token = table[:-3], table[-3:]
@@ -48,7 +48,7 @@ def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 
 class BiasedAttention(Attention):
-    """Self-attention with a bias per head and offset, zero at the start; `grid` is the one its table is made for."""
+    """Self-attention with a bias per head and offset, zero at the start; `grid` is the grid its table is made for."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int]):
         super().__init__(dim, num_heads)
@@ -63,13 +63,13 @@ class BiasedAttention(Attention):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""
         query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
-        bias = self.bias(grid).to(query.dtype).contiguous()[None]  # else no fused kernel takes it on a GPU
+        bias = self.bias(grid).to(query.dtype).contiguous()[None]  # otherwise no fused GPU kernel accepts it
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class SegmentationBlock(Block):
-    """A `Block` with bias and layer scale where they are asked for: x + gamma_1 * attention, then x + gamma_2 * mlp."""
+    """A `Block` with optional bias and layer scale: x + gamma_1 * attention, then x + gamma_2 * mlp."""
 
     gamma_1: float | nn.Parameter
     gamma_2: float | nn.Parameter
@@ -100,27 +100,27 @@ class SegmentationBlock(Block):
 
 
 class SegmentationViT(VisionTransformer):
-    """The plain ViT giving the maps of several blocks; no final norm.
+    """The plain ViT, returning the maps of several blocks; no final norm.
 
-    Images of any size run, oblong ones too: one whose sides are no whole number of patches is stretched to the next
-    that are, so that the maps, and what is predicted on them, cover it exactly.
+    Images may be of any size and need not be square. An image that whole patches do not fill is stretched to the next
+    size that they do, so that the maps, and the predictions made from them, cover it exactly.
 
     Args:
         size: of `VisionTransformer`.
-        img_size: side or (height, width) in pixels of the crops trained on, which the position table and the bias
-            tables are made for: a checkpoint's position table is resized once, when it is loaded, and trained so. For
-            images of another size the trained tables are resized in the pass.
-        out_blocks: indices of the blocks whose maps are given; None for four evenly spaced: 3, 5, 7, 11 of 12 as
+        img_size: side or (height, width) in pixels of the training crops. Position and bias tables are made for this
+            size. A checkpoint's position table is resized once, when it is loaded, and then trained. For images of
+            another size the trained tables are resized in the forward pass.
+        out_blocks: indices of the blocks whose maps are returned; None for four evenly spaced: 3, 5, 7, 11 of 12 as
             published, and the last of each quarter of other depths.
         rel_bias: add a relative position bias in every block, zero at the start.
-        layer_scale: start of a learned scale per channel of each branch; None for none.
+        layer_scale: initial value of a learned scale per channel of each branch; None for no scale.
         **encoder: of `VisionTransformer`.
 
     Attributes:
-        made_for: (height, width) in pixels of the crops that the bias tables are made for; None without any.
+        made_for: (height, width) in pixels of the crops that the bias tables are made for; None without them.
     """
 
-    resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
+    resamples_patches = True  #: a checkpoint may have patches of another size, as MAE's ViT-H has
 
     def __init__(
         self,

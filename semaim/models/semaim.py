@@ -8,8 +8,8 @@ One training step, top to bottom (Song et al., AAAI 2024, figure 1; official cod
    ordinary causal mask, so no mask is ever built.
 3. *Two streams.* The content stream encodes `[cls, p1 .. p(L-1)]` under causal self-attention. The query stream starts
    from the positions of `p1 .. pL` alone; query k attends to content tokens 0..k, which are the class token and the
-   k - 1 patches before it. The last patch enters no stream: nobody comes after it. The class token's own
-   query is never computed: no loss falls on it.
+   k - 1 patches before it. The last patch is not in the content stream: no patch is predicted from it. The class
+   token's own query is never computed: it has no loss.
 4. *Predict.* Every query predicts its patch: pixels, or the guide's features.
 """
 
@@ -20,21 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from semaim.models.linear import Linear, Mlp
 from semaim.models.ordering import SEMANTIC_ORDERS, check_order, make_order, similarity_map
+from semaim.models.recompute import Linear
 from semaim.models.targets import FeatureTarget, PixelTarget, Teacher
-from semaim.models.vit import Block, CrossAttention, VisionTransformer
+from semaim.models.vit import Block, CrossAttention, Mlp, VisionTransformer, take
 
 
 class Output(NamedTuple):
-    """What a training step produced; patches stand in image order (row by row), not in the predicted one."""
+    """What a training step produced; patches are in image order (row by row), not in the order of prediction."""
 
     loss: Tensor  #: scalar, mean over patches and images
     loss_map: Tensor  #: (B, L)
     prediction: Tensor  #: (B, L, width)
     target: Tensor  #: (B, L, width)
     order: Tensor  #: int64 (B, L), the patch predicted k-th
-    similarity: Tensor | None  #: (B, L); None where neither order nor target looks at the image
+    similarity: Tensor | None  #: (B, L); None where neither order nor target needs the guide
 
 
 class SemAIM(VisionTransformer):
@@ -45,13 +45,13 @@ class SemAIM(VisionTransformer):
         order: a name of `ordering.ORDERS`; "semantic" is the paper's.
         similarity: what patches are compared with: "cls" token, "gap" (mean of the patches), or "self" (the last
             block's attention of the class token, in place of a similarity).
-        guide: who looks at the image: "online" (this encoder), "ema" (its running average), or a `Teacher`.
+        guide: what looks at the image: "online" (this encoder), "ema" (its running average), or a `Teacher`.
         decoder_depth: query blocks; divides the encoder's depth, which is the default.
         head: "mlp" (one hidden layer of width 4 D) or "linear".
         share_weights: query block k runs with the weights of the encoder block it reads.
         look_precision: "same" looks at the image in the precision of the training step, so in bf16 under autocast;
             "fp32" looks without autocast, as the official code does for pixel targets. The similarity itself is in
-            full precision either way. Without autocast the two are one.
+            full precision either way. Without autocast both are the same.
         **encoder: arguments of `VisionTransformer`.
     """
 
@@ -127,12 +127,12 @@ class SemAIM(VisionTransformer):
         finally:
             for module in in_training:
                 module.training = True
-            # Else an older torch may give `predict` the bf16 copies of weights that were made here, without gradient.
+            # Otherwise an older torch may reuse in `predict` the bf16 weights that were cast here, without gradient.
             torch.clear_autocast_cache()
         return tokens, similarity_map(tokens, self.similarity)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
-        """Predict every patch from those before it.
+        """Predict every patch from the patches before it.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -177,8 +177,3 @@ class SemAIM(VisionTransformer):
         weights = dict(self.named_parameters())
         averages = dict(self.ema.named_parameters())
         get_ema_multi_avg_fn(decay)(list(averages.values()), [weights[name] for name in averages], None)
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, N, D) at index (B, M) -> (B, M, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,4 +1,4 @@
-"""What is predicted for each patch, how wrong a prediction is, and who looks at the whole image.
+"""What is predicted for each patch, the loss of a prediction, and the teacher as guide.
 
 A target has `width` (values per patch), `prepare(images, tokens) -> (B, L, width)` and
 `loss(prediction, target) -> (B, L)`. `tokens` are those of the guide, the network whose unmasked pass also gives the
@@ -111,15 +111,15 @@ def ema_decay(epoch: int) -> float:
 class Teacher:
     """A frozen timm model as guide: one pass gives the tokens for the order and for the target.
 
-    Not a Module, so it is neither trained, nor wrapped for distributed training, nor saved with the student.
+    Not a Module, so it is not trained, not wrapped for distributed training, and not saved with the student.
 
     Args:
         network: a timm ViT with a class token, built with `dynamic_img_size=True`.
         project: pass the tokens through the network's head too (CLIP's projection to the shared space), in full
             precision under autocast too.
         mean, std: statistics the student's images are normalised with.
-        normalisation: what images the teacher sees. "teacher": those it was trained with, by the mean and std of its
-            `pretrained_cfg`. "student": the student's as they are, which is what the official code feeds CLIP.
+        normalisation: of the teacher's images. "teacher": as in its own training, by the mean and std of its
+            `pretrained_cfg`. "student": as the student's, which is what the official code feeds CLIP.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Teacher:
     def __call__(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Images (B, 3, H, W), normalised for the student -> tokens (B, 1 + L, width) on the student's grid.
 
-        Images are resized first where the teacher's patch is of another size, so that both see the same grid.
+        Images are resized first if the teacher's patch size differs, so that both have the same grid.
         """
         if self.scale.device != images.device:
             self.network.to(images.device)
@@ -158,9 +158,9 @@ class Teacher:
         if size != tuple(images.shape[-2:]):
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
         tokens = self.network.forward_features(images * self.scale + self.shift)
-        patches = tokens[:, self.network.num_prefix_tokens :]  # register tokens, if any, lie between
+        patches = tokens[:, self.network.num_prefix_tokens :]  # register tokens, if any, come between
         tokens = torch.cat([tokens[:, :1], patches], dim=1)
         if not self.project:
             return tokens
-        with torch.autocast(images.device.type, enabled=False):  # a maximum is taken of what it gives
+        with torch.autocast(images.device.type, enabled=False):  # the maximum of its similarity is used
             return self.network.head(tokens.to(self.network.head.weight.dtype))

@@ -1,7 +1,7 @@
 """The one encoder: a plain Vision Transformer with timm's parameter names.
 
 Pretraining, classification, detection and segmentation all run these blocks, so a checkpoint needs no conversion
-on its way from one to the next.
+between them.
 
 Shapes: B images, N tokens (class token first, then the patches row by row), L patches, D channels.
 """
@@ -15,7 +15,7 @@ from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from semaim.models.linear import Linear, Mlp, linear, lowered
+from semaim.models.recompute import Linear, in_autocast_dtype, linear, linear_after_gelu, linear_after_norm
 
 #: Widths of the published models. `huge` has patch 14 in MAE and patch 16 in SemAIM's code: the config names it.
 SIZES = {
@@ -31,7 +31,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to itself, or to a `context` of its own."""
+    """Multi-head attention from `x` to itself, or to a separate `context`."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         """
         query, key, _ = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
         scale = key.shape[-1] ** -0.5
-        with torch.autocast(x.device.type, enabled=False):  # a maximum is taken of it: bf16 would make ties
+        with torch.autocast(x.device.type, enabled=False):  # its maximum is used: bf16 would make ties
             weights = (query[:, :, :1].float() * scale @ key.float().transpose(-2, -1)).softmax(dim=-1)
         return weights.mean(dim=1)[:, 0, 1:]
 
@@ -91,8 +91,26 @@ class CrossAttention(Attention):
         """Queries from `x`, keys and values from `context`."""
         if context is None:
             raise ValueError("cross-attention needs a context")
-        context = lowered(context)
+        context = in_autocast_dtype(context)  # one copy for both layers
         return self.q(x), self.k(context), self.v(context)
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), with timm's names.
+
+    Args:
+        dim, hidden, out: channels; `out` is `dim` if None.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, out or dim)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """(..., dim) -> (..., out), of norm(x) if a norm is given."""
+        hidden = self.fc1(x) if norm is None else linear_after_norm(x, norm, self.fc1)
+        return linear_after_gelu(hidden, self.fc2)
 
 
 class Block(nn.Module):
@@ -150,10 +168,10 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A position table (1, P + L, D) of an old (rows, columns) grid for a new one; the P rows before the patches' stay.
+    """A position table (1, P + L, D) of an old (rows, columns) grid for a new one; the P rows before the patches stay.
 
-    Bicubic without antialiasing, as mmseg's MAE and detectron2's ViTDet do. timm's resampling antialiases, also where
-    it enlarges, and gives another table.
+    Bicubic without antialiasing, as mmseg's MAE and detectron2's ViTDet do. timm's resampling antialiases, even when it
+    enlarges, and gives a different table.
     """
     if old == new:
         return table
@@ -209,9 +227,9 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """MAE's initialisation: xavier-uniform linears (the patch projection too), class token normal(0.02).
+        """MAE's initialisation: xavier-uniform linear layers (the patch projection too), class token normal(0.02).
 
-        All biases are zero but the patch projection's, which stays as a convolution starts: uniform within
+        All biases are zero except the patch projection's, which keeps the default of a convolution: uniform within
         1 / sqrt(values of a patch), as in MAE's and SemAIM's official code.
         """
         for module in self.modules():
@@ -239,7 +257,7 @@ class VisionTransformer(nn.Module):
         return self.layer_depth(name, self.depth)
 
     def grid_of(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """(rows, columns) of patches of an image of (height, width) pixels; ValueError if it has no whole number."""
+        """(rows, columns) of patches of an image of (height, width) pixels; ValueError if they do not fill it."""
         (height, width), (patch_height, patch_width) = image_size, self.patch_size
         if height < patch_height or width < patch_width or height % patch_height or width % patch_width:
             raise ValueError(
@@ -249,11 +267,11 @@ class VisionTransformer(nn.Module):
 
     @staticmethod
     def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-        """A position table (1, P + L, D) of an old (rows, columns) grid for a new one, as timm does it: antialiased."""
+        """A position table (1, P + L, D) of an old (rows, columns) grid for a new grid, antialiased as in timm."""
         return resample_abs_pos_embed(table, new, old, num_prefix_tokens=table.shape[1] - old[0] * old[1])
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a (rows, columns) grid: (1, P + L, D), by `resample_positions` where it differs."""
+        """The position table for a (rows, columns) grid: (1, P + L, D), by `resample_positions` if the grid differs."""
         return self.resample_positions(self.pos_embed, self.grid, grid)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -264,7 +282,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([class_token.to(patches.dtype), patches], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised -> tokens after the final norm (B, 1 + L, D); every token sees all."""
+        """Images (B, 3, H, W), normalised -> tokens after the final norm (B, 1 + L, D); no token is masked."""
         tokens = self.embed(images)
         for block in self.blocks:
             tokens = block(tokens)
@@ -278,6 +296,11 @@ class VisionTransformer(nn.Module):
         last = cast(Block, self.blocks[-1])
         attention = last.attn.class_attention(last.norm1(tokens))
         return self.norm(last(tokens)), attention
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (B, N, D) at index (B, M) -> (B, M, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

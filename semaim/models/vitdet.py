@@ -43,7 +43,7 @@ def window_unpartition(windows: Tensor, grid: tuple[int, int]) -> Tensor:
 def relative_vectors(table: Tensor, side: int) -> Tensor:
     """Vectors of all (query, key) pairs of one axis: table (2 * s - 1, d) -> (side, side, d).
 
-    Row `query - key + side - 1` of the table, which is resampled along its length where it was made for another side s.
+    Row `query - key + side - 1` of the table, which is first resampled along its length if it was made for another s.
     """
     if len(table) != 2 * side - 1:
         table = F.interpolate(table.T[None], 2 * side - 1, mode="linear", align_corners=False)[0].T
@@ -81,13 +81,13 @@ def relative_attention(
     place = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], dim=1)  # (N, H + W)
     place = F.pad(place, (0, blank.shape[-1]))
     key = torch.cat([key, place.expand(*key.shape[:2], -1, -1)], dim=-1)
-    # Flash attention, on CPU and GPU, wants values as wide as the keys: else N x N weights would be built after all.
+    # Flash attention, on CPU and GPU, needs values as wide as the keys; otherwise N x N weights would be built.
     value = F.pad(value, (0, query.shape[-1] - dim))
     return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :dim]
 
 
 class MapAttention(Attention):
-    """Self-attention of a map, within windows or over the whole.
+    """Self-attention of a map, within windows or over the whole map.
 
     Args:
         dim, num_heads: of `Attention`.
@@ -99,13 +99,13 @@ class MapAttention(Attention):
         super().__init__(dim, num_heads)
         self.window = window
         self.rel_pos = table is not None
-        if table is not None:  # zero: a detector starts as the pretrained network, which has none
+        if table is not None:  # zero: a detector starts as the pretrained network, which has no relative positions
             self.rel_pos_h, self.rel_pos_w = (
                 nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads)) for side in table
             )
 
     def attend(self, maps: Tensor) -> Tensor:
-        """Every patch of a map to all of it: (B, H, W, D) -> (B, H, W, D)."""
+        """Attention of every patch to the whole map: (B, H, W, D) -> (B, H, W, D)."""
         _, height, width, _ = maps.shape
         grid = height, width
         query, key, value = (
@@ -120,8 +120,8 @@ class MapAttention(Attention):
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """(B, H, W, D) -> (B, H, W, D).
 
-        In windows, the padding takes part as keys and values, as in detectron2. `x` is normalised already, so the
-        padding is zero where the projection reads it.
+        In windows, the padding takes part as keys and values, as in detectron2. `x` is already normalised, so the
+        projection reads zeros there.
         """
         if context is not None or causal:
             raise ValueError("a map attends to all of itself: no context, no causal mask")
@@ -132,27 +132,27 @@ class MapAttention(Attention):
 
 
 class ViTDet(VisionTransformer):
-    """The plain ViT for dense prediction: attention in windows, but for a few global blocks; no class token, no `norm`.
+    """The plain ViT for dense prediction: windowed attention except in a few global blocks, no class token, no `norm`.
 
     Its names are those of `VisionTransformer`; only `blocks.N.attn.rel_pos_h` and `rel_pos_w` are new. The position
-    table is that of the pretraining, without the class token's row, and trained.
+    table is the pretraining's without the class token's row; it is trained.
 
     Args:
         size: of `VisionTransformer`.
-        img_size: side or (height, width) in pixels of the images to come, for which the global blocks' relative
-            positions are made. Other sizes run too: their tables are resampled.
-        pretrain_img_size: the same of the position table, as the checkpoint has it.
+        img_size: side or (height, width) in pixels of the images. The global blocks' relative positions are made for
+            this size, and resampled for images of other sizes.
+        pretrain_img_size: the same for the position table, as in the checkpoint.
         window_size: side of the windows in patches.
-        global_blocks: indices of the blocks that see the whole map; None for the last of each quarter.
+        global_blocks: indices of the blocks with attention over the whole map; None for the last of each quarter.
         rel_pos: add decomposed relative positions, zero at the start.
-        out_blocks: indices of the blocks whose maps are given; None for the last one's alone.
+        out_blocks: indices of the blocks whose maps are returned; None for the last block only.
         **encoder: of `VisionTransformer`.
 
     Attributes:
-        made_for: (height, width) in pixels of the images that relative positions are made for; None without any.
+        made_for: (height, width) in pixels of the images that the relative positions are made for; None without them.
     """
 
-    resamples_patches = True  #: takes a file with patches of another size, as MAE's ViT-H
+    resamples_patches = True  #: a checkpoint may have patches of another size, as MAE's ViT-H has
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class ViTDet(VisionTransformer):
             if wrong := [index for index in chosen if not 0 <= index < self.depth]:
                 raise ValueError(f"{name} {wrong}: there are blocks 0 to {self.depth - 1}")
         if window_size < 1:
-            raise ValueError(f"window_size {window_size}: name all blocks in global_blocks for no windows")
+            raise ValueError(f"window_size {window_size}: list all blocks in global_blocks to use no windows")
         self.global_blocks, self.window_size = tuple(global_blocks), window_size
         self.out_blocks = out_blocks and tuple(out_blocks)
         whole = self.grid_of(to_2tuple(img_size))
@@ -206,19 +206,19 @@ class ViTDet(VisionTransformer):
 class SimpleFeaturePyramid(nn.Module):
     """Levels of several strides from one map.
 
-    Every level is resampled by itself (transposed convolutions or a max-pool), then a 1x1 and a 3x3 convolution, each
-    followed by a LayerNorm over the channels of a position. No activation ends it.
+    Every level is resampled from the map (transposed convolutions or a max-pool). A 1x1 and a 3x3 convolution follow,
+    each with a LayerNorm over the channels of a position. There is no activation at the end.
 
     Args:
         in_channels: of the map.
         out_channels: of the levels.
         stride: of the map in pixels.
-        scales: of the levels over the map, finest first; of 4, 2, 1, 0.5.
-        extra_level: one more level at half the last one's side, every second value of it.
+        scales: of the levels relative to the map, finest first; from 4, 2, 1, 0.5.
+        extra_level: one more level of half the side: every second value of the last level.
 
     Attributes:
         strides: of the levels in pixels: 4, 8, 16, 32, 64.
-        names: of the levels, by the logarithm of the stride: p2, p3, p4, p5, p6.
+        names: of the levels, after the logarithm of the stride: p2, p3, p4, p5, p6.
 
     Source: ViTDet, section 3 and appendix A.2; `SimpleFeaturePyramid` of detectron2's modeling/backbone/vit.py.
     """
@@ -255,10 +255,10 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class MapScales(nn.ModuleList):
-    """Maps of one stride -> 4, 2, 1 and 1/2 times their size, channels kept: what an ordinary FPN starts from.
+    """Maps of one stride -> 4, 2, 1 and 1/2 times their size, channels unchanged: the input of an ordinary FPN.
 
     Source: Li et al., Benchmarking Detection Transfer Learning with Vision Transformers (2021), whose code is not
-    public; the layers are those of hustvl/MIMDet, which meets its results.
+    public; the layers are those of hustvl/MIMDet, which reproduces its results.
     """
 
     def __init__(self, channels: int = 768):

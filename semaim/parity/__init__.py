@@ -1,4 +1,4 @@
-"""Our models against recorded inputs and outputs of the reference implementations."""
+"""Comparison of our models with recorded inputs and outputs of the reference implementations."""
 
 from semaim.parity import detector, mae, mmseg, semaim, vitdet
 from semaim.parity.cases import run_folder

@@ -1,9 +1,9 @@
 """Recorded cases, comparisons, and running them all.
 
-A case is `<family>/<case>.json` (configuration, scalars, and per tensor its shape, meaning and tolerance) with, mostly,
-`<case>.safetensors` beside it. Parameters and inputs are taken from the file, and every recorded result has to be met:
-fp32 tensors to the file's tolerance, fp64 losses and gradient norms to 1e-8. Where we do better than the reference on
-purpose, the difference is computed all the same and listed as a deviation.
+A case is `<family>/<case>.json` (configuration, scalars, and per tensor its shape, meaning and tolerance), mostly
+with `<case>.safetensors` next to it. Parameters and inputs are read from the file, and every recorded result has to
+be reproduced: fp32 tensors to the file's tolerance, fp64 losses and gradient norms to 1e-8. Deliberate differences
+from the reference are computed, too, and listed as deviations.
 """
 
 import json
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from semaim.errors import UserError
 
-EXACT = 1e-6  #: tolerance of what the file gives none for: tables and keys in fp32
+EXACT = 1e-6  #: tolerance where the file has none: tables and keys in fp32
 FP64 = 1e-8  #: relative tolerance of the reference's fp64 scalars
-SAMPLES = {None: slice(None), "the first only": slice(1)}  #: what a case takes of the images it names
+SAMPLES = {None: slice(None), "the first only": slice(1)}  #: which of the named images a case uses
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Check:
 
 @dataclass
 class CaseReport:
-    """All comparisons of a case, and where we differ on purpose."""
+    """All comparisons of a case, and deliberate differences from the reference."""
 
     case: str
     checks: list[Check] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Case:
             self.scalars: dict[str, Any] = self.meta.get("scalars", {})
             tensors = file.with_suffix(".safetensors")
             self.tensors = load_file(tensors) if tensors.exists() else {}
-            #: (B, 3, H, W), or several by name
+            #: (B, 3, H, W), or a dict of such by name
             self.images: Tensor | dict[str, Tensor] | None = None
             if named := self.meta.get("images"):
                 if "file" in named:
@@ -103,11 +103,11 @@ class Case:
         return self.images
 
     def tolerance(self, name: str) -> float | None:
-        """Absolute tolerance of a tensor; None for what is to be met exactly."""
+        """Absolute tolerance of a tensor; None if it has to be equal."""
         return self.meta["tensors"][name]["atol"]
 
     def parameters(self) -> dict[str, Tensor]:
-        """The reference's parameters and buffers, by its own names."""
+        """The reference's parameters and buffers, under its own names."""
         return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("param.")}
 
 
@@ -145,7 +145,7 @@ def run_folder(folder: Path, families: dict[str, Callable[[Case, CaseReport], No
 
 
 def read_images(file: Path, named: dict) -> Tensor:
-    """The images (B, 3, H, W) that a case names; their file lies beside it or one folder up."""
+    """The images (B, 3, H, W) that a case names; their file is in its folder or the one above."""
     folder = next(f for f in (file.parent, file.parent.parent) if (f / named["file"]).exists())
     return load_file(folder / named["file"])[named["tensor"]][SAMPLES[named.get("samples")]]
 

@@ -1,4 +1,4 @@
-"""CLIP's tower as teacher, from a file of OpenAI's names to the loss of a student, against the official code."""
+"""CLIP's image encoder as teacher against the official code: from a file with OpenAI's names to a student's loss."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from semaim.models import SemAIM, Teacher
 from semaim.parity.cases import Case, CaseReport
 
-#: What the configs name; the recorded tower is smaller.
+#: The architecture in the configs; the recorded tower is smaller.
 ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
 PREFIX = "teacher."
 
 
 def build_tower(case: Case, architecture: str = ARCHITECTURE) -> VisionTransformer:
-    """timm's network of an architecture, in the recorded sizes, with the recorded weights in full precision."""
+    """timm's network of an architecture, with the recorded sizes and the recorded weights in full precision."""
     cfg = case.meta["config"]["tower"]
     network: Any = create_model(
         architecture,
@@ -37,7 +37,7 @@ def check_tower(case: Case, report: CaseReport, student: SemAIM) -> None:
     """The tower's tokens block by block, and the whole step with it in fp64.
 
     Args:
-        student: with the recorded weights; made fp64.
+        student: with the recorded weights; it is converted to fp64.
     """
     golden, scalars, images = case.tensors, case.scalars, case.batch
     network = build_tower(case)

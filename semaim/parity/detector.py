@@ -1,4 +1,4 @@
-"""Whole detectors against detectron2's ViTDet: what a case holds decides what is checked."""
+"""Whole detectors against detectron2's ViTDet; the contents of a case decide what is checked."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from semaim.parity.cases import Case, CaseReport
 from semaim.parity.detector_recipe import check_keys, check_resize
 from semaim.parity.detector_runs import check_test, check_train
+from semaim.places import to_install
 
-#: what the cases of a kind hold, among their scalars or beside them -> their checks
+#: key of a case's scalars or of its description -> the checks of such cases
 CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
     "detections": check_test,
     "losses": check_train,
@@ -17,9 +18,9 @@ CHECKS: dict[str, Callable[[Case, CaseReport], None]] = {
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """Run one case; without mmdet it is not run, and says so."""
+    """Run one case; without mmdet it is reported as not run."""
     if find_spec("mmdet") is None:
-        report.uncovered = "mmdet is not installed: tools/setup.sh --extras all"
+        report.uncovered = f"mmdet is not installed: {to_install('all')}"
         return
     for held, checks in CHECKS.items():
         if held in case.scalars or held in case.meta:

@@ -1,7 +1,7 @@
 """Whole detectors against detectron2's: from photos to detections and masks, and from objects to losses and gradients.
 
-Ours are those of `mmdet_configs` with a case's sizes, run by the calls that test and train them; hooks keep what they
-compute on the way. Everything that is no size (matching, deltas, losses) is the configs' own.
+Our detectors are those of `mmdet_configs` with a case's sizes, run by the calls that test and train them; hooks keep
+the intermediate results. Everything except sizes (matching, deltas, losses) is from the configs.
 """
 
 import copy
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from semaim.engine.config import load_config
 from semaim.engine.dense import build, enter
-from semaim.engine.results import ROOT
 from semaim.parity.cases import Case, CaseReport
+from semaim.places import own_config
 
 CONFIGS = {"mask_rcnn": "semaim_mask_rcnn.py", "cascade_mask_rcnn": "semaim_cascade_mask_rcnn.py"}
 Detector = Any  #: mmdet's, which has no types
 TIMES = ("train", "test")
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
-FLIPS = 5  #: pixels of a mask that may differ
+MASK_PIXELS = 5  #: pixels of a mask that may differ
 NORM = 1e-5  #: relative, of tensors in fp32
 LOSS = 1e-5  #: relative, in fp64 too: detectron2 keeps its boxes in fp32 there
-GRADIENT = 1e-7  #: relative, of norms in fp64; ours differ by 3e-8, as does a third in fp32 from a third
+GRADIENT = 1e-7  #: relative, of norms in fp64; ours differ by 3e-8, the relative rounding error of 1/3 in fp32
 
 
 def build_detector(case: Case) -> Detector:
@@ -53,7 +53,7 @@ def build_detector(case: Case) -> Detector:
         "test_cfg.rcnn": {"max_per_img": roi["test_topk_per_image"]},
     }
     options = {f"model.{part}.{key}": value for part, keys in changes.items() for key, value in keys.items()}
-    cfg = load_config(ROOT / "mmdet_configs" / CONFIGS[theirs["detector"]], options)
+    cfg = load_config(own_config(f"mmdet_configs/{CONFIGS[theirs['detector']]}"), options)
     enter(cfg)
     model = build(cfg.model, MODELS, "model")
     model.load_state_dict(to_ours(case.parameters()))
@@ -67,7 +67,7 @@ def stages(model: Detector) -> dict[str, Any]:
 
 
 def watch(model: Detector) -> dict[str, Any]:
-    """A dict that every run of the model fills: outputs of modules, and results of methods as they were."""
+    """A dict that every run of the model fills: outputs of modules, and copies of the results of methods."""
     seen: dict[str, Any] = {}
     roi = model.roi_head
     parts = {"maps": model.backbone, "levels": model.neck, "rpn": model.rpn_head, "masks": roi.mask_head}
@@ -75,7 +75,7 @@ def watch(model: Detector) -> dict[str, Any]:
 
     def hook(name: str) -> Callable:
         def kept(module: nn.Module, args: tuple, out: Any) -> None:  # a hook's result would replace the module's
-            seen.setdefault(name, out)  # the first one: the stages of a cascade share what pools
+            seen.setdefault(name, out)  # only the first: the stages of a cascade share the pooling
 
         return kept
 
@@ -101,13 +101,13 @@ def watch(model: Detector) -> dict[str, Any]:
         keep("sampled", model.rpn_head.sampler, "sample")
         keep("sampled boxes", roi.bbox_sampler, "sample")
         keep("mask targets", roi.mask_head, "get_targets")
-        for name, head in stages(model).items():  # of boxes, labels and deltas, which are followed by their weights
+        for name, head in stages(model).items():  # boxes, labels and deltas, without their weights
             keep(f"{name} targets", head, "loss", lambda args, out: (args[2], args[3], args[5]))
     return seen
 
 
 def batch_of(case: Case, chosen: list[int]) -> dict[str, list]:
-    """Photos of a case as a pipeline gives them to the model: blue first, uint8, with sizes and objects."""
+    """Photos of a case as a pipeline passes them to the model: BGR, uint8, with sizes and objects."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
@@ -122,14 +122,14 @@ def batch_of(case: Case, chosen: list[int]) -> dict[str, list]:
         )
         if "objects" in case.scalars:
             if f"{index}.gt_boxes" in case.tensors:
-                given = {name: case.tensors[f"{index}.gt_{name}"] for name in ("boxes", "classes", "masks")}
+                objects = {name: case.tensors[f"{index}.gt_{name}"] for name in ("boxes", "classes", "masks")}
             else:
-                given = {"boxes": torch.zeros(0, 4), "classes": torch.zeros(0, dtype=torch.long)}
-                given["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
+                objects = {"boxes": torch.zeros(0, 4), "classes": torch.zeros(0, dtype=torch.long)}
+                objects["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
             sample.gt_instances = InstanceData(
-                bboxes=given["boxes"],
-                labels=given["classes"],
-                masks=BitmapMasks(given["masks"].numpy(), height, width),
+                bboxes=objects["boxes"],
+                labels=objects["classes"],
+                masks=BitmapMasks(objects["masks"].numpy(), height, width),
             )
         samples.append(sample)
     return {"inputs": [case.tensors[f"{index}.image"].flip(0) for index in chosen], "data_samples": samples}
@@ -139,7 +139,7 @@ def batch_of(case: Case, chosen: list[int]) -> dict[str, list]:
 
 
 def check_test(case: Case, report: CaseReport) -> None:
-    """Every recorded step from the photos to the masks, all in one batch, and then of each photo by itself."""
+    """Every recorded step from the photos to the masks, for one batch of all photos, then for each photo alone."""
     model = build_detector(case).eval()
     seen = watch(model)
     every = list(range(len(case.scalars["image_sizes"])))
@@ -156,7 +156,7 @@ def check_test(case: Case, report: CaseReport) -> None:
 
 
 def test(model: Detector, seen: dict, case: Case, chosen: list[int]) -> dict[str, Tensor]:
-    """Run on some of a case's photos: name -> what we have for it."""
+    """Run on some of a case's photos: recorded name -> our result."""
     seen.clear()
     batch = batch_of(case, chosen)
     padded = model.data_preprocessor(copy.deepcopy(batch), False)["inputs"]
@@ -186,14 +186,14 @@ def test(model: Detector, seen: dict, case: Case, chosen: list[int]) -> dict[str
             "final_mask_area": masks.flatten(1).sum(1),
         }
         start += len(boxes)
-        for stage, moved in enumerate(seen.get("moved", [])[:-1]):  # the last stage's boxes enter none
+        for stage, moved in enumerate(seen.get("moved", [])[:-1]):  # the last stage's boxes are the result
             mine[f"stage{stage + 1}.boxes"] = moved[chosen.index(index)]
         found |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
     return found
 
 
 def maps_of(seen: dict) -> dict[str, Tensor]:
-    """Maps of the encoder, the pyramid and the proposals' head."""
+    """Maps of the encoder, the pyramid and the proposal head."""
     named = {"last_feat": seen["maps"], **dict(zip(LEVELS, seen["levels"], strict=True))}
     for name, logits, deltas in zip(LEVELS, *seen["rpn"], strict=True):
         named |= {f"rpn.logits.{name}": logits, f"rpn.deltas.{name}": deltas}
@@ -201,7 +201,7 @@ def maps_of(seen: dict) -> dict[str, Tensor]:
 
 
 def rows_of(model: Detector, seen: dict) -> dict[str, Tensor]:
-    """Logits and deltas of the box heads, rows of all images in turn."""
+    """Logits and deltas of the box heads, the rows of all images concatenated."""
     named = {}
     for name in stages(model):
         named[f"{name}.cls_logits"], named[f"{name}.deltas"] = seen[name]
@@ -209,7 +209,7 @@ def rows_of(model: Detector, seen: dict) -> dict[str, Tensor]:
 
 
 def compare(case: Case, report: CaseReport, name: str, ours: Tensor, chosen: list[int]) -> None:
-    """Compare what belongs to some of the photos; a mask may have `FLIPS` pixels more or less."""
+    """Compare the results of some of the photos; `MASK_PIXELS` pixels of a mask may differ."""
     golden, counts = case.tensors[name], case.scalars["image_sizes"]
     if name in ("last_feat", *LEVELS) or name.startswith("rpn."):
         golden = golden[chosen]
@@ -219,14 +219,14 @@ def compare(case: Case, report: CaseReport, name: str, ours: Tensor, chosen: lis
     shown = name if len(chosen) == len(counts) else f"{name}, alone"
     if "final_masks" in name and ours.shape == golden.shape:
         ours, golden = (ours != golden.bool()).flatten(1).sum(1), torch.zeros(len(golden))
-    report.add(shown, ours, golden, FLIPS if "final_mask" in name else case.tolerance(name))
+    report.add(shown, ours, golden, MASK_PIXELS if "final_mask" in name else case.tolerance(name))
 
 
 # Training
 
 
 def check_train(case: Case, report: CaseReport) -> None:
-    """Matching, samples and targets, losses in fp32 and in fp64, gradients of their sum and the norms of all."""
+    """Matching, samples, targets, losses in fp32 and fp64, gradients of their sum, and the norms of all gradients."""
     from semaim.detection.detectron2_names import our_name, to_ours
 
     model = build_detector(case).train()
@@ -243,7 +243,7 @@ def check_train(case: Case, report: CaseReport) -> None:
     found["rpn.sampled_label"] = torch.full_like(found["rpn.match_label"], -1)
     for labels, result in zip(found["rpn.sampled_label"], seen["sampled"], strict=True):
         labels[result.neg_inds], labels[result.pos_inds] = 0, 1
-    # Of which object an anchor is matters where it is one's.
+    # The matched object matters only for positive anchors.
     positive = case.tensors["rpn.match_label"] == 1
     indices = torch.stack([result.gt_inds - 1 for result in seen["matched"]])
     report.add("rpn.match_index", indices[positive], case.tensors["rpn.match_index"][positive], None)
@@ -258,7 +258,7 @@ def check_train(case: Case, report: CaseReport) -> None:
     for name, value in losses.items():
         report.add_relative(name, value.item(), case.scalars["losses"][name], LOSS)
 
-    # In fp64, as near zero single ReLU gates switch in fp32.
+    # In fp64: in fp32 some ReLUs near zero switch.
     losses = train(model.double(), case)
     torch.stack(list(losses.values())).sum().backward()
     for name, value in losses.items():
@@ -274,7 +274,7 @@ def check_train(case: Case, report: CaseReport) -> None:
 
 
 def targets_of(model: Detector, seen: dict) -> dict[str, Tensor]:
-    """Per image and stage: boxes, classes, and objects of the foreground, which the deltas lead to."""
+    """Per image and stage: boxes, classes, and the objects' boxes that the deltas of the foreground lead to."""
     found = {}
     for name, head in stages(model).items():
         rois, labels, deltas = seen[f"{name} targets"][0]
@@ -287,12 +287,12 @@ def targets_of(model: Detector, seen: dict) -> dict[str, Tensor]:
 
 
 def every_nth(gallery: Tensor, count: int) -> Tensor:
-    """What stands for a random draw in the records: of n candidates number i * n // count, i = 0 .. count - 1."""
+    """The deterministic draw of the records: of n candidates number i * n // count, i = 0 .. count - 1."""
     return gallery[torch.arange(count) * len(gallery) // count]
 
 
 def train(model: Detector, case: Case) -> dict[str, Tensor]:
-    """Losses of all photos in a batch, by their recorded names."""
+    """Losses of a batch of all photos, under their recorded names."""
     batch = model.data_preprocessor(batch_of(case, list(range(len(case.scalars["image_sizes"])))), True)
     batch["inputs"] = batch["inputs"].to(next(model.parameters()).dtype)
     losses = {name: value for name, value in model(**batch, mode="loss").items() if "loss" in name}
@@ -308,7 +308,7 @@ def recorded_name(name: str) -> str:
 
 
 def compare_masks(case: Case, report: CaseReport, model: Detector, seen: dict) -> None:
-    """Our targets, which are cut from bitmaps; and those that the same heads cut from polygons, detectron2's own."""
+    """Compare our mask targets, cut from bitmaps, and those that our heads cut from polygons as detectron2 does."""
     from mmdet.structures.mask import PolygonMasks
     from mmengine.structures import InstanceData
 

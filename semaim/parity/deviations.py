@@ -1,4 +1,4 @@
-"""Where the suite differs from its references on purpose: `deviations.yaml`, as data and as the table of the docs."""
+"""Deliberate differences of the suite from its references: `deviations.yaml` as data and as the table of the docs."""
 
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,7 +10,7 @@ from semaim.errors import UserError
 
 @dataclass(frozen=True)
 class Deviation:
-    """One difference: what it is of, what the reference does, what the suite does, and why."""
+    """One difference: its stage and subject, what the reference does, what the suite does, and why."""
 
     stage: str
     what: str

@@ -11,7 +11,7 @@ LOSSES = {"norm_pix": True, "raw_pix": False}
 
 
 def build_model(case: Case) -> MAE:
-    """Our model of a case's configuration, with its parameters."""
+    """Our model with the configuration and parameters of a case."""
     cfg = case.meta["config"]
     model = MAE(
         target_of(case, norm_pix=True),
@@ -41,7 +41,7 @@ def target_of(case: Case, norm_pix: bool) -> PixelTarget:
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """One set of weights: masking, latent and prediction, then both losses with their gradients, twice."""
+    """One set of weights: masking, latent and prediction, then both losses and their gradients, in fp32 and fp64."""
     if "noise" not in case.tensors:
         return
     model, golden, scalars = build_model(case), case.tensors, case.scalars
@@ -52,7 +52,7 @@ def check(case: Case, report: CaseReport) -> None:
         if name in golden:
             report.add(name, ours, golden[name], case.tolerance(name))
 
-    # The reference's position tables are parameters, so the model holds them by now: ours are made again.
+    # The reference's position tables are parameters, so the model now has them; ours are computed again.
     compare("param.pos_embed", sincos_positions(cfg["embed_dim"], model.grid))
     compare("param.decoder_pos_embed", sincos_positions(cfg["decoder_embed_dim"], model.grid))
 
@@ -82,7 +82,7 @@ def check(case: Case, report: CaseReport) -> None:
             compare(f"ratio_{ratio}.loss.{loss}", model(images, noise).loss)
         model.mask_ratio = cfg["mask_ratio"]
 
-    # In fp64; the noise stays as it is, so that equal patches are removed.
+    # In fp64; the noise stays in fp32, so that the same patches are removed.
     model.double()
     for loss, norm_pix in LOSSES.items():
         if f"loss_fp64_{loss}" not in scalars:

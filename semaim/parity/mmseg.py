@@ -1,7 +1,6 @@
 """UperNet against mmseg: the MAE backbone on crops of another grid than the pretraining's, test sizes, and names."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -9,16 +8,14 @@ import torch
 from mmengine.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
-import semaim
-from semaim.checkpoints.checkpoint import INERT, MMPRETRAIN, rename
+from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.engine import dense
 from semaim.engine.config import load_config
 from semaim.errors import UserError
 from semaim.models.segvit import BiasedAttention, SegmentationViT, bias_index
 from semaim.models.vit import LAYER_NORM_EPS, Block, resize_positions
 from semaim.parity.cases import Case, CaseReport, gradient
-
-CONFIGS = Path(semaim.__file__).parents[1] / "mmseg_configs"
+from semaim.places import own_config, to_install
 
 
 def our_name(name: str) -> str:
@@ -30,7 +27,7 @@ def our_name(name: str) -> str:
 
 
 def build_model(case: Case) -> SegmentationViT:
-    """Our backbone of a case's configuration, with its parameters but the position table, which we resize ourselves."""
+    """Our backbone with the configuration and parameters of a case; only the position table is resized by our code."""
     cfg = case.meta["config"]
     if cfg["norm_cfg"]["eps"] != LAYER_NORM_EPS:
         raise ValueError(f"{case.name}: LayerNorm eps {cfg['norm_cfg']['eps']}, ours is {LAYER_NORM_EPS}")
@@ -59,11 +56,11 @@ def positions(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """Run one case; what it holds decides what is checked."""
+    """Run one case; its contents decide what is checked."""
     if "pretrain.pos_embed" in case.tensors:
         check_backbone(case, report)
     elif find_spec("mmseg") is None:
-        report.uncovered = "mmsegmentation is not installed (tools/setup.sh --extras all)"
+        report.uncovered = f"mmsegmentation is not installed ({to_install('all')})"
     elif "img_ratios" in case.meta["config"]:
         check_test_sizes(case, report)
     elif "keys" in case.scalars:
@@ -71,7 +68,7 @@ def check(case: Case, report: CaseReport) -> None:
 
 
 def check_backbone(case: Case, report: CaseReport) -> None:
-    """The resized table, every step of the forward pass, the probe loss and its gradients, and the loss in fp64."""
+    """The resized table, every step of the forward pass, the probe loss, its gradients, and the loss in fp64."""
     model = build_model(case)
     steps: dict[str, Tensor] = {}
     for index, block in enumerate(model.blocks):
@@ -108,7 +105,7 @@ def check_backbone(case: Case, report: CaseReport) -> None:
 
 
 def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
-    """Sum over the maps (B, D, H, W) of the mean of map * channel * row * column, vectors of the case."""
+    """Sum over the maps (B, D, H, W) of the mean of map * channel * row * column; the vectors are the case's."""
     parts = []
     for index, one in enumerate(maps):
         vectors = (case.tensors[f"probe.map.{index}.{axis}"] for axis in ("channel", "row", "column"))
@@ -118,8 +115,8 @@ def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
 
 
 def check_test_sizes(case: Case, report: CaseReport) -> None:
-    """What the transforms of our multi-scale test make of blank images: sizes, and how often each one counts."""
-    cfg = load_config(CONFIGS / "semaim_upernet_ms.py")
+    """The sizes that the transforms of our multi-scale test give blank images, and the flips."""
+    cfg = load_config(own_config("mmseg_configs/semaim_upernet_ms.py"))
     dense.enter(cfg)
     released = case.meta["config"]
     report.add("img_ratios", torch.tensor(cfg.tta_ratios), torch.tensor(released["img_ratios"]), None)
@@ -139,8 +136,8 @@ def check_test_sizes(case: Case, report: CaseReport) -> None:
 
 
 def check_keys(case: Case, report: CaseReport) -> None:
-    """The tensors of our MAE-Base UperNet under mmseg's names: the same ones, of the same shapes and types."""
-    cfg = load_config(CONFIGS / "mae_upernet.py")
+    """The tensors of our MAE-Base UperNet under mmseg's names: same names, shapes and dtypes."""
+    cfg = load_config(own_config("mmseg_configs/mae_upernet.py"))
     dense.enter(cfg)
     with torch.device("meta"):
         model = MODELS.build(cfg.model)

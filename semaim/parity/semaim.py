@@ -30,7 +30,7 @@ OFFICIAL_ORDERS = {
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """Run one case; what it holds decides what is checked."""
+    """Run one case; its contents decide what is checked."""
     if "config" not in case.meta:
         raise UserError(f"{case.name} is no recorded case: it has no config")
     if case.meta["config"].get("share_weight") and case.meta["status"] != "ok":
@@ -46,7 +46,7 @@ def check(case: Case, report: CaseReport) -> None:
 
 
 class RecordedTeacher(Teacher):
-    """Gives the tokens that the reference's teacher gave."""
+    """Returns the recorded tokens of the reference's teacher."""
 
     def __init__(self, tokens: Tensor):
         self.tokens, self.width = tokens, tokens.shape[-1]
@@ -57,7 +57,7 @@ class RecordedTeacher(Teacher):
 
 
 def build_model(case: Case) -> SemAIM:
-    """Our model of a case's configuration, with its parameters."""
+    """Our model with the configuration and parameters of a case."""
     cfg = case.meta["config"]
     features = cfg["predict_feature"] != "none"
     guide: str | Teacher = "online"
@@ -105,7 +105,7 @@ def build_model(case: Case) -> SemAIM:
 
 
 def recover_draw(order: str, key: Tensor, similarity: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """The uniform numbers behind the reference's keys."""
+    """The uniform numbers contained in the reference's keys."""
     if order == "semantic" and similarity is not None:
         zeros = torch.zeros_like(similarity)
         return (key - ORDERS[order](similarity, grid, zeros).sqrt()) / 1e-3
@@ -115,7 +115,7 @@ def recover_draw(order: str, key: Tensor, similarity: Tensor | None, grid: tuple
 
 
 def fall_along(key: Tensor, order: Tensor) -> float:
-    """The largest fall of a key (B, L) along an order (B, L): 0 where the order sorts it."""
+    """The largest decrease of a key (B, L) along an order (B, L): 0 if the order sorts it."""
     ordered = key.gather(1, order)
     return (ordered[:, :-1] - ordered[:, 1:]).max().clamp_min(0).item()
 
@@ -167,7 +167,7 @@ def check_model(case: Case, report: CaseReport) -> None:
     if tied:
         report.deviations.append(
             f"images {tied} have patches with equal keys, which see each other in the reference and are ranked here:"
-            " what depends on them (also loss and gradients) is not compared"
+            " results that depend on them (also loss and gradients) are not compared"
         )
     seen = torch.ones(batch, 1, key.shape[1] + 1, dtype=torch.bool)
     class_row = torch.zeros_like(seen)
@@ -179,7 +179,7 @@ def check_model(case: Case, report: CaseReport) -> None:
             visible = torch.cat([class_row, visible], dim=1)
             report.add(name, visible[free], golden[name][free], None)
 
-    # Two streams: hooks record them in the sorted order; they are put back in image order for comparison.
+    # Two streams: hooks record ours in the sorted order; the reference's are sorted alike for the comparison.
     streams: dict[str, Tensor] = {}
     for prefix, blocks in {"content_stream": model.blocks, "query_stream": model.query_blocks}.items():
         for index, block in enumerate(blocks):
@@ -226,7 +226,7 @@ def check_model(case: Case, report: CaseReport) -> None:
 
 
 def check_shared_weights(case: Case, report: CaseReport) -> None:
-    """What the reference cannot run: compared with query blocks of their own that hold copies of the shared weights."""
+    """An option that the reference cannot run, compared with separate query blocks that copy the shared ones."""
     torch.manual_seed(0)
     shared = build_model(case)
     case.meta["config"]["share_weight"] = False
@@ -251,10 +251,10 @@ def check_shared_weights(case: Case, report: CaseReport) -> None:
 
 
 def reference_boxes(grid: tuple[int, int]) -> Tensor:
-    """How many of the reference's nested boxes around each centre hold each patch: (L, L).
+    """The number of the reference's nested boxes around each centre that hold each patch: (L, L).
 
-    They are ours on a grid smaller by one row and column, but that the innermost box goes to the border already
-    where the second one touches it.
+    They are our boxes on a grid smaller by one row and column, except that the innermost box is already moved to the
+    border when the second one touches it.
     """
     patches = rows_and_columns(grid)
     smaller = (grid[0] - 1, grid[1] - 1)
@@ -267,7 +267,7 @@ def reference_boxes(grid: tuple[int, int]) -> Tensor:
 
 
 def check_orders(case: Case, report: CaseReport) -> None:
-    """Every order: our permutation has to sort the reference's keys, given the same random numbers."""
+    """Every order: with the same random numbers, our permutation has to sort the reference's keys."""
     golden, grid = case.tensors, tuple(case.meta["config"]["grid"])
     maps, draws = golden["maps"], golden["draw"]
     for official, ours in OFFICIAL_ORDERS.items():
@@ -322,7 +322,7 @@ def check_schedules(case: Case, report: CaseReport) -> None:
     if "update.model" in golden:
         model = SemAIM(FeatureTarget(), guide="ema", img_size=4, patch_size=4, embed_dim=8, depth=1, num_heads=1)
         rows, columns = golden["update.model"].shape
-        # Any weight large enough carries the numbers.
+        # Any weight that is large enough will do.
         weight, average = (cast(Block, of.blocks[0]).mlp.fc1.weight[:rows, :columns] for of in (model, model.ema))
         with torch.no_grad():
             weight[:] = golden["update.model"]

@@ -1,8 +1,8 @@
-"""The plain ViTs that timm has weights of: what each consumer makes of such a file, and whether that is right.
+"""The plain ViTs that timm has weights for: whether each consumer loads such a file, and whether the result is right.
 
-For every tag timm's network is built on the meta device; its names and shapes are the file. A consumer that loads it is
-judged by numbers: a network of one of its blocks gets random weights, and ours, loaded from them by the same road, has
-to give timm's tokens. That judgement reads no name and no table of the loader.
+For every tag timm's network is built on the meta device; its names and shapes stand for the file. A consumer that loads
+it is tested numerically: a network with one of its blocks gets random weights, and ours, loaded from them through the
+same code, has to give timm's tokens. This test depends on no name or table of the loader.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,26 +24,26 @@ from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
 
 TimmNetwork = Any  #: one of timm's ViTs, whose classes differ in what they declare
-#: timm's files of plain ViTs.
+#: timm's modules of plain ViTs.
 MODULES = ("vision_transformer", "deit", "beit", "eva")
-#: Right is as good as equal in float64: an epsilon of 1e-5 in place of 1e-6 moves tokens of variance 1 by 4.5e-6.
+#: Right means equal up to rounding in float64: an epsilon of 1e-5 for 1e-6 changes tokens of variance 1 by 4.5e-6.
 TOLERANCE = 1e-9
 SIDE = 3  #: of the grid whose tokens are compared
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a consumer makes of a tag's file."""
+    """The result of one consumer with a tag's file."""
 
     tags: tuple[str, ...]
-    config: bool  #: timm's config.json lies beside the file
+    config: bool  #: timm's config.json is next to the file
     consumer: str
-    refusal: str | None  #: None where it loads
-    error: float | None = None  #: greatest difference of the features, where it loads and was computed
+    refusal: str | None  #: None if it loads
+    error: float | None = None  #: largest difference of the features, if it loads and was computed
 
     @property
     def word(self) -> str:
-        """right, refused or WRONG; loads, where nothing was computed."""
+        """right, refused or WRONG; loads, if nothing was computed."""
         if self.refusal is not None:
             return "refused"
         if self.error is None:
@@ -57,7 +57,7 @@ def plain_tags() -> list[str]:
 
 
 def architectures(tags: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tags in groups of one architecture and image size, whose files differ by their head and their numbers alone."""
+    """Tags in groups of one architecture and image size, whose files differ only in their head and values."""
     groups: dict[tuple, list[str]] = {}
     for tag in tags:
         groups.setdefault((tag.partition(".")[0], _input_size(tag)), []).append(tag)
@@ -71,7 +71,7 @@ def _input_size(tag: str) -> tuple[int, ...]:
     return cfg.input_size
 
 
-# Networks: what a user's config of this encoder builds, and timm's own way to the same features.
+# Networks: what a user's config for this encoder builds, and the same features by timm.
 
 
 def _class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _map(ours: Callable[[Tensor], Any], images: Tensor) -> Tensor:
 
 
 def _vitdet(**sizes) -> ViTDet:
-    depth = sizes["depth"]  # every block global: windows are not timm's
+    depth = sizes["depth"]  # every block global: timm has no windows
     return ViTDet(pretrain_img_size=sizes["img_size"], global_blocks=tuple(range(depth)), **sizes)
 
 
@@ -119,7 +119,7 @@ def _segmentor(**sizes) -> SegmentationViT:
 
 @dataclass(frozen=True)
 class Use:
-    """A consumer: its network, what is new in it, its features, and timm's."""
+    """A consumer: its network, its new parameters, its features, and the same features by timm."""
 
     build: Callable[..., nn.Module]
     new: tuple[str, ...]
@@ -141,7 +141,7 @@ USES = {
 
 
 def sizes_in(theirs: TimmNetwork) -> dict:
-    """The sizes that a user who knows the architecture writes in the config."""
+    """The sizes that a user who knows the architecture sets in the config."""
     block, patch = theirs.blocks[0], theirs.patch_embed.patch_size
     hidden = getattr(getattr(getattr(block, "mlp", None), "fc1", None), "out_features", 4 * theirs.embed_dim)
     return {
@@ -154,9 +154,9 @@ def sizes_in(theirs: TimmNetwork) -> dict:
 
 
 def file_of(theirs: TimmNetwork, tag: str, config: bool, args: dict) -> checkpoints.Checkpoint:
-    """What `checkpoints.read` finds in timm's file of a network, with or without config.json beside it."""
-    told = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
-    return checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), told)
+    """What `checkpoints.read` finds in timm's file of a network, with or without config.json."""
+    described = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
+    return checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), described)
 
 
 def build(tag: str, **args) -> TimmNetwork:
@@ -164,7 +164,7 @@ def build(tag: str, **args) -> TimmNetwork:
     with torch.device("meta"):
         try:
             return timm.create_model(tag, pretrained=False, weight_init="skip", **args)
-        except TypeError:  # not all of timm's have it
+        except TypeError:  # not all of timm's networks have this argument
             return timm.create_model(tag, pretrained=False, **args)
 
 
@@ -172,15 +172,15 @@ def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True)
     """The verdicts of all consumers on one architecture, without and with its config.json.
 
     Args:
-        tags: of it.
-        depth: build so many blocks in place of all, where timm lets one.
-        compute: compare numbers where a file loads.
+        tags: of the architecture.
+        depth: build this many blocks instead of all, if timm supports it.
+        compute: compare numbers if a file loads.
     """
     tag = tags[0]
     args: dict[str, Any] = {"depth": depth} if depth else {}
     try:
         theirs = build(tag, **args)
-    except AssertionError:  # settings of single blocks
+    except AssertionError:  # it has settings per block
         theirs, args = build(tag), {}
     patch, grid = theirs.patch_embed.patch_size, theirs.patch_embed.grid_size
     image = tuple(n * side for n, side in zip(grid, patch, strict=True))
@@ -201,7 +201,7 @@ def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True)
 
 
 def refused(ours: nn.Module, found: checkpoints.Checkpoint, new: tuple[str, ...]) -> str | None:
-    """Why a file is refused by a network on the meta device; None where it is not."""
+    """Why a network on the meta device refuses a file; None if it does not."""
     try:
         with torch.device("meta"):
             checkpoints.fit(ours, found, new)
@@ -212,12 +212,12 @@ def refused(ours: nn.Module, found: checkpoints.Checkpoint, new: tuple[str, ...]
 
 @torch.no_grad()
 def difference(use: Use, tag: str) -> float:
-    """The greatest difference between ours and timm's features of two images, in a network of one random block."""
+    """The largest difference between our and timm's features of two images, in a network of one random block."""
     image = tuple(SIDE * side for side in build(tag, depth=1).patch_embed.patch_size)
     args: dict[str, Any] = {"depth": 1, "img_size": image, "num_classes": 0}
     theirs: TimmNetwork = timm.create_model(tag, pretrained=False, **args).double().eval()
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in theirs.named_parameters():  # numbers of fp32, as files have them
+    for name, parameter in theirs.named_parameters():  # fp32 values, as in files
         noise = torch.randn(parameter.shape, generator=generator) * 0.05
         parameter.copy_(noise + ("norm" in name and name.endswith("weight")))
     ours = use.build(img_size=image, **sizes_in(theirs)).double().eval()

@@ -10,7 +10,7 @@ from semaim.engine.optim import layer_depths
 from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet
 from semaim.parity.cases import Case, CaseReport, gradient
 
-#: Level -> place of its 1x1 convolution in detectron2's `simfp_N`; the 3x3 one is next, what is before resamples.
+#: Level -> index of its 1x1 convolution in detectron2's `simfp_N`. The 3x3 one is next, layers before it resample.
 LATERAL = {"2": 4, "3": 1, "4": 0, "5": 1}
 
 
@@ -34,7 +34,7 @@ def convert(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_model(case: Case) -> nn.ModuleDict:
-    """Our encoder (`net`) and pyramid (`pyramid`) of a case's configuration, with its parameters."""
+    """Our encoder (`net`) and pyramid (`pyramid`) with the configuration and parameters of a case."""
     net, pyramid = case.meta["config"]["net"], case.meta["config"]["pyramid"]
     model = nn.ModuleDict(
         {
@@ -64,7 +64,7 @@ def build_model(case: Case) -> nn.ModuleDict:
 
 
 def check(case: Case, report: CaseReport) -> None:
-    """Run one case; what it holds decides what is checked."""
+    """Run one case; its contents decide what is checked."""
     if isinstance(case.images, dict):
         check_model(case, report)
     elif "factor" in case.scalars:
@@ -72,7 +72,7 @@ def check(case: Case, report: CaseReport) -> None:
 
 
 def check_model(case: Case, report: CaseReport) -> None:
-    """For every input: each step of the forward pass, the probe loss and its gradients, and the loss in fp64."""
+    """For every input: each step of the forward pass, the probe loss, its gradients, and the loss in fp64."""
     model = build_model(case)
     net, pyramid = cast(ViTDet, model["net"]), cast(SimpleFeaturePyramid, model["pyramid"])
     steps: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def check_model(case: Case, report: CaseReport) -> None:
             what = name.removeprefix(f"{given}.")
             if what.startswith("grad."):
                 ours = gradient(parameters[our_name(what.removeprefix("grad."))])
-                if what == "grad.net.pos_embed":  # nothing reads the position of the class token
+                if what == "grad.net.pos_embed":  # the position of the class token is unused
                     ours = F.pad(ours, (0, 0, 1, 0))
             else:
                 ours = {**steps, **levels}[what]
@@ -109,7 +109,7 @@ def check_model(case: Case, report: CaseReport) -> None:
 
 
 def probe_loss(case: Case, given: str, levels: dict[str, Tensor]) -> Tensor:
-    """Sum over the levels (B, C, H, W) of the mean of level * channel * row * column, vectors of the case."""
+    """Sum over the levels (B, C, H, W) of the mean of level * channel * row * column; the vectors are the case's."""
     parts = []
     for name, level in levels.items():
         channel, row, column = (
@@ -120,7 +120,7 @@ def probe_loss(case: Case, given: str, levels: dict[str, Tensor]) -> Tensor:
 
 
 def check_layer_decay(case: Case, report: CaseReport) -> None:
-    """Factors on the learning rates of a detector's parameters, by their names."""
+    """Learning rate factors of a detector's parameters, by name."""
     factors, cfg = case.scalars["factor"], case.meta["config"]
     detector = nn.Module()
     detector.backbone = nn.Module()

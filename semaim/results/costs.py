@@ -12,11 +12,14 @@ from functools import cache
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 
 from semaim.errors import UserError, nearest
-from semaim.results.running import ROOT, read
-from semaim.results.stages import METHODS, NAMES, VARIANTS, Stage
+from semaim.places import own_config
+from semaim.registry import task_of, variants
+from semaim.results.logs import read_scalars
+from semaim.results.running import read
+from semaim.results.stages import Stage, stage_names
 
 MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
 CLASSES = 1000  #: of ImageNet, where the data is to tell; fewer make a slightly smaller file
@@ -68,7 +71,7 @@ def parse_rates(words: Iterable[str]) -> dict[str, float]:
         if not match:
             raise UserError(f"--rate {word}: write STAGE=N or METHOD/STAGE=N, images per second and GPU")
         method, name, number = match.groups()
-        for part, known in ((method, (*METHODS, *VARIANTS)), (name, NAMES)):
+        for part, known in ((method, variants()), (name, stage_names())):
             if part and part not in known:
                 raise UserError(f"--rate {word}: no {part}: {nearest(part, known)}")
         try:
@@ -85,7 +88,7 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
     """The cost of a stage; its rate as given, else as an earlier run in its folder logged it."""
     from semaim.engine.config import load_config  # takes a second
 
-    cfg = load_config(ROOT / stage.config, stage.options, check=False)
+    cfg = load_config(own_config(stage.config), stage.options, check=False)
     given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
     rate, source = (given, "--rate") if given else measured_rate(stage)
     batch, length = stage.batch or 0, stage.length or 0  # set where a stage trains
@@ -111,8 +114,6 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
     """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
-    from semaim.drawing.pictures import read_scalars  # matplotlib takes a second
-
     try:
         logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
     except UserError:
@@ -138,23 +139,15 @@ def silence() -> Iterator[None]:
 @cache
 def sizes_of(config: str) -> tuple[int, int, int]:
     """Of a config's model, which is built without memory: bytes of all weights, trained numbers, encoder's width."""
-    from semaim.engine import dense
     from semaim.engine.config import load_config
 
-    cfg = load_config(ROOT / config, check=False)
+    cfg = load_config(own_config(config), check=False)
     with silence(), torch.device("meta"):
-        if cfg.default_scope == "mmengine":
-            from semaim.engine import training  # noqa: F401  registers the types of these configs
-
-            init_default_scope("mmengine")  # mmseg has an MAE too
-            if cfg.model.network.get("num_classes", 0) is None:
-                cfg.model.network.num_classes = CLASSES
-            model = MODELS.build(cfg.model)
-            encoder = model.network
-        else:
-            dense.enter(cfg)
-            model = dense.build(cfg.model, MODELS, "model")
-            encoder = model.backbone
+        task_of(cfg).enter(cfg)
+        if cfg.model.get("network", {}).get("num_classes", 0) is None:
+            cfg.model.network.num_classes = CLASSES
+        model = MODELS.build({**cfg.model, "_scope_": cfg.default_scope})
+        encoder = getattr(model, "network", None) or model.backbone
     weights = sum(tensor.numel() * tensor.element_size() for tensor in checkpointed(model).values())
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), encoder.embed_dim
 

@@ -6,36 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from semaim.registry import task_titled, tasks
 from semaim.results import Catalogue
 from semaim.results.difference import Difference, difference
 from semaim.results.runs import HARMLESS, Run, read_runs
 from semaim.results.table import Cell, data_of, make_cells
 
 RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
-#: Measures in the order of the lines: task, start of the metric's name, and words; what is not here is left out.
-MEASURES = (
-    ("k-NN", "top-1", "k-NN"),
-    ("fast linear probe", "top-1", "fast probe"),
-    ("linear probing", "top-1", "linear probing"),
-    ("fine-tuning", "top-1", "fine-tuning"),
-    ("classification", "top-1", "classification"),
-    ("detection", "AP box", "box AP"),
-    ("detection", "AP50 box", "box AP50"),
-    ("detection", "AP mask", "mask AP"),
-    ("detection", "AP50 mask", "mask AP50"),
-    ("segmentation", "mIoU", "mIoU"),
-)
-#: AP at one IoU, beside COCO's mean over ten: name in results.json -> metric.
-SINGLE_IOU = {"coco/bbox_mAP_50": "AP50 box", "coco/segm_mAP_50": "AP50 mask"}
 #: Pictures of a pretraining, of which the first that is there is shown.
 LOOKS = {
     "orders.png": "validation images, in which order it predicts their patches (bright first), and what it predicts",
     "reconstruction.png": "validation images, and what it predicts of them",
-}
-#: What predictions.png shows, by task.
-FOUND = {
-    "detection": "objects of validation images, annotated (left) and found",
-    "segmentation": "classes of validation images, annotated (left) and found",
 }
 
 
@@ -103,7 +84,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
         return None
     encoders = [it for it in dict.fromkeys(it for cells in places.values() for it in cells) if it != random]
     names = [*names_of(encoders), RANDOM]
-    order = sorted(places, key=lambda place: MEASURES.index(measure_of(place.task, place.metric)))
+    order = sorted(places, key=lambda place: measure_of(place.task, place.metric)[0])
     lines = []
     for place in order:
         cells = places[place]
@@ -124,21 +105,30 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
 
 
 def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
-    """The measures of `MEASURES` in a results.json, AP50 included; of k-NN the usual k, or else the smallest."""
+    """The measures of a results.json that have a short name; of k-NN the usual k, or else the smallest."""
     found = read_runs(file, catalogue)
     for run in found[:1]:
-        for name, metric in SINGLE_IOU.items():
-            value = run.raw["metrics"].get(name, -1)
-            if run.task == "detection" and value >= 0:  # COCO's -1: there was nothing to find
-                found.append(replace(run, metric=metric, value=100 * float(value)))
-    found = [run for run in found if measure_of(run.task, run.metric)]
-    first = next((run for run in found if run.task == "k-NN"), None)  # they are by rising k
-    return [run for run in found if run.task != "k-NN" or run is first]
+        task = task_titled(run.task)
+        for name, metric in (task.metrics if task else {}).items():
+            value = run.raw["metrics"].get(name)
+            if metric.short and not metric.tabled and metric.measured(value):
+                found.append(replace(run, metric=metric.label, value=metric.factor * float(value)))
+    first: dict[str, Run] = {}  # of one short name, the first: numbers of neighbours are by rising k
+    for run in found:
+        if measure := measure_of(run.task, run.metric):
+            first.setdefault(measure[1], run)
+    return list(first.values())
 
 
-def measure_of(task: str, metric: str) -> tuple[str, str, str] | None:
-    """The measure of `MEASURES` that a task and metric are, whatever its name tells besides."""
-    return next((it for it in MEASURES if it[:2] == (task, metric.partition(",")[0])), None)
+def measure_of(title: str, label: str) -> tuple[int, str] | None:
+    """Place among all measures, and short name, of a task's metric, whatever its label says besides; None without."""
+    wanted, place = label.partition(",")[0], 0
+    for task in tasks():
+        for metric in task.metrics.values():
+            place += 1
+            if metric.short and (task.title, metric.label.partition(",")[0]) == (title, wanted):
+                return place, metric.short
+    return (place + 1, "classification") if (title, wanted) == ("classification", "top-1") else None
 
 
 def place_of(run: Run, catalogue: Catalogue) -> Place:
@@ -170,8 +160,7 @@ def names_of(encoders: list[tuple]) -> list[str]:
 
 def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
     """The measure's name, and in full; both with data, backbone and config where another line is of the same."""
-    measure = measure_of(place.task, place.metric)
-    name = measure[2] if measure else place.metric
+    name = measure_of(place.task, place.metric)[1]
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
     told = ""
     if sum(other[:2] == place[:2] for other in all_places) > 1:
@@ -274,8 +263,8 @@ def pictures_of(name: str, cells: list[Cell]) -> list[tuple[str, Path]]:
     """Pictures of an encoder's first pretraining, detector and segmentor that have one: words and file."""
     looks = [(words, folder / look) for folder in pretrainings_of(cells) for look, words in LOOKS.items()]
     found = [(f"{name}: {words}", file) for words, file in looks if file.is_file()][:1]
-    for task, words in FOUND.items():
-        folders = [Path(run.folder) for cell in cells for run in cell.runs if run.task == task]
+    for task in (task for task in tasks() if task.shows):
+        folders = [Path(run.folder) for cell in cells for run in cell.runs if run.task == task.title]
         files = [folder / "predictions.png" for folder in folders if (folder / "predictions.png").is_file()]
-        found += [(f"{name}: {words}", file) for file in files[:1]]
+        found += [(f"{name}: {task.shows}", file) for file in files[:1]]
     return found

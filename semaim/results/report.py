@@ -13,11 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageOps
 
 from semaim import __version__
-from semaim.drawing.pictures import read_lines
+from semaim.drawing.curves import Chart, charts_of
 from semaim.errors import UserError
+from semaim.registry import tasks
 from semaim.results import Catalogue, load_published
 from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
-from semaim.results.charts import Chart, charts_of
+from semaim.results.logs import read_lines
 from semaim.results.opening import make_opening
 from semaim.results.runs import read_results, read_runs
 from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table
@@ -26,15 +27,8 @@ MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: file
 WIDEST = 1000  #: pixels of a picture in the report
 MOST = 6  #: pictures of one kind and run, but of orders
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-#: Measured values that stand in the list of runs, where a run has any of them.
-HEADLINES = ("top1", "probe_top1", "knn20_top1", "coco/bbox_mAP", "coco/segm_mAP", "mIoU")
 STAMP = re.compile(r"^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ")  #: at the start of mmengine's log lines
-#: What a config says of its stage, as it is written to the work folder.
-STAGES = (
-    (r"type='Pretraining'", "pretraining"),
-    (r"default_scope = 'mmdet'", "detection"),
-    (r"default_scope = 'mmseg'", "segmentation"),
-)
+TASK = re.compile(r"^task = ['\"](\w+)['\"]$", re.MULTILINE)  #: in a config, as it is written to the work folder
 
 
 @dataclass(frozen=True)
@@ -151,20 +145,27 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
     lines, results = read_lines(folder), folder / "results.json"
     raw = read_results(results) if results.is_file() else {}
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
-    told = [stage for sign, stage in STAGES for text in part.configs.values() if re.search(sign, text)]
-    tasks = [run.task for run in read_runs(results, catalogue)] if raw else []
-    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *tasks, raw.get("stage")) if stage), "")
+    named = [name for text in part.configs.values() for name in TASK.findall(text)]
+    told = [task.title for task in tasks() if task.name in named]
+    measured = [run.task for run in read_runs(results, catalogue)] if raw else []
+    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *measured, raw.get("stage")) if stage), "")
     part.charts = charts_of(lines)
     part.facts = facts_of(lines, logs, raw)
     part.measured = {key: worded(value) for key, value in raw.get("metrics", {}).items()}
-    part.figures = {key: value for key, value in part.measured.items() if key in HEADLINES} or part.measured
+    part.figures = {key: value for key, value in part.measured.items() if is_headline(key)} or part.measured
     part.classes = classes_of(logs)
     part.facts |= {
         key.replace("_", " "): worded(value)
         for key, value in raw.items()
-        if key != "metrics" and value not in (None, {}, "")
+        if key not in ("metrics", "reported") and value not in (None, {}, "")
     }
     return part
+
+
+def is_headline(key: str) -> bool:
+    """Whether a measured value stands in the list of runs, where a run has any such."""
+    found = [task.metrics[key] for task in tasks() if key in task.metrics]
+    return any(metric.short and metric.tabled for metric in found)
 
 
 def worded(value: object) -> str:

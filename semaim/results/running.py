@@ -14,18 +14,18 @@ from mmengine.config import Config
 
 from semaim.engine.launcher import end_with_parent
 from semaim.errors import UserError
+from semaim.places import IN_CHECKOUT, ROOT, here
 
-ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, which holds the tools
 
-
-def here(path: Path) -> str:
-    """A path as one would type it in the current folder."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def python() -> str:
+    """This Python as one would type it here."""
+    return here(Path(sys.executable))
 
 
 def tool(name: str) -> list[str]:
-    """The start of a tool's command line: this Python and tools/NAME."""
-    return [here(Path(sys.executable)), here(ROOT / "tools" / name)]
+    """The start of a tool's command line: this Python and tools/NAME.py, or the installed command NAME."""
+    start = [here(ROOT / "tools" / f"{name}.py")] if IN_CHECKOUT else ["-m", "semaim.cli", name]
+    return [python(), *start]
 
 
 def read(path: Path) -> dict:
@@ -145,7 +145,7 @@ def follow(line: list[str]) -> tuple[int, bool]:
 
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
-    """Options that give a run another length and its schedule the same shape; none where no length is given."""
+    """Options that give a run another length, at whose end it is validated; none where no length is given."""
     if iters is not None:
         unit, length = "max_iters", iters
     elif epochs is not None:
@@ -156,21 +156,7 @@ def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) 
         raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
     if length < 1:
         raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
-    share = length / cfg.train_cfg[unit]
     options: dict[str, object] = {f"train_cfg.{unit}": length}
     if cfg.model.type != "Pretraining":  # which validates nothing
         options["train_cfg.val_interval"] = length
-    if iters is None:
-        return {**options, "param_scheduler.warmup_epochs": round(cfg.param_scheduler.warmup_epochs * share, 4)}
-
-    def place(step: int) -> int:  # at least 2: mmengine's LinearLR of one step never leaves its start
-        return max(2, round(step * share)) if step else 0
-
-    for index, scheduler in enumerate(cfg.param_scheduler):
-        changed: dict[str, Any] = {key: place(scheduler[key]) for key in ("begin", "end", "T_max") if key in scheduler}
-        if "end" in changed:  # mmengine refuses an empty stretch
-            changed["end"] = max(changed["end"], changed.get("begin", 0) + 1)
-        if "milestones" in scheduler:
-            changed["milestones"] = [max(1, round(step * share)) for step in scheduler["milestones"]]
-        options |= {f"param_scheduler.{index}.{key}": value for key, value in changed.items()}
     return options

@@ -2,34 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
-
-#: Reported metrics: name in results.json -> task (None: by its config), name in the table, factor to percent.
-METRICS = {
-    "top1": (None, "top-1", 1),
-    "top5": (None, "top-5", 1),
-    "probe_top1": ("fast linear probe", "top-1", 1),
-    "coco/bbox_mAP": ("detection", "AP box", 100),
-    "coco/segm_mAP": ("detection", "AP mask", 100),
-    "mIoU": ("segmentation", "mIoU", 1),
-    "mAcc": ("segmentation", "mAcc", 1),
-    "aAcc": ("segmentation", "aAcc", 1),
-}
-NEIGHBOURS = re.compile(r"knn([1-9]\d*)_top1")  #: of any number of neighbours
-USUAL = "knn20_top1"  #: where several numbers were tried, the one that was set before looking
-UNTRAINED = ("k-NN", "fast linear probe")  #: tasks without a length of training; nothing is published of them
 
 #: Keys of results.json by what they may hold. All may be missing but `metrics`.
 NUMBERS = (
     *("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed"),
     *("classes", "classes_evaluated"),
 )
-OPTIONS = ("cfg_options", "pretrain_options")
+OPTIONS = ("cfg_options", "pretrain_options", "reported")
 STRINGS = (
     *("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit"),
     *("pretrain_config", "features", "partly_loaded"),
@@ -41,16 +27,6 @@ HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hoo
 #: A shorter run changes several at once; its length stands beside them.
 SCHEDULE = re.compile(r"(train_cfg|param_scheduler)\..*")
 
-#: Words in the name of a checkpoint's file or folder that tell its method, the more special first.
-NAMED_AFTER = (
-    ({"semaim", "clip"}, "SemAIM*"),
-    ({"semaim", "dino"}, "SemAIM, DINO features"),
-    ({"semaim", "ema"}, "SemAIM, EMA features"),
-    ({"semaim"}, "SemAIM"),
-    ({"saim"}, "SAIM"),
-    ({"raster"}, "raster order"),
-    ({"mae"}, "MAE"),
-)
 SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "huge": "ViT-H"}
 
 
@@ -103,7 +79,7 @@ class Run:
     def identified(self) -> bool:
         """Whether the file tells which weights were measured, by more than their path."""
         names = ("method", "pretrain_epochs", "pretrain_images")
-        trained = self.task in UNTRAINED or self.length is not None
+        trained = not trains(self.task) or self.length is not None
         return trained and all(self.raw.get(name) is not None for name in names)
 
 
@@ -126,24 +102,59 @@ def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     raw = read_results(path)
     recipe = catalogue.recipes.get(Path(raw.get("config") or "").name)
     runs = []
-    for name, (task, metric, factor) in reported(raw["metrics"]).items():
-        task = task or raw.get("task") or (recipe.task if recipe else "classification")
-        value = factor * float(raw["metrics"][name])
-        if task == "detection" and value < 0:  # COCO's -1: there was nothing to find
+    for name, (title, metric) in reported(raw["metrics"], raw.get("task"), raw.get("reported")).items():
+        title = title or raw.get("task") or (recipe.task if recipe else "classification")
+        if not metric.measured(raw["metrics"][name]):
             continue
-        follows = recipe if recipe and recipe.task == task else None
-        metric = measured(metric, scales_of(raw)) + (f", {raw['features']}" if raw.get("features", CLS) != CLS else "")
-        runs.append(Run(method_of(raw), backbone_of(raw, recipe), task, metric, value, follows, str(path.parent), raw))
+        value = metric.factor * float(raw["metrics"][name])
+        follows = recipe if recipe and recipe.task == title else None
+        label = measured(metric.label, scales_of(raw))
+        label += f", {raw['features']}" if raw.get("features", CLS) != CLS else ""
+        runs.append(Run(method_of(raw), backbone_of(raw, recipe), title, label, value, follows, str(path.parent), raw))
     return runs
 
 
-def reported(names: Iterable[str]) -> dict[str, tuple[str | None, str, int]]:
-    """Those of the names that the table has, as in `METRICS`; of k-NN the usual k, or all where that is not there."""
+def reported(
+    names: Iterable[str], title: str | None = None, recorded: Mapping | None = None
+) -> dict[str, tuple[str | None, Metric]]:
+    """Those of the names that the table has, with the title of their task; None for a name that several tasks have.
+
+    Args:
+        names: keys of the metrics in results.json.
+        title: of the task that it records; None where it records none.
+        recorded: what it says of its metrics, which counts where that task is not known here.
+    """
     names = list(names)
-    found = {name: int(match[1]) for name in names if (match := NEIGHBOURS.fullmatch(name))}
-    kept = [USUAL] if USUAL in found else sorted(found, key=found.__getitem__)
-    neighbours = {name: ("k-NN", f"top-1, k = {found[name]}", 1) for name in kept}
-    return {name: told for name, told in METRICS.items() if name in names} | neighbours
+    task = task_titled(title)
+    if task:
+        return {name: (title, metric) for name, metric in task.reported(names).items()}
+    if recorded:
+        return {name: (title, metric) for name, metric in metrics_in(recorded).items() if name in names}
+    found: dict[str, tuple[str | None, Metric]] = {}
+    for other in tasks():
+        for name, metric in other().reported(names).items():
+            found[name] = (None if name in found else other.title, metric)
+    return found
+
+
+def metrics_in(recorded: Mapping) -> dict[str, Metric]:
+    """The metrics that a results.json describes itself; `UserError` where they are none."""
+    try:
+        return {name: Metric(**settings) for name, settings in recorded.items()}
+    except TypeError as error:
+        raise UserError(f"results.json is broken: reported: {error}") from None
+
+
+def trains(title: str) -> bool:
+    """Whether a task has a length of training."""
+    task = task_titled(title)
+    return task is None or task.trains
+
+
+def published(title: str) -> bool:
+    """Whether figures of a task are published that ours may be compared with."""
+    task = task_titled(title)
+    return task is None or task.published
 
 
 def scales_of(raw: dict) -> tuple[float, ...] | None:
@@ -187,7 +198,9 @@ def method_of(raw: dict) -> str:
     if not raw.get("checkpoint"):
         return "random weights"
     names = Path(raw["checkpoint"]).parts[-2:]
-    method = next((method for needed, method in NAMED_AFTER if needed <= words_of(*names)), None)
+    named = [item for method in methods().values() for item in method.words.items()]
+    named.sort(key=lambda item: len(item[0]), reverse=True)  # the more special first
+    method = next((method for needed, method in named if needed <= words_of(*names)), None)
     return f"{method} (by its path)" if method else f"unnamed ({'/'.join(names)})"
 
 
@@ -207,7 +220,7 @@ def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
     partly = f"partly loaded: {run.raw['partly_loaded']}" if run.raw.get("partly_loaded") else ""
     remarks = [less, changed, partial(run), partly]
-    if not less and run.task not in UNTRAINED:
+    if not less and published(run.task):
         remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
     return tuple(remark for remark in remarks if remark)
 

@@ -9,12 +9,11 @@ from mmengine.config import Config
 
 from semaim.data.scenes import LEVELS
 from semaim.errors import UserError, nearest
-from semaim.results.running import ROOT, here, in_words, shortened, tool
+from semaim.places import own_config, typed_config
+from semaim.registry import Task, stage_of, tasks, variants
+from semaim.results.running import in_words, python, shortened, tool
 
-NAMES = ("pretrain", "knn", "linear", "finetune", "detection", "segmentation")
-METHODS = ("semaim", "saim", "raster", "mae", "scratch")
-#: What the study of orders and targets has besides; "-ema": the running average's features are the target.
-VARIANTS = ("similarity", "semaim-ema", "similarity-ema", "saim-ema", "raster-ema")
+PRETRAIN = "pretrain"  #: the stage whose checkpoint the others start from
 SCALES = ("quick", "study", "paper")
 
 #: What --length changes of the built-in scenes.
@@ -28,63 +27,6 @@ LENGTHS = {
     "study": {"pretrain": 100, "finetune": 30, "detection": 5000, "segmentation": 5000},
     "paper": {},
 }
-DEFAULT_METHODS = {"quick": ("semaim", "scratch"), "study": METHODS, "paper": METHODS}
-
-#: The config of each stage by scale: of all methods, or by method or its target, "" for those not named.
-CONFIGS: dict[str, dict[str, str | dict[str, str]]] = {
-    "quick": {
-        "pretrain": {
-            "": "semaim/configs/pretrain/semaim_vit_tiny_scenes_easy.py",
-            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_scenes_easy.py",
-            "mae": "semaim/configs/pretrain/mae_vit_tiny_scenes_easy.py",
-        },
-        "knn": "semaim/configs/knn/vit_tiny_scenes_easy.py",
-        "linear": "semaim/configs/linear/vit_tiny_scenes_easy_fast.py",
-        "finetune": "semaim/configs/finetune/vit_tiny_scenes_easy.py",
-        "detection": "mmdet_configs/semaim_mask_rcnn_scenes_easy.py",
-        "segmentation": "mmseg_configs/semaim_upernet_scenes_easy.py",
-    },
-    "study": {
-        "pretrain": {
-            "": "semaim/configs/pretrain/semaim_vit_tiny_cifar10.py",
-            "-ema": "semaim/configs/pretrain/semaim_ema_vit_tiny_cifar10.py",
-            "mae": "semaim/configs/pretrain/mae_vit_tiny_cifar10.py",
-        },
-        "knn": "semaim/configs/knn/vit_tiny_cifar10.py",
-        "linear": "semaim/configs/linear/vit_tiny_cifar10_fast.py",
-        "finetune": "semaim/configs/finetune/vit_tiny_cifar10.py",
-        "detection": "mmdet_configs/semaim_mask_rcnn_cifar10.py",
-        "segmentation": "mmseg_configs/semaim_upernet_cifar10.py",
-    },
-    "paper": {
-        "pretrain": {
-            "": "semaim/configs/pretrain/semaim_vit_base_800e.py",
-            "-ema": "semaim/configs/pretrain/semaim_ema_vit_base_800e.py",
-            "saim": "semaim/configs/pretrain/saim_vit_base_800e.py",
-            "raster": "semaim/configs/pretrain/raster_vit_base_800e.py",
-            "mae": "semaim/configs/pretrain/mae_vit_base_1600e.py",
-        },
-        "knn": "semaim/configs/knn/vit_base.py",
-        "linear": {  # each by its own published protocol
-            "": "semaim/configs/linear/vit_base_90e.py",
-            "mae": "semaim/configs/linear/vit_base_90e_mae.py",
-        },
-        "finetune": "semaim/configs/finetune/vit_base_100e.py",
-        "detection": {
-            "": "mmdet_configs/semaim_mask_rcnn.py",
-            "mae": "mmdet_configs/mae_mask_rcnn.py",
-            "scratch": "mmdet_configs/scratch_mask_rcnn.py",
-        },
-        "segmentation": {
-            "": "mmseg_configs/semaim_upernet.py",
-            "mae": "mmseg_configs/mae_upernet.py",
-            "scratch": "mmseg_configs/scratch_upernet.py",
-        },
-    },
-}
-#: Changes that make a method of SemAIM's config, where it has none of its own.
-ORDERS = {"saim": "stochastic", "raster": "raster", "similarity": "similarity"}
-LOOKING = ("semaim", "similarity")  #: methods whose order has a centre, which the image decides
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  #: endings of images
 #: Changes at a scale.
 OPTIONS = {"quick": {}, "study": {"num_workers": 8}, "paper": {}}
@@ -95,12 +37,12 @@ IMAGENET = (1_281_167, 50_000)
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the road from images to the table.
+    """One command of the pipeline from images to the table.
 
     Args:
-        name: of `NAMES`, or "scenes", which draws the images.
-        method: of `METHODS` or `VARIANTS`; empty for "scenes".
-        config: as a path in the checkout.
+        name: of `stage_names`, or "scenes", which draws the images.
+        method: of `semaim.registry.variants`; empty for "scenes".
+        config: its name, which is its path in a checkout.
         folder: where it writes.
         pretrained: the checkpoint it starts from, "random", or None.
         data_root: folder of its images; None for the config's own.
@@ -111,6 +53,7 @@ class Stage:
         batch: images of an optimizer step; None where it only measures.
         gpus, nodes: that it runs on: of those given, as many as its batch can be split over.
         scenes: folder of the built-in scenes that a pretraining is looked at with; None for its own validation images.
+        task: what it trains or measures; None for "scenes".
     """
 
     name: str
@@ -129,6 +72,7 @@ class Stage:
     gpus: int = 1
     nodes: int = 1
     scenes: Path | None = None
+    task: Task | None = None
 
     @property
     def title(self) -> str:
@@ -162,8 +106,8 @@ class Stage:
             flags = []
             for name, value in self.options.items():
                 flags += [f"--{name.replace('_', '-')}", str(value)]
-            return [*tool("")[:1], "-m", "semaim.data.scenes", str(self.folder), *flags]
-        line = [*tool("train.py" if self.trains else "test.py"), here(ROOT / self.config)]
+            return [python(), "-m", "semaim.data.scenes", str(self.folder), *flags]
+        line = [*tool("train" if self.trains else "test"), typed_config(self.config)]
         line += [str(self.pretrained)] if self.pretrained and not self.trains else []
         line += ["--gpus", str(self.gpus), "--work-dir", str(self.folder)]
         line += ["--pretrained", str(self.pretrained)] if self.pretrained and self.trains else []
@@ -175,25 +119,27 @@ class Stage:
     def drawings(self) -> list[tuple[Path, list[str]]]:
         """What else the report shows: file -> the command line that makes it, once the stage has finished.
 
-        Of a detector and a segmentor, what they find. Of a pretraining, eight validation images in its order or, of
-        MAE, rebuilt; and where the centre falls on built-in scenes, if the order has one.
+        Of a detector and a segmentor, what they find. Of a pretraining, eight validation images as its method is drawn;
+        and where the centre falls on built-in scenes, if the order has one.
         """
-        if self.name in ("detection", "segmentation"):
+        if self.task and self.task.shows:
             file = self.folder / "predictions.png"
-            line = [*tool("visualize.py"), "predictions", str(self.folder / "latest.pth"), "--config", self.config]
+            line = [*tool("visualize"), "predictions", str(self.folder / "latest.pth"), "--config"]
+            line += [typed_config(self.config)]
             line += ["--data-root", str(self.data_root)] if self.data_root else []
             return [(file, [*line, "--most", "8", "--columns", "2", "--out", str(file)])]
-        if self.name != "pretrain":
+        if self.name != PRETRAIN:
             return []
         found = []
+        method, variant = variants()[self.method]
         if images := self.shown():
-            kind, name = ("reconstruction", "reconstruction.png") if self.method == "mae" else ("order", "orders.png")
-            file = self.folder / name
-            line = [*tool("visualize.py"), kind, str(self.result), *map(str, images)]
+            kind = method.picture
+            file = self.folder / {"order": "orders.png"}.get(kind, f"{kind}.png")
+            line = [*tool("visualize"), kind, str(self.result), *map(str, images)]
             found.append((file, [*line, "--across", "--out", str(file)]))
-        if self.scenes and self.method.split("-")[0] in LOOKING:
+        if self.scenes and variant.centre:
             file = self.folder / "centres.json"
-            line = [*tool("")[:1], "-m", "semaim.benchmarks.centres", str(self.result), "--scenes", str(self.scenes)]
+            line = [python(), "-m", "semaim.benchmarks.centres", str(self.result), "--scenes", str(self.scenes)]
             found.append((file, [*line, "--out", str(file)]))
         return found
 
@@ -205,10 +151,29 @@ class Stage:
         return [images[len(images) * place // most] for place in range(most)] if len(images) > most else images
 
 
+def stage_tasks(scale: str) -> dict[str, Task]:
+    """Stage -> its task at a scale, in the order in which stages run."""
+    found = {}
+    for task in tasks():
+        if task.name == PRETRAIN or scale in task.configs:
+            found[stage_of(task)] = task()
+    return found
+
+
+def stage_names() -> list[str]:
+    """All stages but "scenes", whatever the scale."""
+    return list(dict.fromkeys(stage_of(task) for task in tasks() if task.name == PRETRAIN or task.configs))
+
+
+def default_methods(scale: str) -> list[str]:
+    """The methods of a scale, where none are named."""
+    return [name for name, (_, it) in variants().items() if (it.quick if scale == "quick" else it.compared)]
+
+
 def lengths_of(scale: str, given: Mapping[str, int] | None = None) -> dict[str, int]:
     """The lengths of a scale, with those given in place of its own; `UserError` for what has none, and for nonsense."""
-    known = [*NAMES[:1], *NAMES[3:], *(SCENES if scale == "quick" else ())]
-    known += ["linear"] if scale == "paper" else []  # elsewhere it is the fast probe
+    known = [name for name, task in stage_tasks(scale).items() if task.trains]
+    known += SCENES if scale == "quick" else ()
     for name, length in (given or {}).items():
         if name not in known:
             raise UserError(f"--length {name}: no length of scale {scale}: {nearest(name, known)}")
@@ -235,8 +200,8 @@ def plan(
         scale: of `SCALES`.
         work: folder of all runs.
         methods, seeds: which; None for the scale's methods.
-        roots: folders of the images: "images" (class folders), "coco", "ade", and "scenes" at quick scale. None, or
-            missing, is the config's own at paper scale; elsewhere the stages that need it are left out.
+        roots: folders of the images by `Task.source`: "images" (class folders), "coco", "ade"; "scenes" at quick scale.
+            None, or missing, is the config's own at paper scale; elsewhere the stages that need it are left out.
         lengths: in place of some of `LENGTHS`.
         images: training and validation images in the class folders, where they are known.
         gpus, nodes: GPUs of a node, and nodes, at most.
@@ -256,18 +221,19 @@ def plan(
         val = min(drawn["images"] - 1, max(1, round(0.2 * drawn["images"])))  # as semaim.data.scenes splits
         images = (drawn["images"] - val, val)
     images = IMAGENET if scale == "paper" and images is None else images
-    folders = {"detection": roots.get("coco"), "segmentation": roots.get("ade")}
     for seed in dict.fromkeys(seeds):
-        for method in dict.fromkeys(methods or DEFAULT_METHODS[scale]):
+        for method in dict.fromkeys(methods or default_methods(scale)):
             first = None
-            for name in NAMES[1:] if method == "scratch" else NAMES:
-                root, count = folders.get(name, roots.get("images")), images
-                if scenes is not None and name == "pretrain":
+            for name, task in stage_tasks(scale).items():
+                if name == PRETRAIN and not variants()[method][1].pretrains:
+                    continue
+                root, count = roots.get(task.source), images
+                if scale == "quick" and name == PRETRAIN:
                     root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue
-                stage = plan_stage(scale, name, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
-                if name == "pretrain":
+                stage = plan_stage(scale, task, method, seed, work, lengths.get(name), count, gpus, nodes, first, root)
+                if name == PRETRAIN:
                     first = stage = replace(stage, scenes=scenes)
                 stages.append(stage)
     return stages
@@ -275,7 +241,7 @@ def plan(
 
 def plan_stage(
     scale: str,
-    name: str,
+    task: Task,
     method: str,
     seed: int,
     work: Path,
@@ -289,19 +255,19 @@ def plan_stage(
     """One stage of `plan`; None as `length` for the config's own."""
     from semaim.engine.config import load_config  # takes a second
 
-    configs = CONFIGS[scale][name]
-    order, *target = method.split("-")
-    keys = (method, *(f"-{name}" for name in target), "")
-    config = configs if isinstance(configs, str) else next(configs[key] for key in keys if key in configs)
-    cfg = load_config(ROOT / config, check=False)
+    name, variant = stage_of(task), variants()[method][1]
+    config = variant.configs.get(task.name, {}).get(scale) or task.configs.get(scale)
+    if config is None:
+        raise UserError(f"--methods {method}: it has no pretraining at scale {scale}")
+    cfg = load_config(own_config(config), check=False)
     unit, own = length_of(cfg)
     options: dict[str, object] = {}
     if length not in (None, own):
         options |= shortened(cfg, iters=length) if unit == "iterations" else shortened(cfg, epochs=length)
     options |= {} if seed == cfg.seed else {"seed": seed}
     options |= OPTIONS[scale]
-    if name == "pretrain" and order in ORDERS and cfg.model.network.order != ORDERS[order]:
-        options["model.network.order"] = ORDERS[order]
+    if name == PRETRAIN:
+        options |= variant.options.get(scale, {})
     if images and (few := cfg.get("dataset", {}).get("images_per_class")):
         images = (few * len(LEVELS[LEVEL].classes), images[1])
     passing = images and (images[0] if unit == "epochs" else sum(images) if unit is None else None)
@@ -323,6 +289,7 @@ def plan_stage(
         batch=batch,
         gpus=gpus,
         nodes=nodes,
+        task=task,
     )
 
 

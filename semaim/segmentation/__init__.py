@@ -1,4 +1,4 @@
-"""Our part in mmseg: importing this registers the segmentation encoder and the metric in mmseg's registries."""
+"""Extensions of mmseg: importing this package registers the segmentation encoder and the metric."""
 
 from semaim import compat
 
@@ -9,11 +9,11 @@ import mmseg.evaluation  # noqa: E402, F401
 import mmseg.models  # noqa: E402, F401
 from mmseg.registry import METRICS, MODELS  # noqa: E402
 
-from semaim.models.segvit import SegmentationViT  # noqa: E402
+from semaim.segmentation.backbone import SegmentationBackbone  # noqa: E402
 from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 from semaim.segmentation.mmseg_names import foreign_weights  # noqa: E402
 
 __all__ = ["foreign_weights"]
 
 METRICS.register_module(module=CountedIoUMetric)
-MODELS.register_module(module=SegmentationViT)
+MODELS.register_module(name="SegmentationViT", module=SegmentationBackbone)

@@ -1,4 +1,4 @@
-"""The label maps of a run against its config, before it starts: classes, heads, losses and metric have to agree."""
+"""Check the label maps of a run against its config before it starts: classes, heads, losses and metric must agree."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,11 +14,11 @@ TRAIN = "train_dataset"
 
 
 def check_labels(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
-    """What the label maps of these splits hold, and warnings, as lines; `UserError` by the table of docs/labels.md.
+    """Lines about the label maps of these splits, and warnings; `UserError` for the errors of docs/labels.md.
 
     Args:
-        cfg: of the run: its model, metric, and `most_ignored`.
-        sets: mmseg's data sets by the config's key.
+        cfg: config of the run, for its model, metric and `most_ignored`.
+        sets: mmseg's data sets by their keys in the config.
     """
     lines, trained = [], None
     for split, images in sets.items():
@@ -28,13 +28,13 @@ def check_labels(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
         lines += [str(labels), *(f"warning: {kind}: {text}" for kind, text in warnings(labels, trained))]
         trained = labels
     if len({tuple(images.metainfo["classes"]) for images in sets.values()}) > 1:
-        told = f"{' and '.join(sets)} have other classes: give both the same metainfo.classes"
-        refuse(iter([("classes differ", told)]))
+        text = f"{' and '.join(sets)} have other classes: give both the same metainfo.classes"
+        refuse(iter([("classes differ", text)]))
     return lines
 
 
 def refuse(found: Iterator[Found]) -> None:
-    """`UserError` of the first that is found."""
+    """Raise `UserError` for the first finding."""
     for kind, text in found:
         raise UserError(f"{kind}: {text} (docs/labels.md)")
 
@@ -52,7 +52,7 @@ def labels_of(cfg: Config, split: str, images: Dataset) -> Labels:
 
 
 def heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
-    """A segmentor's heads by their place in the config."""
+    """A segmentor's heads with their keys in the config."""
     for key in ("decode_head", "auxiliary_head"):
         found = model.get(key)
         for index, head in enumerate(found if isinstance(found, list | tuple) else [found]):
@@ -65,8 +65,8 @@ def disagreements(cfg: Config, split: str, images: Dataset) -> Iterator[Found]:
     classes = images.metainfo.get("classes")
     if not classes:
         raise UserError(f"{split} names no classes: give metainfo=dict(classes=(...))")
-    asked = (cfg[split].get("metainfo") or {}).get("label_map")
-    if asked is not None and asked != images.metainfo.get("label_map"):
+    requested = (cfg[split].get("metainfo") or {}).get("label_map")
+    if requested is not None and requested != images.metainfo.get("label_map"):
         text = f"{split}.metainfo.label_map is not read, mmseg makes its own from `classes`: change the maps themselves"
         yield "label_map that is not read", f"{text} (tools/convert_labels.py values MAPS OUT OLD=NEW)"
     for step in cfg[split].pipeline:

@@ -1,23 +1,23 @@
-"""mmseg's mIoU, which also says over how many classes it is the mean."""
+"""mmseg's mIoU, with the number of classes that it is the mean of."""
 
 from mmengine.logging import MMLogger
 from mmseg.evaluation import IoUMetric
 
 
 class CountedIoUMetric(IoUMetric):
-    """mmseg's `IoUMetric`, figures and all; `counted` is (classes in the mean, all classes) of the last evaluation.
+    """mmseg's `IoUMetric`, same figures; `counted` is (classes in the mean, all classes) of the last evaluation.
 
-    A class that is neither in the labels nor in a prediction has no IoU, and mmseg leaves it out of the mean: 100 of a
-    single class may be all there is. One that is predicted, but in no label, counts with an IoU of 0.
+    A class that is neither in the labels nor in a prediction has no IoU, and mmseg leaves it out of the mean, so an
+    mIoU of 100 may be that of a single class. A class that is predicted, but in no label, counts with an IoU of 0.
     """
 
-    default_prefix = ""  # none, without mmengine's warning that there is none
+    default_prefix = ""  # no prefix; None would make mmengine warn
     counted: tuple[int, int] | None = None
 
     def compute_metrics(self, results: list[tuple]) -> dict[str, float]:
-        """Areas of every image, of intersections, unions, predictions and labels by class -> mIoU and the others."""
+        """Areas per class of every image (intersections, unions, predictions, labels) -> mIoU and the other figures."""
         metrics = super().compute_metrics(results)
-        if not metrics or self.nan_to_num is not None:  # nothing is measured, or every class counts
+        if not metrics or self.nan_to_num is not None:  # nothing was measured, or every class counts
             return metrics
         united, labelled = (sum(areas).tolist() for areas in list(zip(*results, strict=True))[1::2])
         classes = list(zip(self.dataset_meta["classes"], united, labelled, strict=True))

@@ -1,4 +1,4 @@
-"""Names of mmseg's UperNet on MAE and ours: the backbone's differ, those of necks and heads are mmseg's in both.
+"""Names of weights in mmseg's UperNet with MAE and ours: the backbone's differ, those of necks and heads are the same.
 
 Source: mmseg 1.2.2, configs/mae; files released for 0.x have the same names.
 """
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from semaim.checkpoints.checkpoint import INERT, MMPRETRAIN, rename
+from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.errors import UserError
 from semaim.models.segvit import bias_index
 
 
 def our_name(name: str) -> str | None:
-    """mmseg's name of a segmentor's tensor -> ours; None for one of a backbone that ours has nothing of."""
+    """mmseg's name of a segmentor's tensor -> ours; None for a tensor of a backbone that ours does not have."""
     if not name.startswith("backbone."):
         return name
     renamed = rename(name, MMPRETRAIN)
@@ -27,21 +27,21 @@ def our_name(name: str) -> str | None:
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a whole segmentor under our names.
 
-    Left out are the indices into the bias tables, which are made anew; they have to be those of a square crop.
+    The indices into the bias tables are left out, as they are computed; they have to be those of a square crop.
 
     Raises:
-        ValueError: for a tensor of a backbone that computes something else.
+        ValueError: a tensor belongs to a different backbone.
     """
     renamed = {}
     for name, tensor in state.items():
         if name.endswith(INERT):
-            side = math.isqrt(len(tensor) - 1)  # the class token has a row too
+            side = math.isqrt(len(tensor) - 1)  # the class token has a row, too
             if side * side != len(tensor) - 1 or not torch.equal(tensor, bias_index((side, side), tensor.device)):
-                raise ValueError(f"{name} is not that of square crops: the bias tables stand in another order")
+                raise ValueError(f"{name} is not that of square crops: the bias tables have another order")
         elif ours := our_name(name):
             renamed[ours] = tensor
         else:
-            raise ValueError(f"it is no MAE of mmseg's: nothing of ours computes with {name}")
+            raise ValueError(f"it is not mmseg's MAE: the backbone here does not have {name}")
     return renamed
 
 
@@ -49,12 +49,12 @@ def foreign_weights(content: Any, model: nn.Module, path: str | os.PathLike) -> 
     """The weights of a file with mmseg's names under the names of our segmentor; None for a file with ours.
 
     Args:
-        content: of the file, as `safe_reading.read_file` gives it.
+        content: of the file, from `safe_reading.read_file`.
         model: the segmentor.
-        path: names the file in errors.
+        path: of the file, for error messages.
 
     Raises:
-        UserError: it is of another model, or one of ours with the position table of the pretraining.
+        UserError: the file is of another model, or one of ours with the position table of the pretraining.
     """
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), {})
     try:

@@ -2,6 +2,7 @@
 
 _base_ = "runtime.py"
 
+task = "knn"
 model = dict(
     type="Classification",
     network=dict(type="Classifier", size="base", img_size=224, patch_size=16, num_classes=0, pool="cls", probe=True),

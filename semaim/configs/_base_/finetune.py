@@ -5,6 +5,7 @@ MAE's recipe differs in its warm-up only, of 5 epochs.
 
 _base_ = "runtime.py"
 
+task = "finetune"
 model = dict(
     type="Classification",
     network=dict(
@@ -42,6 +43,6 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(layer_decay=0.65, undecayed=("cls_token", "pos_embed")),
 )
-param_scheduler = dict(type="CosineWithWarmup", warmup_epochs=20, min_lr=1e-6)
+param_scheduler = dict(type="CosineWithWarmup", warmup=20 / 100, min_lr=1e-6)
 train_cfg = dict(type="ResumableLoop", max_epochs=100, val_interval=1)
 default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=5))

@@ -2,6 +2,7 @@
 
 _base_ = "runtime.py"
 
+task = "linear"
 model = dict(
     type="Classification",
     network=dict(
@@ -27,6 +28,6 @@ optim_wrapper = dict(
     constructor="GroupedOptimizer",
     optimizer=dict(type="SGD", momentum=0.9, weight_decay=0.0),
 )
-param_scheduler = dict(type="CosineWithWarmup", warmup_epochs=0, min_lr=0.0)
+param_scheduler = dict(type="CosineWithWarmup", warmup=0.0, min_lr=0.0)
 train_cfg = dict(type="ResumableLoop", max_epochs=90, val_interval=1)
 default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=5))

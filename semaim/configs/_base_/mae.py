@@ -19,5 +19,5 @@ model = dict(
 total_batch_size = 4096
 base_lr = 1.5e-4  # peak 2.4e-3 = 1.5e-4 x 4096 / 256
 optim_wrapper = dict(clip_grad=None)
-param_scheduler = dict(warmup_epochs=40)
+param_scheduler = dict(warmup=40 / 800)
 default_hooks = dict(ema=None, pictures=None)

@@ -2,6 +2,7 @@
 
 _base_ = "runtime.py"
 
+task = "pretrain"
 model = dict(
     type="Pretraining",
     network=dict(
@@ -30,7 +31,7 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", betas=(0.9, 0.95), weight_decay=0.05),
     clip_grad=dict(max_norm=3.0),
 )
-param_scheduler = dict(type="CosineWithWarmup", warmup_epochs=30, min_lr=0.0)
+param_scheduler = dict(type="CosineWithWarmup", warmup=30 / 800, min_lr=0.0)
 train_cfg = dict(type="ResumableLoop", max_epochs=800)
 
 default_hooks = dict(ema=dict(type="UpdateEma"), pictures=dict(type="OrderPictures", interval=20, images=8))

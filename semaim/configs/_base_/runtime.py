@@ -1,20 +1,9 @@
-"""What every stage on images shares: log line, checkpoints, writers, seed."""
+"""What every stage on images shares."""
 
-default_scope = "mmengine"  # our types are in its root registries
+_base_ = "common.py"
+
+default_scope = "semaim"
 compile = False
 num_workers = 8
-seed = 0
-default_hooks = dict(
-    runtime_info=dict(type="LateRuntimeInfo"),
-    timer=dict(type="IterTimerHook"),
-    sampler_seed=None,  # the batch sampler seeds itself
-    logger=dict(type="LoggerHook", interval=20),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="SaveCheckpoints", interval=20, keep=3),
-    progress=dict(type="ProgressBar"),
-)
-log_processor = dict(type="TrainLog", window_size=20)
-visualizer = dict(
-    type="Visualizer",
-    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
-)
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=20))
+log_processor = dict(window_size=20)

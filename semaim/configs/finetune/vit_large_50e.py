@@ -6,5 +6,5 @@ model = dict(network=dict(size="large", drop_path_rate=0.2))
 images_per_gpu = 64
 base_lr = 1e-3  # peak 4e-3 = 1e-3 x 1024 / 256
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.75))
-param_scheduler = dict(warmup_epochs=5)
+param_scheduler = dict(warmup=5 / 50)
 train_cfg = dict(max_epochs=50)

@@ -1,9 +1,9 @@
 """For CIFAR-10 on a CPU: the encoder of semaim_vit_tiny_cifar10, five epochs."""
 
-_base_ = "../_base_/finetune.py"
+_base_ = ["../_base_/finetune.py", "../_base_/small.py"]
 
 model = dict(
-    network=dict(size="tiny", embed_dim=128, depth=4, num_heads=4, img_size=32, patch_size=4, drop_path_rate=0.0),
+    network=dict(_base_._cifar10, drop_path_rate=0.0),
     mixup=0.0,
     cutmix=0.0,
 )
@@ -12,5 +12,5 @@ total_batch_size = 128
 num_workers = 1
 base_lr = 2e-3  # peak 1e-3 = 2e-3 x 128 / 256
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.8))
-param_scheduler = dict(warmup_epochs=0.5)
+param_scheduler = dict(warmup=0.1)
 train_cfg = dict(max_epochs=5)

@@ -1,9 +1,9 @@
 """For the built-in scenes on a CPU: the encoder of semaim_vit_tiny_scenes, ten epochs."""
 
-_base_ = "../_base_/finetune.py"
+_base_ = ["../_base_/finetune.py", "../_base_/small.py"]
 
 model = dict(
-    network=dict(size="tiny", depth=4, img_size=64, patch_size=8, drop_path_rate=0.0),
+    network=dict(_base_._scenes, drop_path_rate=0.0),
     mixup=0.0,
     cutmix=0.0,
 )
@@ -12,6 +12,6 @@ total_batch_size = 64
 num_workers = 1
 base_lr = 4e-3  # peak 1e-3 = 4e-3 x 64 / 256
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.8))
-param_scheduler = dict(warmup_epochs=1)
+param_scheduler = dict(warmup=0.1)
 train_cfg = dict(max_epochs=10)
 default_hooks = dict(logger=dict(interval=5))

@@ -2,5 +2,5 @@
 
 _base_ = "vit_tiny_scenes.py"
 
-model = dict(network=dict(embed_dim=128, num_heads=2))
+model = dict(network=_base_._scenes_easy)
 dataset = dict(root="data/scenes_easy/classes")

@@ -6,4 +6,4 @@ dataset = dict(augment="resized_crop")
 total_batch_size = 16384
 base_lr = 0.1  # peak 6.4 = 0.1 x 16384 / 256
 optim_wrapper = dict(optimizer=dict(type="LARS"))
-param_scheduler = dict(warmup_epochs=10)
+param_scheduler = dict(warmup=10 / 90)

@@ -2,4 +2,5 @@
 
 _base_ = "../_base_/features.py"
 
+task = "fast_probe"
 evaluation = dict(_delete_=True, type="FastProbe")

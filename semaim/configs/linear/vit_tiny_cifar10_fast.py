@@ -2,4 +2,5 @@
 
 _base_ = "../knn/vit_tiny_cifar10.py"
 
+task = "fast_probe"
 evaluation = dict(_delete_=True, type="FastProbe")

@@ -1,8 +1,8 @@
 """For the built-in scenes on a CPU: the encoder of semaim_vit_tiny_scenes."""
 
-_base_ = "../_base_/linear.py"
+_base_ = ["../_base_/linear.py", "../_base_/small.py"]
 
-model = dict(network=dict(size="tiny", depth=4, img_size=64, patch_size=8))
+model = dict(network=_base_._scenes)
 dataset = dict(root="data/scenes/classes", augment="resized_crop", min_scale=0.35, crop_pct=1.0)
 total_batch_size = 64
 num_workers = 1

@@ -2,4 +2,5 @@
 
 _base_ = "../_base_/mae.py"
 
+param_scheduler = dict(warmup=40 / 1600)
 train_cfg = dict(max_epochs=1600)

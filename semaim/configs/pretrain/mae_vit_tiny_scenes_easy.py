@@ -1,24 +1,12 @@
 """The baseline of semaim_vit_tiny_scenes_easy: the same encoder and budget, a decoder of its size."""
 
-_base_ = "../_base_/mae.py"
+_base_ = ["../_base_/mae.py", "../_base_/small.py"]
 
-model = dict(
-    network=dict(
-        size="tiny",
-        embed_dim=128,
-        num_heads=2,
-        depth=4,
-        img_size=64,
-        patch_size=8,
-        decoder_embed_dim=64,
-        decoder_depth=2,
-        decoder_num_heads=2,
-    )
-)
+model = dict(network=dict(_base_._scenes_easy, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2))
 dataset = dict(root="data/scenes_easy/unlabelled")
 total_batch_size = 32
 num_workers = 1
 base_lr = 1.6e-2  # peak 2e-3 = 1.6e-2 x 32 / 256
-param_scheduler = dict(warmup_epochs=0.6)
+param_scheduler = dict(warmup=0.1)
 train_cfg = dict(max_epochs=6)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1))

@@ -4,25 +4,13 @@ The centre of the order is where the class token attends to: with a budget this 
 not yet a guide (docs/study.md).
 """
 
-_base_ = "../_base_/pretrain.py"
+_base_ = ["../_base_/pretrain.py", "../_base_/small.py"]
 
-model = dict(
-    network=dict(
-        size="tiny",
-        embed_dim=128,
-        num_heads=2,
-        depth=4,
-        decoder_depth=2,
-        img_size=64,
-        patch_size=8,
-        similarity="self",
-        target=dict(blur_kernel=0),
-    )
-)
+model = dict(network=dict(_base_._scenes_easy, decoder_depth=2, similarity="self", target=dict(blur_kernel=0)))
 dataset = dict(root="data/scenes_easy/unlabelled")
 total_batch_size = 32
 num_workers = 1
 base_lr = 1.6e-2  # peak 2e-3 = 1.6e-2 x 32 / 256
-param_scheduler = dict(warmup_epochs=0.6)
+param_scheduler = dict(warmup=0.1)
 train_cfg = dict(max_epochs=6)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1), pictures=dict(interval=3))

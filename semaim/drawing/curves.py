@@ -1,14 +1,20 @@
-"""Curves of a run as line charts: the geometry of an SVG that takes the colours of the page it stands in."""
+"""Curves of a run: a picture of its training, and line charts of all of it for a page.
+
+A chart is the geometry of an SVG, which takes the colours of the page it stands in. The logged values are those that
+`semaim.results.logs` reads.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from PIL import Image
+
 WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that its letters stay readable there
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  #: margins
 POINTS = 400  #: more in a line are thinned out
 
-#: Charts of validations: title, and what is drawn, name in the log -> words.
+#: Charts of validations: title, and what is drawn, name in the log -> name shown.
 VALIDATED = (
     ("accuracy, %", {"top1": "top-1", "top5": "top-5"}),
     ("AP", {"coco/bbox_mAP": "box", "coco/segm_mAP": "mask"}),
@@ -16,9 +22,33 @@ VALIDATED = (
 )
 
 
+def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
+    """Loss and learning rate over the iterations: 700 x 400 pixels.
+
+    Args:
+        scalars: by rising `iter`, each with `loss` and `lr`, as `semaim.results.logs.read_scalars` gives them.
+        title: a line above.
+    """
+    from matplotlib.figure import Figure  # takes a second to import, and charts do without
+
+    from semaim.drawing.panels import render
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    iterations = [line["iter"] for line in scalars]
+    axis.plot(iterations, [line["loss"] for line in scalars], color="tab:blue")
+    axis.set(xlabel="iteration", title=title)
+    axis.set_ylabel("loss", color="tab:blue")
+    axis.grid(alpha=0.3)
+    right = axis.twinx()
+    right.plot(iterations, [line["lr"] for line in scalars], color="tab:orange", linewidth=1)
+    right.set_ylabel("learning rate", color="tab:orange")
+    return render(figure)
+
+
 @dataclass(frozen=True)
 class Line:
-    """One line: its words with the last value, and points "x,y x,y ..." of the drawing."""
+    """One line: its name with the last value, and points "x,y x,y ..." of the drawing."""
 
     name: str
     points: str
@@ -27,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of `WIDTH` x `HEIGHT`: ticks are (place, words)."""
+    """A drawing of `WIDTH` x `HEIGHT`: ticks are (place, text)."""
 
     title: str
     below: str
@@ -80,7 +110,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def charts_of(lines: Sequence[dict]) -> list[Chart]:
-    """Loss, learning rate and validations from the lines of `semaim.drawing.pictures.read_lines`."""
+    """Loss, learning rate and validations from the lines of `semaim.results.logs.read_lines`."""
     training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
     charts = [
         make_chart(title, "iteration", {name: numbers(training, "iter", key)})
@@ -88,7 +118,7 @@ def charts_of(lines: Sequence[dict]) -> list[Chart]:
     ]
     validations = [line for line in lines if "validation" in line]
     for title, names in VALIDATED:
-        curves = {words: numbers(validations, "step", key) for key, words in names.items()}
+        curves = {shown: numbers(validations, "step", key) for key, shown in names.items()}
         charts.append(make_chart(f"validation: {title}", "epoch", curves))
     return [chart for chart in charts if chart]
 

@@ -1,31 +1,19 @@
-"""What a trained detector or segmentor finds in images, and what it learns from: as pictures and as JSON."""
+"""Objects and classes drawn on images: masks, boxes, labels, class maps, legends, and pictures beside one another."""
 
 import colorsys
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import matplotlib
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from torch import nn
 
-from semaim import checkpoints
-from semaim.data.folder import load_image
-from semaim.engine.dense import build
-from semaim.errors import UserError
-
-#: COCO's ids of its 80 classes, in the order of their labels: 1 to 90, but for those whose classes were dropped.
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+Pair = tuple[Image.Image, Image.Image, str]  #: two pictures of one size, and a line about them
 
 READABLE = 480  #: pixels of the long side below which a picture is enlarged, as no text would fit on it
 FILL, MAP_FILL = 0.45, 0.6  #: opacity of masks and of class maps, which are read by colour alone
@@ -57,7 +45,7 @@ class Instances(NamedTuple):
         return Instances(*(None if part is None else part[kept] for part in self))
 
 
-# Drawing
+# Colours, names, text
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
@@ -98,6 +86,9 @@ def enlargement(size: tuple[int, int]) -> int:
 
 def _resize(image: Image.Image, scale: float, how=Image.Resampling.BICUBIC) -> Image.Image:
     return image.resize([max(1, round(side * scale)) for side in image.size], how) if scale != 1 else image.copy()
+
+
+# Objects
 
 
 def draw_instances(
@@ -165,6 +156,9 @@ def _write_label(draw, size, box, text: str, label: int, taken: list) -> tuple[i
     return x, y, x + width, y + height
 
 
+# Classes
+
+
 def draw_classes(image: Image.Image, classes: np.ndarray, count: int, scale: float | None = None) -> Image.Image:
     """A copy of an RGB image, coloured by class; of `classes`, (H, W), what is not in 0..count - 1 stays plain."""
     scale = scale or enlargement(image.size)
@@ -189,7 +183,7 @@ def shares_of(classes: np.ndarray, count: int) -> dict[int, float]:
 
 
 def percent(share: float) -> str:
-    """A share in words."""
+    """A share in whole percent."""
     return f"{share:.0%}" if share >= 0.01 else "< 1%"
 
 
@@ -213,111 +207,35 @@ def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[s
     return whole
 
 
-# Predicting
+# Pictures together
 
 
-def class_names(cfg: Config, weights: str) -> list[str]:
-    """Names of the classes: those the checkpoint was trained on, else the config's, else its data set's own."""
-    if told := checkpoints.classes_of(checkpoints.read_file(weights)):
-        return told
-    meta = _dataset_class(cfg, cfg.val_dataset.type)._load_metainfo(cfg.val_dataset.get("metainfo"))
-    return list(meta.get("classes", ()))
+def join_left_to_right(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures from left to right, on white."""
+    whole = Image.new(
+        "RGB", (sum(picture.width for picture in pictures), max(picture.height for picture in pictures)), "white"
+    )
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width
+    return whole
 
 
-def _dataset_class(cfg: Config, name: str) -> type:
-    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
-        if (found := registry.get(name)) is None:
-            raise UserError(f"val_dataset: unknown type {name!r}")
-        return found
-
-
-def category_ids(cfg: Config, names: Sequence[str]) -> tuple[list[int], str]:
-    """The category id of each label, and in words where it is from.
-
-    Ids are those of the config's validation annotations where that file is there and names the classes; else COCO's own
-    (1 to 90) where the classes are COCO's 80; else label + 1.
-    """
-    data = cfg.val_dataset
-    file = Path(data.get("data_root") or "") / (data.get("ann_file") or "")
-    if file.is_file() and file.suffix == ".json":
-        ids = {category["name"]: category["id"] for category in json.loads(file.read_text())["categories"]}
-        if names and all(name in ids for name in names):
-            return [ids[name] for name in names], f"as in {file}"
-    if cfg.default_scope == "mmdet" and tuple(names) == _dataset_class(cfg, "CocoDataset").METAINFO["classes"]:
-        return COCO_IDS, "COCO's, 1 to 90"
-    return list(range(1, len(names) + 1)), "label + 1"
-
-
-def build_pipeline(cfg: Config) -> list[Callable[[dict], dict]]:
-    """The transforms of the config's `test_pipeline`, without what reads annotations."""
-    steps = [step for step in cfg.test_pipeline if not step["type"].endswith("Annotations")]
-    return [build(step, TRANSFORMS, f"test_pipeline, {step['type']}") for step in steps]
-
-
-@torch.no_grad()
-def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
-    """An image as the pipeline read it, turned as its camera says, and the model's data sample of it."""
-    width, height = load_image(path).size  # raises for a truncated file, of which OpenCV reads a part
-    image, data = None, {"img_path": path, "img_id": 0}
-    try:
-        for step in pipeline:
-            data = step(data)
-            if image is None and "img" in data:
-                image = to_picture(data["img"])
-        batch = pseudo_collate([data])
-    except Exception as error:  # OpenCV and the transforms raise many types
-        told = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
-        raise UserError(f"cannot prepare image {path} of {width} x {height} pixels: {told}") from None
-    try:
-        return image, model.test_step(batch)[0]
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"out of GPU memory for image {path}: give --device cpu") from None
-    except (RuntimeError, ValueError, AssertionError) as error:
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"cannot predict image {path} of {width} x {height} pixels: {told}") from None
-
-
-def to_picture(bgr: np.ndarray) -> Image.Image:
-    """Pixels (H, W, 3) as mm's pipelines hold them, blue first, as an image."""
-    return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]).clip(0, 255).astype(np.uint8))
-
-
-def encode(mask: np.ndarray) -> dict:
-    """A mask (H, W) in COCO's compressed run lengths, as JSON takes them."""
-    try:
-        from pycocotools import mask as coco
-    except ImportError:
-        raise UserError("pycocotools is missing: install it with tools/setup.sh --extras all") from None
-    code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
-
-
-def coco_results(path: str, found: Instances, ids: Sequence[int]) -> list[dict]:
-    """Objects of an image as COCO results; `image_id` is its path, as the path's number in a data set is not known."""
-    results = []
-    for i, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
-        results.append(
-            {
-                "image_id": path,
-                "file_name": Path(path).name,
-                "category_id": ids[found.labels[i]] if found.labels[i] < len(ids) else int(found.labels[i]) + 1,
-                "bbox": [round(side, 3) for side in (left, top, right - left, bottom - top)],
-                "score": round(float(found.scores[i]), 6),
-            }
-        )
-        if found.masks is not None:
-            results[-1]["segmentation"] = encode(found.masks[i])
-    return results
-
-
-def class_results(path: str, classes: np.ndarray, ids: Sequence[int]) -> list[dict]:
-    """A class map (H, W) as COCO's results of "stuff": one mask for each class in it."""
-    return [
-        {
-            "image_id": path,
-            "file_name": Path(path).name,
-            "category_id": ids[label],
-            "segmentation": encode(classes == label),
-        }
-        for label in shares_of(classes, len(ids))
-    ]
+def draw_pairs(pairs: Sequence[Pair], heads: tuple[str, str] = ("annotated", "predicted")) -> Image.Image:
+    """Pairs of pictures in rows under two heads, the line of each pair below it."""
+    size = text_size((READABLE, READABLE))
+    font, gap, line = font_of(size), size // 2, 2 * size
+    width = max(left.width for left, _, _ in pairs)
+    heights = [left.height + line for left, _, _ in pairs]
+    whole = Image.new("RGB", (2 * width + 3 * gap, sum(heights) + line + gap), "white")
+    draw, top = ImageDraw.Draw(whole), line + gap // 2
+    for place, head in enumerate(heads):
+        draw.text((gap + place * (width + gap), gap), head, font=font, fill="black")
+    for (left, right, text), height in zip(pairs, heights, strict=True):
+        whole.paste(left, (gap, top))
+        whole.paste(right, (2 * gap + width, top))
+        below = top + left.height + size // 4
+        draw.text((gap, below), shorten(text, font, whole.width - 2 * gap), font=font, fill="black")
+        top += height
+    return whole

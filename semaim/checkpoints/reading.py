@@ -1,0 +1,132 @@
+"""Checkpoints of plain ViTs in every dialect, read without running code: a `Checkpoint` has weights under our names."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from semaim.checkpoints import hub_config, same_network
+from semaim.checkpoints.dialects import RECOGNISED, find_weights, from_mmpretrain
+from semaim.checkpoints.normalisation import Statistics, of_content
+from semaim.checkpoints.safe_reading import read_file
+from semaim.checkpoints.sizes import preset_of, sizes_of
+from semaim.errors import UserError
+
+
+@dataclass
+class Checkpoint:
+    """A ViT's weights under our names, and what else the file holds."""
+
+    path: Path
+    dialect: str
+    state: dict[str, Tensor]  #: encoder, and the head or decoder that stands beside it
+    skipped: list[str]  #: names that were not read: copies, heads of other tasks
+    epoch: int | None = None
+    config: dict | None = None  #: of the training, in a semaim checkpoint
+    classes: list[str] | None = None
+    statistics: Statistics | None = None  #: of the images it was trained on, where the file or one beside it has them
+    unsupported: list[str] = field(default_factory=list)  #: of `skipped`, what the encoder computes with and ours lacks
+    recorded: dict | None = None  #: timm's network as the file or config.json names it: `architecture`, `model_args`
+
+    @property
+    def native(self) -> bool:
+        """Whether this suite trained it: what stands beside its encoder is then its decoder or head."""
+        return bool(self.config)
+
+    @cached_property
+    def recorded_network(self) -> nn.Module | str | None:
+        """timm's network of `recorded`, on the meta device, or why it cannot be built; None where none is recorded."""
+        return self.recorded and same_network.timm_model(self.recorded)
+
+    @property
+    def network(self) -> dict:
+        """The network in the config of a semaim checkpoint, or a detector's or segmentor's backbone; else empty."""
+        model = (self.config or {}).get("model") or {}
+        if backbone := model.get("backbone"):  # its img_size is that of the crops, not of the position table
+            return {**backbone, "img_size": backbone.get("pretrain_img_size")}
+        return model.get("network") or {}
+
+    @property
+    def sizes(self) -> dict:
+        """Sizes of the encoder, as `VisionTransformer` takes them; see `sizes_of`."""
+        recorded = self.recorded_network
+        heads = same_network.heads_of(recorded) if isinstance(recorded, nn.Module) else None
+        return sizes_of(self.state, self.network or (heads and {"size": None, "num_heads": heads}))
+
+    @property
+    def heads_guessed(self) -> bool:
+        """Whether the number of heads is in no config, and there is no published model of these sizes."""
+        recorded = self.recorded_network
+        named = isinstance(recorded, nn.Module) and same_network.heads_of(recorded)
+        return not self.network and not named and preset_of(self.sizes) is None
+
+
+def read(path: str | os.PathLike) -> Checkpoint:
+    """Read a checkpoint of any dialect; `UserError` if it holds no plain ViT encoder."""
+    path = Path(path)
+    return recognise(path, read_file(path), hub_config.beside(path))
+
+
+def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpoint:
+    """The checkpoint that a file's content is.
+
+    Args:
+        path: of the file, for messages.
+        content: as `read_file` gives it.
+        recorded: the config.json beside it, see `hub_config.beside`.
+    """
+    place, weights = find_weights(content)
+    names = [name for name in weights if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", name)]
+    names = [name for name in names if not re.search(r"(^|\.)ema\.", name)]
+    if not names:
+        named = weights or (content if isinstance(content, Mapping) else {})
+        held = ", ".join(list(dict.fromkeys(str(name).split(".")[0] for name in named))[:6]) or "nothing"
+        raise UserError(f"no ViT encoder in {path}: it holds {held}")
+    first = min(names, key=len)
+    prefix = first[: first.rindex("patch_embed")]
+    state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    skipped = [name for name in weights if not name.startswith(prefix)]
+    dialect = next(name for name, is_it in RECOGNISED if is_it(content, place, prefix, state))
+    unsupported = []
+    if "patch_embed.projection.weight" in state:
+        state, skipped = from_mmpretrain(weights, prefix)
+        named = [(name, name[len(prefix) :].partition(".")[0]) for name in skipped if name.startswith(prefix)]
+        unsupported = [name for name, first in named if first != "neck" and not same_network.APART.fullmatch(first)]
+    skipped += [name for name in state if name.startswith("ema.")]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("ema.")}
+    for name, dimensions in (("patch_embed.proj", 4), ("blocks.0.attn.qkv", 2), ("blocks.0.mlp.fc1", 2)):
+        if f"{name}.weight" not in state or state[f"{name}.weight"].ndim != dimensions:
+            raise UserError(f"no plain ViT encoder in {path}: it has patches but no {name} of {dimensions} dimensions")
+    native = content if dialect == "semaim" else {}
+    holders = [holder for holder in (content, content.get("meta")) if isinstance(holder, Mapping)]
+    epoch = next((holder["epoch"] for holder in holders if isinstance(holder.get("epoch"), int)), None)
+    statistics = of_content(content, path)
+    if recorded is None and isinstance(content.get("arch"), str) and timm.is_model(content["arch"]):
+        recorded = {"architecture": content["arch"]}  # of timm's own training
+    return Checkpoint(
+        path,
+        dialect,
+        state,
+        skipped,
+        epoch,
+        native.get("config"),
+        native.get("classes"),
+        statistics,
+        unsupported,
+        recorded,
+    )
+
+
+def classes_of(content: Any) -> list | None:
+    """The class names in a file of ours or of mm; None where it has none."""
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    for holder in (content, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
+        if isinstance(holder, Mapping) and isinstance(holder.get("classes"), list | tuple):
+            return list(holder["classes"])
+    return None

@@ -1,0 +1,155 @@
+"""Speed and memory beside a baseline: tools/benchmark.py pretrain, and more (see --help)."""
+
+import argparse
+from pathlib import Path
+
+from semaim.errors import UserError
+
+#: Sizes that a CPU takes about two minutes for, and those of the targets on a GPU: command -> flag -> value.
+ON_CPU = {
+    "pretrain": {"model": "small", "batch": 16, "img_size": 224},
+    "attention": {"model": "small", "batch": 8, "img_size": 224},
+    "vitdet": {"model": "base", "batch": 1, "img_size": 512},
+    "scaling": {"model": "tiny", "batch": 16, "img_size": 224},
+}
+ON_GPU = {
+    "pretrain": {"model": "base", "batch": 256, "img_size": 224},
+    "attention": {"model": "base", "batch": 256, "img_size": 224},
+    "vitdet": {"model": "base", "batch": 1, "img_size": 1024},
+    "scaling": {"model": "base", "batch": 64, "img_size": 224},
+}
+
+
+def number(least: int):
+    """Type of a flag: a whole number from `least` on."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise UserError(f"{text!r}: give a whole number of {least} or more")
+        return int(text)
+
+    return read
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure ours and a baseline turn by turn, in one run. Both are first checked to give the same"
+        " result; what a machine cannot measure is listed as such. docs/performance.md has measured tables.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    texts = {
+        "pretrain": "the pretraining step against explicit masks: images/s, memory",
+        "attention": "attention alone, fused against scores, mask and softmax in steps",
+        "vitdet": "ViTDet's global block against a bias built for all pairs; Mask R-CNN's step",
+        "loader": "images/s of the loader against Pillow and torchvision's v1 transforms",
+        "scaling": "cost against tokens, images and processes; a plot",
+        "startup": "time until the first step",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=f"Measures {text}.")
+        if name in ON_CPU:
+            command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+            command.add_argument("--model", choices=("tiny", "small", "base", "large"), help=default(name, "model"))
+            command.add_argument("--precision", choices=("bf16", "fp32"), help="of ours on a GPU (default: bf16)")
+            if name != "scaling":
+                command.add_argument("--batch", type=number(1), metavar="N", help=f"images, {default(name, 'batch')}")
+                command.add_argument(
+                    "--img-size", type=number(16), metavar="N", help=f"pixels, {default(name, 'img_size')}"
+                )
+        repeats = 3 if name in ("scaling", "startup") else 5
+        command.add_argument(
+            "--repeats", type=number(1), default=repeats, metavar="N", help="turns that count (default: %(default)s)"
+        )
+        command.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: work_dirs/benchmarks/{name}.json")
+    commands.choices["pretrain"].add_argument("--order", default="semantic", help="default: %(default)s")
+    commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks, not the model's")
+    commands.choices["pretrain"].add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    commands.choices["vitdet"].add_argument(
+        "--mask-rcnn", action="store_true", help="also Mask R-CNN's step on a CPU, where it takes long; needs mmdet"
+    )
+    loader = commands.choices["loader"]
+    loader.add_argument("--data", metavar="DIR", help="images (default: 200 textures of 500 x 375, written for it)")
+    loader.add_argument("--img-size", type=number(16), default=224, metavar="N", help="pixels (default: %(default)s)")
+    loader.add_argument("--batch", type=number(1), default=32, metavar="N", help="images (default: %(default)s)")
+    loader.add_argument("--workers", type=number(0), default=2, metavar="N", help="processes (default: %(default)s)")
+    scaling = commands.choices["scaling"]
+    scaling.add_argument("--depth", type=number(1), default=2, metavar="N", help="blocks (default: %(default)s)")
+    scaling.add_argument(
+        "--sides", type=number(2), nargs="+", default=[8, 16, 32, 64], metavar="N",
+        help="patches along a side; tokens are their squares (default: %(default)s)",
+    )  # fmt: skip
+    scaling.add_argument(
+        "--batches", type=number(1), nargs="+", default=[1, 2, 4, 8, 16], metavar="N",
+        help="images at 14 x 14 patches (default: %(default)s)",
+    )  # fmt: skip
+    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="default: beside the JSON")
+    return parser.parse_args(argv)
+
+
+def default(command: str, flag: str) -> str:
+    """Help on a flag whose default depends on the device."""
+    return f"default: {ON_CPU[command][flag]} on a CPU, {ON_GPU[command][flag]} on a GPU"
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on the device."""
+    import torch
+
+    from semaim.benchmarks.measuring import check_device
+
+    args.device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    on_gpu = args.device == "cuda"
+    args.precision = args.precision or ("bf16" if on_gpu else "fp32")
+    if args.precision == "bf16" and not on_gpu:
+        raise UserError("--precision bf16: a CPU computes in fp32")
+    for name, value in (ON_GPU if on_gpu else ON_CPU)[args.command].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def measure(args: argparse.Namespace) -> tuple[list, dict]:
+    """The rows of a command, and what else goes into the JSON."""
+    if args.command == "loader":
+        from semaim.benchmarks.loading import loader
+
+        return loader(args.data, args.img_size, args.batch, args.workers, args.repeats), {}
+    if args.command == "startup":
+        from semaim.benchmarks.startup import startup
+
+        return startup(args.repeats), {}
+    complete(args)
+    if args.command == "vitdet":
+        from semaim.benchmarks.detection import mask_rcnn, vitdet
+
+        given = args.model, args.img_size, args.batch, args.device, args.precision, args.repeats
+        return vitdet(*given) + mask_rcnn(*given, anyway=args.mask_rcnn), {}
+    from semaim.benchmarks.pretraining import Setting, attention, pretrain
+
+    more = {"order": args.order, "depth": args.depth, "compile": args.compile} if args.command == "pretrain" else {}
+    setting = Setting(args.model, args.batch, args.img_size, device=args.device, precision=args.precision, **more)
+    if args.command == "pretrain":
+        return pretrain(setting, args.repeats), {}
+    if args.command == "attention":
+        return attention(setting, args.repeats), {}
+    from semaim.benchmarks.scaling import processes, scaling
+
+    setting = Setting(args.model, device=args.device, precision=args.precision, depth=args.depth)
+    plot = args.plot or args.out.with_suffix(".png")
+    rows, times = scaling(setting, tuple(args.sides), tuple(args.batches), args.repeats, plot)
+    alone = Setting("small" if args.model == "base" else args.model, batch=args.batch, depth=args.depth)
+    return rows + processes(alone), {"seconds": times}
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    args = parse_args(argv, prog)
+    args.out = args.out or Path("work_dirs/benchmarks") / f"{args.command}.json"
+    if args.out.suffix != ".json":
+        raise UserError(f"--out {args.out}: name a .json file")
+    from semaim.benchmarks import rows as results  # takes a second to import
+
+    rows, more = measure(args)
+    results.show(rows)
+    results.write(args.out, args.command, rows, **more)
+    print(f"wrote {args.out}")
+    return 0

@@ -1,0 +1,38 @@
+"""Our results beside the published: tools/results_table.py work_dirs/ --format md (see --help)."""
+
+import argparse
+from pathlib import Path
+
+from semaim.cli.choices import FORMATS
+from semaim.errors import UserError
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Print what the runs in some work folders measured, beside the published figures of the same tasks."
+        " Runs that differ by their seed alone are averaged. A difference is printed only where the files prove that"
+        " both were measured alike; every other row says why there is none.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="searched for results.json, however deep")
+    parser.add_argument("--format", choices=FORMATS, default="md", help="(%(default)s)")
+    parser.add_argument("--glance", action="store_true", help="Markdown of our own figures, a line an encoder")
+    parser.add_argument("--out", metavar="FILE", help="write there, in place of the terminal")
+    parser.add_argument("--no-published", action="store_true", help="our own figures only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_args(argv, prog)
+    from semaim.results import formats, load_published
+    from semaim.results.table import make_table
+
+    render = formats.glance if args.glance else formats.FORMATS[args.format]
+    text = render(make_table(args.folders, load_published(), not (args.no_published or args.glance)))
+    if not args.out:
+        print(text, end="")
+        return
+    try:
+        Path(args.out).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror}") from None

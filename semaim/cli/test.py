@@ -1,0 +1,57 @@
+"""Measure a checkpoint: tools/test.py CONFIG FILE --data-root DIR (see --help)."""
+
+import argparse
+from pathlib import Path
+
+from semaim.cli.options import ConfigOptions
+from semaim.errors import check_work_dir
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure a checkpoint: a classifier's accuracy, or k-NN or a fast linear probe on features, as the"
+        " config says.",
+        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
+    parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
+    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
+    parser.add_argument(
+        "--allow-partial", action="store_true",
+        help="load what fits of an encoder that is another network; results.json and the table say so",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    args = parse_args(argv, prog)
+    from semaim.engine.config import load_config, set_data_root  # takes seconds, as what follows
+    from semaim.engine.launcher import command
+    from semaim.engine.testing import prepare_test, test
+
+    cfg = load_config(args.config, args.cfg_options)
+    if args.tta:
+        cfg.tta = True
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    weights = args.checkpoint or args.pretrained
+    if args.allow_partial:
+        cfg.allow_partial = True
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+
+    def prepare(processes: int):
+        prepared = prepare_test(cfg, weights)
+        check_work_dir(cfg.work_dir)
+        return prepared
+
+    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.gpus)

@@ -1,0 +1,69 @@
+"""Train a stage: tools/train.py CONFIG --pretrained FILE --data-root DIR (see --help)."""
+
+import argparse
+from pathlib import Path
+
+from semaim.cli.options import ConfigOptions
+from semaim.errors import check_work_dir
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train what the config says: pretraining, fine-tuning, a linear probe, a detector, a segmentor.",
+        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    parser.add_argument("--pretrained", metavar="FILE", help="checkpoint, of any dialect, whose encoder to start from")
+    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="go on, with the run's own settings, from FILE or the work folder's newest",
+    )
+    parser.add_argument(
+        "--override", action="store_true", help="with --resume: what is given here changes what the run had"
+    )
+    parser.add_argument(
+        "--allow-partial", action="store_true",
+        help="load what fits of an encoder that is another network; results.json and the table say so",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    args = make_parser(prog).parse_args(argv)
+    from semaim.engine.config import data_roots, load_config, set_data_root  # takes seconds, as what follows
+    from semaim.engine.launcher import command
+    from semaim.engine.resuming import go_on
+    from semaim.engine.training import prepare_training, train
+    from semaim.reading import read_once
+
+    cfg = load_config(args.config, args.cfg_options)
+    given = dict(args.cfg_options or {})
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+        given |= data_roots(cfg, args.data_root)
+    if args.pretrained:
+        cfg.pretrained = given["pretrained"] = args.pretrained
+    if args.allow_partial:
+        cfg.allow_partial = True
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    with read_once():
+        resume_from, notes = go_on(cfg, given, args.resume, args.override)
+
+        def prepare(processes: int):
+            prepared = prepare_training(cfg, processes, resume_from)
+            check_work_dir(cfg.work_dir)
+            return prepared
+
+        return command(prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus)

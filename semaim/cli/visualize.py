@@ -1,0 +1,131 @@
+"""Look at a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from semaim.cli.options import ConfigOptions
+from semaim.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Pictures of a pretraining checkpoint: command -> what it shows.
+LOOKS = {
+    "order": "similarity map, order and reconstruction of images",
+    "attention": "the class token's attention on the patches, in the last block",
+    "similarity": "similarity of the patches to the class token, which decides the centre, and to the centre",
+    "reconstruction": "what is predicted of the pixels; of MAE also what it sees",
+}
+
+
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Pictures of what a run did.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in LOOKS.items():
+        look = commands.add_parser(name, help=text, description=f"A picture of {text}.")
+        look.add_argument("checkpoint", help="of a pretraining run, such as work_dirs/NAME/latest.pth")
+        look.add_argument("images", nargs="+", help="image files, or folders of them")
+        look.add_argument("--across", action="store_true", help="a column for each image, in place of a row")
+        look.add_argument(
+            "--import", nargs="+", metavar="MODULE", default=[], dest="modules",
+            help="modules that register the checkpoint's method, where it is your own",
+        )  # fmt: skip
+        if name == "order":
+            look.add_argument(
+                "--compare", action="store_true", help="raster, stochastic, similarity and semantic order, side by side"
+            )
+    predictions = commands.add_parser(
+        "predictions",
+        help="objects or classes of validation images, annotated and predicted",
+        description="A picture of what a detector or segmentor finds in images of its validation set, beside what is"
+        " annotated there. For any other image, tools/predict.py.",
+    )
+    predictions.add_argument("checkpoint", help="of a detector or segmentor, such as work_dirs/NAME/latest.pth")
+    predictions.add_argument(
+        "images", nargs="*", help="image files of the validation set, or folders (default: spread over it)"
+    )
+    predictions.add_argument("--config", required=True, help="config file of the training")
+    predictions.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    predictions.add_argument(
+        "--score-thr", type=float, default=0.3, metavar="S", help="least score of an object (default: %(default)s)"
+    )
+    predictions.add_argument(
+        "--columns", type=int, default=1, metavar="N", help="so many images beside each other (default: %(default)s)"
+    )
+    for command in (*(commands.choices[name] for name in LOOKS), predictions):
+        command.add_argument("--most", type=int, default=8, help="show at most so many images (default: %(default)s)")
+        command.add_argument(
+            "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
+        )
+    curve = commands.add_parser("curve", help="loss and learning rate over the iterations")
+    curve.add_argument("work_dir", help="work folder of a run")
+    for command in commands.choices.values():
+        command.add_argument("--out", required=True, metavar="FILE.png", help="where to write the picture")
+    return parser.parse_args(argv)
+
+
+def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
+    """The picture of a pretraining checkpoint."""
+    from semaim.checkpoints.files import read_checkpoint
+    from semaim.data.folder import centre_crops
+    from semaim.drawing import encoder as pictures
+    from semaim.engine.pretraining import model_from_checkpoint
+    from semaim.registry import import_modules
+
+    import_modules(args.modules)
+    draw = {
+        "order": pictures.draw_comparison if args.command == "order" and args.compare else pictures.draw_orders,
+        "attention": pictures.draw_attention,
+        "similarity": pictures.draw_similarity,
+        "reconstruction": pictures.draw_reconstruction,
+    }[args.command]
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = model_from_checkpoint(checkpoint, args.cfg_options)
+    images = centre_crops(paths[: args.most], checkpoint["config"]["model"]["network"].get("img_size", 224))
+    title = f"{Path(args.checkpoint).name}, epoch {checkpoint['epoch']}"
+    return draw(model, images, title, args.across)
+
+
+def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:
+    """The picture of a detector's or segmentor's checkpoint."""
+    from semaim.engine.config import load_config, set_data_root
+    from semaim.engine.dense import is_dense
+    from semaim.engine.predicting import draw_predictions
+
+    if not 0 <= args.score_thr <= 1:
+        raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
+    if args.columns < 1:
+        raise UserError(f"--columns {args.columns}: give 1 or more")
+    cfg = load_config(args.config, args.cfg_options)
+    if args.data_root and is_dense(cfg):
+        set_data_root(cfg, args.data_root)
+    return draw_predictions(cfg, args.checkpoint, paths, args.most, args.score_thr, args.columns)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    args = parse_args(argv, prog)
+    out = Path(args.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
+    if args.command == "curve":
+        from semaim.drawing.curves import draw_curve
+        from semaim.results.logs import read_scalars
+
+        picture = draw_curve(read_scalars(args.work_dir), title=Path(args.work_dir).name)
+    else:
+        if args.most < 1:
+            raise UserError(f"--most {args.most}: give 1 or more")
+        from semaim.data.folder import find_images  # takes seconds
+
+        paths = [path for given in args.images for path in (find_images(given) if Path(given).is_dir() else [given])]
+        picture = (predictions if args.command == "predictions" else look)(args, paths)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out)
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror or error}") from None
+    print(f"wrote {out}")
+    return 0

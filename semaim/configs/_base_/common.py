@@ -1,0 +1,17 @@
+"""What all runs share: hooks, log line, writers, seed."""
+
+seed = 0
+default_hooks = dict(
+    runtime_info=dict(type="LateRuntimeInfo"),
+    timer=dict(type="IterTimerHook"),
+    sampler_seed=None,  # the batch sampler seeds itself
+    logger=dict(type="LoggerHook"),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="SaveCheckpoints", keep=3),
+    progress=dict(type="ProgressBar"),
+)
+log_processor = dict(type="TrainLog")
+visualizer = dict(
+    type="Visualizer",
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
+)

@@ -1,0 +1,7 @@
+"""What every detector's and segmentor's run shares: it counts in iterations."""
+
+_base_ = "common.py"
+
+num_workers = 4
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(by_epoch=False))
+log_processor = dict(window_size=50, by_epoch=False)

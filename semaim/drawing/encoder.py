@@ -1,0 +1,221 @@
+"""Pictures of what a pretraining network does with images: order, attention, similarity, reconstruction.
+
+A `Look` runs a network on images and gives columns; `draw_network` makes a picture of any look. The looks here ask a
+network only for what they show:
+
+* all: `grid_of(size)`, and parameters on one device;
+* order, reconstruction: `network(images, draw)` with a `prediction` (B, L, width), and an `order` (B, L) or a `mask`
+  (B, L) that is 1 where a patch was removed; `target` and `patch_size`;
+* attention: `forward_with_attention(images)`;
+* comparison, similarity: `look(images)` -> tokens and similarity map, or else a `VisionTransformer`.
+
+So a new method is drawn by these looks if its output has such fields; with a picture of its own, it has a look of its
+own, made of `columns`:
+
+    def look_at_mine(network, images, draw, normaliser):
+        seen = normaliser.normalise(images)
+        output = network(seen, draw)
+        rebuilt = predicted_pixels(network, seen, output.prediction, normaliser)
+        return reconstruction_columns(images, output.mask, rebuilt, network.grid_of(images.shape[-2:]))
+
+    draw_network(model, images, look=look_at_mine)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from semaim.drawing.columns import (
+    attention_columns,
+    comparison_columns,
+    order_columns,
+    prediction_columns,
+    reconstruction_columns,
+    similarity_columns,
+)
+from semaim.drawing.panels import Columns, lay_out
+from semaim.errors import UserError
+from semaim.models.ordering import similarity_map
+from semaim.models.vit import VisionTransformer, patchify, unpatchify
+
+SOURCES = {"cls": "the class token", "gap": "the mean patch"}  #: what a network's `similarity` compares patches with
+
+
+class Normaliser(Protocol):
+    """The mean and standard deviation of a model's images."""
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> normalised floats."""
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised (B, 3, H, W) -> floats in [0, 1]."""
+
+
+class Model(Protocol):
+    """A network with its normalisation and precision, as `semaim.engine.pretraining.Pretraining` is."""
+
+    network: nn.Module
+    data_preprocessor: Normaliser
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of its forward pass."""
+
+
+#: (network, images uint8 (B, 3, H, W), draw (B, L) of uniform numbers, normaliser) -> columns, all on one device.
+Look = Callable[[nn.Module, Tensor, Tensor, Normaliser], Columns]
+
+
+def draw_network(model: Model, images: Tensor, title: str = "", across: bool = False, *, look: Look) -> Image.Image:
+    """A picture of what a network does with images, without gradient and the same every time.
+
+    Args:
+        model: its network is in the mode it was when this returns.
+        images: uint8 (B, 3, H, W), on any device.
+        title: a line above the panels.
+        across: a column for each image, in place of a row.
+        look: what to show.
+    """
+    with inference(model) as (network, device):
+        rows, columns = network.grid_of(images.shape[-2:])
+        draw = torch.rand(len(images), rows * columns, generator=torch.Generator().manual_seed(0)).to(device)
+        shown = look(network, images.to(device), draw, model.data_preprocessor)
+    return lay_out(shown, title, across)
+
+
+@contextmanager
+def inference(model: Model) -> Iterator[tuple[nn.Module, torch.device]]:
+    """The model's network in eval mode, without gradient and in the model's precision, and the device it is on."""
+    network = model.network
+    device = next(network.parameters()).device
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad(), model.autocast(device):
+            yield network, device
+    finally:
+        for module in training:
+            module.training = True
+
+
+# Looks
+
+
+def look_at_order(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """Image, similarity map where the order uses one, order, and with pixel targets the reconstruction.
+
+    Every patch is predicted from the true patches before it and given the true patch's mean and variance, as these
+    are normalised away. `UserError` where the network predicts in no order.
+    """
+    seen = normaliser.normalise(images)
+    output = network(seen, draw)
+    if not hasattr(output, "order"):
+        raise UserError(f"{type(network).__name__} predicts in no order: look at its reconstruction")
+    pixels = predicts_pixels(network)
+    rebuilt = predicted_pixels(network, seen, output.prediction, normaliser) if pixels else None
+    grid = network.grid_of(images.shape[-2:])
+    return order_columns(images, output.similarity, output.order, grid, rebuilt)
+
+
+def look_at_comparison(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """The orders `columns.COMPARED` of the same images, the last two by this network's similarity map."""
+    similarity = similarities(network, normaliser.normalise(images))[0]
+    return comparison_columns(images, similarity, network.grid_of(images.shape[-2:]), draw)
+
+
+def look_at_attention(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """The class token's attention on the patches in the encoder's last block, mean over heads."""
+    attention = network.forward_with_attention(normaliser.normalise(images))[1]
+    return attention_columns(images, attention, network.grid_of(images.shape[-2:]))
+
+
+def look_at_similarity(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """Similarity of the patches to the class token, whose highest is the centre of the order, and to the centre."""
+    similarity, centre, to_centre = similarities(network, normaliser.normalise(images))
+    source = getattr(network, "similarity", "cls")
+    compared = f"similarity to\n{SOURCES[source]}" if source in SOURCES else "attention of\nthe class token"
+    grid = network.grid_of(images.shape[-2:])
+    return similarity_columns(images, similarity, to_centre, centre, grid, compared)
+
+
+def look_at_reconstruction(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """The predicted pixels: of the removed patches where the network removes some, else of all, with their order.
+
+    `UserError` where it does not predict pixels.
+    """
+    if not predicts_pixels(network):
+        raise UserError("this run predicts features, not pixels: there is nothing to rebuild")
+    seen, grid = normaliser.normalise(images), network.grid_of(images.shape[-2:])
+    output = network(seen, draw)
+    rebuilt = predicted_pixels(network, seen, output.prediction, normaliser)
+    if hasattr(output, "mask"):
+        return reconstruction_columns(images, output.mask, rebuilt, grid)
+    return prediction_columns(images, rebuilt, getattr(output, "order", None), grid)
+
+
+# Their pictures, (model, images, title, across) as for `draw_network`
+
+draw_orders = partial(draw_network, look=look_at_order)
+draw_comparison = partial(draw_network, look=look_at_comparison)
+draw_attention = partial(draw_network, look=look_at_attention)
+draw_similarity = partial(draw_network, look=look_at_similarity)
+draw_reconstruction = partial(draw_network, look=look_at_reconstruction)
+
+#: By the name of the picture that a method is shown by.
+DRAWN = {"order": draw_orders, "reconstruction": draw_reconstruction}
+
+
+# What looks share
+
+
+def similarities(network: nn.Module, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How alike patches are.
+
+    Args:
+        network: its own `look` decides if it has one, else its class token as a plain encoder.
+        seen: normalised images (B, 3, H, W).
+
+    Returns:
+        similarity: (B, L), to what orders compare patches with.
+        centre: int64 (B,), the patch where that is highest.
+        to_centre: (B, L), cosine similarity to the centre's token.
+    """
+    if hasattr(network, "look"):
+        tokens, similarity = network.look(seen)
+    else:
+        tokens = VisionTransformer.forward(network, seen)  # the network's own forward is its training step
+        similarity = similarity_map(tokens)
+    centre, patches = similarity.argmax(dim=-1), tokens[:, 1:].float()
+    return similarity, centre, F.cosine_similarity(patches[torch.arange(len(seen)), centre, None], patches, dim=-1)
+
+
+def predicts_pixels(network: nn.Module) -> bool:
+    """Whether its target is the pixels of patches, which can be drawn."""
+    return hasattr(getattr(network, "target", None), "norm_pix")
+
+
+def predicted_pixels(network: nn.Module, seen: Tensor, prediction: Tensor, normaliser: Normaliser) -> Tensor:
+    """Predicted patches (B, L, width) of normalised images `seen` as floats in [0, 1] on the CPU (B, 3, H, W)."""
+    return normaliser.denormalise(reconstruct(network, seen, prediction.float())).cpu()
+
+
+def reconstruct(network: nn.Module, images: Tensor, prediction: Tensor) -> Tensor:
+    """Predicted patches as images, given the true mean and variance of each patch where the target normalises them.
+
+    Args:
+        network: has `target.norm_pix`, `patch_size` and `grid_of`.
+        images: the true ones (B, 3, H, W), normalised.
+        prediction: (B, L, width).
+
+    Returns:
+        Normalised images (B, 3, H, W).
+    """
+    if network.target.norm_pix:
+        variance, mean = torch.var_mean(patchify(images, network.patch_size), dim=-1, keepdim=True)
+        prediction = prediction * (variance + 1e-6).sqrt() + mean
+    return unpatchify(prediction, network.patch_size, network.grid_of(images.shape[-2:]))

@@ -1,0 +1,196 @@
+"""The tasks on mmdet's and mmseg's models: how they are prepared, trained and tested."""
+
+from collections.abc import Mapping
+
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
+from mmengine.registry import DATASETS, MODELS
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from semaim import checkpoints
+from semaim.checkpoints.consumers import load_backbone
+from semaim.checkpoints.normalisation import settle
+from semaim.data.folder import EndlessBatches
+from semaim.engine import dense
+from semaim.engine.classes import in_words, left_out
+from semaim.engine.results import record_load, record_origin, write_results
+from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
+from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
+from semaim.engine.training import Prepared, make_runner
+from semaim.errors import UserError
+from semaim.registry import Task
+
+SPLITS = ("train_dataset", "val_dataset")
+
+
+class DenseTask(Task):
+    """Iterations over a data set of mmdet or mmseg, by a model of theirs on our backbone."""
+
+    keys = {
+        "train_dataset": "the data set trained on, as in mmdet and mmseg",
+        "val_dataset": "the data set validated on",
+        "val_evaluator": "the metric",
+        "keep_classes": "of a COCO file's categories those that are detected; the others are left out, and counted",
+        "base_batch_size": "images that base_lr belongs to",
+        "test_pipeline": "how an image is prepared for prediction",
+        "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
+        "tta": "whether it does so without being asked",
+        "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
+    }
+    roots = ("train_dataset.data_root", "val_dataset.data_root")
+    instead = ""
+    averages = True
+
+    def enter(self, cfg: Config) -> None:
+        """Make the types of the config known by their names."""
+        dense.enter(cfg)
+
+    def check_plan(self, cfg: Config, plan: BatchPlan, processes: int) -> None:
+        """`UserError` for a batch that the model cannot train with."""
+
+    def describe_data(self, cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+        """What the labels of these splits hold, for the log; `UserError` where they are no good for this config."""
+        return []
+
+    def data(self, cfg: Config, splits: tuple[str, ...], check: bool = True) -> tuple[tuple[Dataset, ...], list[str]]:
+        """The images of these splits, and lines about their labels; `UserError` for what would spoil a training."""
+        if check:
+            dense.check_classes_of(cfg, splits)
+        sets = dense.build_data(cfg, splits)
+        return sets, self.describe_data(cfg, dict(zip(splits, sets, strict=True))) if is_main_process() else []
+
+    # Training
+
+    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> Prepared:
+        """See `semaim.engine.training.prepare_training`."""
+        self.enter(cfg)
+        plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
+        statistics = settle(cfg, resume_from or cfg.get("pretrained"))
+        if check:
+            self.check_plan(cfg, plan, processes)
+        (train, val), described = self.data(cfg, SPLITS, check)
+        if check:
+            dense.check_fit(cfg, val)
+            EndlessBatches(len(train), plan.images, plan.accumulation, processes)
+            model = dense.build(cfg.model, MODELS, "model")
+            dense.check_positions(model)
+            if getattr(model.backbone, "init_cfg", None):
+                raise UserError(
+                    "model.backbone.init_cfg is for mmdet's and mmseg's own runners: give --pretrained FILE, which is"
+                    " recorded"
+                )
+            if cfg.get("pretrained") and resume_from is None:
+                self.load_encoder(cfg, model, cfg.pretrained)
+        counts = left_out(cfg, *SPLITS)
+        recorded = {"data": cfg.train_dataset.data_root, "iterations": cfg.train_cfg.max_iters, **counts}
+        return Prepared(self, statistics, plan, train, val, [*in_words(counts), *described], recorded)
+
+    def training_loader(self, cfg: Config, run: Prepared) -> DataLoader:
+        """Shuffled batches of this process, epoch after epoch."""
+        images = dense.SeededImages(run.train, cfg.seed)
+        return endless_loader(images, run.plan, cfg.seed, cfg.num_workers, pseudo_collate)
+
+    def model_config(self, cfg: Config) -> dict:
+        """The model as the runner builds it."""
+        return cfg.model
+
+    def schedule(self, cfg: Config, run: Prepared, loader: DataLoader) -> dict:
+        """mmengine's arguments that say how long and at which rates, in iterations."""
+        accumulation = run.plan.accumulation
+        scaled = {key: cfg.train_cfg[key] * accumulation for key in ("max_iters", "val_interval")}
+        schedule = schedule_of(cfg.param_scheduler, run.plan, cfg.train_cfg.max_iters)
+        return {"train_cfg": {**cfg.train_cfg, **scaled}, "param_scheduler": schedule}
+
+    def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
+        """mmengine's arguments of a validation ("val") or test ("test") on `val_dataset`."""
+        # Of several predictions of an image, the pipeline is another than that of the images looked at.
+        images = dense.build(cfg.val_dataset, DATASETS, "val_dataset") if cfg.get("tta") else run.val
+        loader = {
+            "batch_size": 1,
+            "num_workers": cfg.num_workers,
+            "persistent_workers": cfg.num_workers > 0,
+            "worker_init_fn": {"type": prepare_worker},
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "dataset": dense.NamedImages(images),
+        }
+        loop = {"type": "ValLoop" if mode == "val" else "TestLoop"}
+        return {f"{mode}_dataloader": loader, f"{mode}_cfg": loop, f"{mode}_evaluator": dense.evaluator_of(cfg)}
+
+    def describe(self, cfg: Config, run: Prepared, loader: DataLoader, model: nn.Module) -> list[str]:
+        """The run in lines of the log."""
+        steps, images = cfg.train_cfg.max_iters, len(run.train)
+        epochs = steps * run.plan.total / images
+        return [
+            f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} to validate on",
+            f"learning rate: {describe(cfg.param_scheduler, steps)}",
+            f"images normalised with {run.statistics}",
+        ]
+
+    def cautions(self, run: Prepared, model: nn.Module) -> list[str]:
+        """What to warn of."""
+        caution = batch_norm_note(model, run.plan)
+        return [caution] if caution else []
+
+    def load_encoder(self, cfg: Config, model: nn.Module, path: str) -> checkpoints.LoadReport:
+        """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
+        return load_backbone(model.backbone, path, cfg.default_scope, cfg.get("allow_partial", False))
+
+    def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
+        """What the last validation measured, and what else results.json has."""
+        return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop)
+
+    # Testing
+
+    def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
+        """See `semaim.engine.testing.prepare_test`."""
+        self.enter(cfg)
+        statistics = settle(cfg, weights)
+        if check:
+            model = dense.build(cfg.model, MODELS, "model")
+            dense.load_whole(model, weights, lambda line: None, cfg.get("allow_partial", False))
+            if cfg.get("tta"):
+                dense.averaged(Config(cfg.to_dict()))
+        (val,), described = self.data(cfg, SPLITS[1:], check)
+        if check:
+            dense.check_names(weights, val)
+            dense.check_fit(cfg, val)
+        counts = left_out(cfg, *SPLITS[1:])
+        recorded = {"data": cfg.val_dataset.data_root, "stage": "test", **counts}
+        if cfg.get("tta"):
+            recorded |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
+        return Prepared(self, statistics, val=val, lines=[*described, *in_words(counts)], recorded=recorded)
+
+    def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
+        """The config's metric of a trained detector or segmentor on the validation images."""
+        record_origin(cfg, weights, whole=True)
+        if cfg.get("tta"):
+            dense.averaged(cfg)
+        runner = make_runner(cfg, model=cfg.model, **self.validation(cfg, run, "test"))
+        model = runner.model
+        while hasattr(model, "module"):  # of other processes, and of several predictions
+            model = model.module
+        report = dense.load_whole(model, weights, runner.logger.info, cfg.get("allow_partial", False))
+        record_load(report, cfg)
+        for line in (*run.lines, f"images normalised with {run.statistics}"):
+            runner.logger.info(line)
+        metrics = dense.figures(cfg, runner.test())
+        write_results(cfg, metrics, None, len(run.val), weights, **run.recorded, **dense.counted(runner.test_loop))
+        return metrics
+
+
+def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
+    """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
+
+    The model is the one that trains: on a CPU, processes do not exchange what they see.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    synced = all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    seen = plan.images * (plan.processes if synced else 1)
+    if not norms or seen == plan.total:
+        return None
+    return (
+        f"batch normalisation sees {seen} images at a time, not the {plan.total} of a step, so gradients and running"
+        " statistics are not the recipe's: see images_per_gpu and the number of GPUs"
+    )

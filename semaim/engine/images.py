@@ -1,0 +1,201 @@
+"""What the tasks on folders of images share: pretraining, fine-tuning, linear probing."""
+
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import semaim.engine.classification  # noqa: F401  registers what configs name
+import semaim.engine.pretraining  # noqa: F401
+from semaim import checkpoints
+from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
+from semaim.checkpoints.normalisation import settle
+from semaim.data.folder import ResumableBatches
+from semaim.data.labelled import check_classes
+from semaim.engine.network import NetworkModel
+from semaim.engine.results import record_load, record_origin, write_results
+from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
+from semaim.engine.schedule import describe, plan_batch, schedule_of
+from semaim.engine.training import Prepared, make_runner
+from semaim.errors import UserError
+from semaim.registry import MODELS, SCOPE, Task
+
+
+class ImageTask(Task):
+    """Epochs over a folder of images, `cfg.dataset`, by the suite's own models.
+
+    Attributes:
+        labelled: whether the images have classes; then there are validation images, and the model is a classifier.
+    """
+
+    keys = {
+        "dataset": "the images and their augmentation",
+        "compile": "compile the blocks with torch.compile",
+    }
+    instead = ""
+    labelled = True
+
+    def enter(self, cfg: Config) -> None:
+        """Make the types of the config known by their names."""
+        init_default_scope(cfg.default_scope)
+
+    # Training
+
+    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> Prepared:
+        """See `semaim.engine.training.prepare_training`."""
+        self.enter(cfg)
+        model = empty_model(cfg) if check else None
+        plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
+        if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
+            raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
+        statistics = settle(cfg, resume_from or cfg.get("pretrained"))
+        train, val = build_datasets(cfg, self.labelled)
+        if check:
+            ResumableBatches(len(train), plan.images, plan.accumulation, processes)
+            if cfg.get("pretrained") and resume_from is None:
+                if self.labelled:  # its head has as many classes as the data now
+                    model = empty_model(cfg)
+                fit_encoder(cfg, model.network, cfg.pretrained)
+        return Prepared(self, statistics, plan, train, val)
+
+    def training_loader(self, cfg: Config, run: Prepared) -> DataLoader:
+        """Shuffled batches of this process."""
+        return training_loader(run.train, run.plan, cfg.seed, cfg.num_workers)
+
+    def model_config(self, cfg: Config) -> dict:
+        """The model as the runner builds it."""
+        return {**cfg.model, "compile": cfg.compile}
+
+    def schedule(self, cfg: Config, run: Prepared, loader: DataLoader) -> dict:
+        """mmengine's arguments that say how long and at which rates."""
+        steps = cfg.train_cfg.max_epochs * (len(loader) // run.plan.accumulation)
+        return {"train_cfg": cfg.train_cfg, "param_scheduler": schedule_of(cfg.param_scheduler, run.plan, steps)}
+
+    def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
+        """mmengine's arguments of a validation ("val") or test ("test")."""
+        batch = run.plan.images if run.plan else cfg.images_per_gpu
+        return {
+            f"{mode}_dataloader": evaluation_loader(run.val, batch, cfg.num_workers),
+            f"{mode}_cfg": {"type": "ValLoop" if mode == "val" else "TestLoop"},
+            f"{mode}_evaluator": {"type": "ClassAccuracy"},
+        }
+
+    def describe(self, cfg: Config, run: Prepared, loader: DataLoader, model: NetworkModel) -> list[str]:
+        """The run in lines of the log."""
+        epochs, steps = cfg.train_cfg.max_epochs, len(loader) // run.plan.accumulation
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return [
+            f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps;"
+            f" {describe(cfg.param_scheduler, steps * epochs, epochs)}",
+            model.describe(),
+            f"images normalised with {run.statistics}",
+            f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"
+            + (f", {len(run.val):,} to validate on" if run.val is not None else ""),
+        ]
+
+    def cautions(self, run: Prepared, model: nn.Module) -> list[str]:
+        """What to warn of."""
+        return []
+
+    def load_encoder(self, cfg: Config, model: NetworkModel, path: str) -> checkpoints.LoadReport:
+        """The encoder of a checkpoint of any dialect into the model."""
+        return load_pretrained(model.network, path, cfg.get("allow_partial", False))
+
+    def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
+        """What the last validation measured, and what else results.json has."""
+        hub = runner.message_hub
+        return {name: hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}, {
+            "epochs": runner.epoch
+        }
+
+    # Testing
+
+    def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
+        """See `semaim.engine.testing.prepare_test`."""
+        if not self.labelled:
+            raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
+        self.enter(cfg)
+        found = checkpoints.read(weights)
+        head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
+        if head is None:
+            told = f"{weights} has no classifier"
+            raise UserError(f"{told}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
+        statistics = settle(cfg, weights)
+        val = build_validation(cfg)
+        cfg.model.network.num_classes = len(val.classes)
+        if len(head) != len(val.classes):
+            raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(val.classes)}")
+        if found.classes and list(found.classes) != val.classes:
+            other = next(name for name, ours in zip(found.classes, val.classes, strict=True) if name != ours)
+            raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} has not, or in another place")
+        return Prepared(self, statistics, val=val)
+
+    def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
+        """Top-1, top-5 and loss of a fine-tuned or probed checkpoint on the validation images."""
+        record_origin(cfg, weights, whole=True)
+        runner = make_runner(cfg, model=cfg.model, **self.validation(cfg, run, "test"))
+        model = getattr(runner.model, "module", runner.model)
+        report = checkpoints.load(model.network, weights, partial=True)
+        runner.logger.info(str(report))
+        runner.logger.info(f"images normalised with {run.statistics}")
+        if report.missing:
+            raise UserError(
+                f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with"
+                " the config of its training"
+            )
+        if not cfg.get("allow_partial", False):
+            report.refuse()
+        record_load(report, cfg)
+        metrics = runner.test()
+        write_results(cfg, metrics, None, len(run.val), weights, stage="Classification")
+        return metrics
+
+
+def build_datasets(cfg: Config, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
+    """The training images, and for labelled data the validation images; fills in the number of classes."""
+    network = cfg.model.network
+    if not labelled:
+        sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
+        return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
+    train = DATASETS.build({**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"})
+    val = build_validation(cfg)
+    check_classes(train.classes, val.classes, cfg.dataset.root)
+    if network.num_classes is None:
+        network.num_classes = len(train.classes)
+    if network.num_classes not in (0, len(train.classes)):
+        raise UserError(
+            f"{cfg.dataset.root} has {len(train.classes)} classes, the config {network.num_classes}: set --cfg-options"
+            " model.network.num_classes=None to take as many as there are"
+        )
+    return train, val
+
+
+def build_validation(cfg: Config) -> Dataset:
+    """The validation images of labelled data, as they are measured on."""
+    img_size = cfg.model.network.img_size
+    return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
+
+
+def empty_model(cfg: Config) -> NetworkModel:
+    """The config's model on the meta device: its sizes and names are checked without memory."""
+    network = dict(cfg.model.network)
+    if isinstance(network.get("guide"), dict):
+        network["guide"] = "online"  # a teacher's weights wait
+    if "num_classes" in network:
+        network["num_classes"] = network["num_classes"] or 1  # the data will say how many
+    with torch.device("meta"):
+        return MODELS.build({**cfg.model, "network": network, "_scope_": SCOPE})
+
+
+def fit_encoder(cfg: Config, network: nn.Module, path: str) -> checkpoints.LoadReport:
+    """`UserError` where the encoder of a checkpoint does not go into a network, which may be on the meta device."""
+    found = checkpoints.read(path)
+    return checkpoints.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))[0]
+
+
+def load_pretrained(network: nn.Module, path: str | Path, partial: bool = False) -> checkpoints.LoadReport:
+    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoints.load`."""
+    return checkpoints.load(network, path, NEW_IN_CLASSIFIERS, partial)

@@ -1,0 +1,278 @@
+"""A trained detector or segmentor on images: what it finds, as COCO results, and beside what is annotated."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS
+from PIL import Image
+from torch import nn
+
+from semaim import checkpoints
+from semaim.checkpoints.normalisation import settle
+from semaim.data.folder import load_image
+from semaim.drawing.objects import (
+    READABLE,
+    Instances,
+    add_legend,
+    draw_classes,
+    draw_instances,
+    draw_pairs,
+    join_left_to_right,
+    percent,
+    shares_of,
+)
+from semaim.engine.dense import build, build_data, check_dense, enter, load_whole
+from semaim.errors import UserError
+
+#: COCO's ids of its 80 classes, in the order of their labels: 1 to 90, but for those whose classes were dropped.
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+
+# Names and ids of classes
+
+
+def class_names(cfg: Config, weights: str) -> list[str]:
+    """Names of the classes: those the checkpoint was trained on, else the config's, else its data set's own."""
+    if names := checkpoints.classes_of(checkpoints.read_file(weights)):
+        return names
+    name = cfg.val_dataset.type
+    if (kind := _dataset_class(cfg, name)) is None:
+        raise UserError(f"val_dataset: unknown type {name!r}")
+    return list(kind._load_metainfo(cfg.val_dataset.get("metainfo")).get("classes", ()))
+
+
+def _dataset_class(cfg: Config, name: str) -> type | None:
+    """The data set of this name among those of the config's scope; None where it has none."""
+    with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+        return registry.get(name)
+
+
+def category_ids(cfg: Config, names: Sequence[str]) -> tuple[list[int], str]:
+    """The category id of each label, and what they were taken from.
+
+    Ids are those of the config's validation annotations where that file is there and names the classes; else COCO's own
+    (1 to 90) where the classes are COCO's 80; else label + 1.
+    """
+    data = cfg.val_dataset
+    file = Path(data.get("data_root") or "") / (data.get("ann_file") or "")
+    if file.is_file() and file.suffix == ".json":
+        ids = {category["name"]: category["id"] for category in json.loads(file.read_text())["categories"]}
+        if names and all(name in ids for name in names):
+            return [ids[name] for name in names], f"as in {file}"
+    coco = _dataset_class(cfg, "CocoDataset")
+    if coco is not None and tuple(names) == coco.METAINFO["classes"]:
+        return COCO_IDS, "COCO's, 1 to 90"
+    return list(range(1, len(names) + 1)), "label + 1"
+
+
+# Predicting
+
+
+def build_pipeline(cfg: Config) -> list[Callable[[dict], dict]]:
+    """The transforms of the config's `test_pipeline`, without those that read annotations."""
+    return [_transform(step) for step in cfg.test_pipeline if not step["type"].endswith("Annotations")]
+
+
+def _transform(step: dict) -> Callable[[dict], dict]:
+    return build(step, TRANSFORMS, f"test_pipeline, {step['type']}")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
+    """An image as the pipeline read it, turned as its camera says, and the model's data sample of it.
+
+    `UserError` for an image that cannot be read, prepared or predicted.
+    """
+    width, height = load_image(path).size  # raises for a truncated file, of which OpenCV reads a part
+    image, data = None, {"img_path": path, "img_id": 0}
+    try:
+        for step in pipeline:
+            data = step(data)
+            if image is None and "img" in data:
+                image = to_picture(data["img"])
+        batch = pseudo_collate([data])
+    except Exception as error:  # OpenCV and the transforms raise many types
+        reason = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
+        raise UserError(f"cannot prepare image {path} of {width} x {height} pixels: {reason}") from None
+    try:
+        return image, model.test_step(batch)[0]
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"out of GPU memory for image {path}: give --device cpu") from None
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot predict image {path} of {width} x {height} pixels: {reason}") from None
+
+
+def to_picture(bgr: np.ndarray) -> Image.Image:
+    """Pixels (H, W, 3) as mm's pipelines hold them, blue first, as an image."""
+    return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]).clip(0, 255).astype(np.uint8))
+
+
+# COCO results
+
+
+def encode(mask: np.ndarray) -> dict:
+    """A mask (H, W) in COCO's compressed run lengths, as JSON takes them."""
+    try:
+        from pycocotools import mask as coco
+    except ImportError:
+        raise UserError("pycocotools is missing: install it with tools/setup.sh --extras all") from None
+    code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
+
+
+def coco_results(path: str, found: Instances, ids: Sequence[int]) -> list[dict]:
+    """Objects of an image as COCO results; `image_id` is its path, as the path's number in a data set is not known."""
+    results = []
+    for i, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
+        results.append(
+            {
+                "image_id": path,
+                "file_name": Path(path).name,
+                "category_id": ids[found.labels[i]] if found.labels[i] < len(ids) else int(found.labels[i]) + 1,
+                "bbox": [round(side, 3) for side in (left, top, right - left, bottom - top)],
+                "score": round(float(found.scores[i]), 6),
+            }
+        )
+        if found.masks is not None:
+            results[-1]["segmentation"] = encode(found.masks[i])
+    return results
+
+
+def class_results(path: str, classes: np.ndarray, ids: Sequence[int]) -> list[dict]:
+    """A class map (H, W) as COCO's results of "stuff": one mask for each class in it."""
+    return [
+        {
+            "image_id": path,
+            "file_name": Path(path).name,
+            "category_id": ids[label],
+            "segmentation": encode(classes == label),
+        }
+        for label in shares_of(classes, len(ids))
+    ]
+
+
+# Predictions beside annotations
+
+
+class Comparison(NamedTuple):
+    """An image with its annotation and with its prediction, both drawn alike, and a line on how they compare.
+
+    Of classes also the two class maps, each flat; None of objects.
+    """
+
+    annotated: Image.Image
+    predicted: Image.Image
+    summary: str
+    classes: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def compare_objects(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
+    """Annotated and predicted objects; arguments as for `compare`."""
+    annotated, found = annotated_objects(info), Instances.of(sample.pred_instances).above(threshold)
+    scale = READABLE / max(image.size)
+    pictures = [draw_instances(image, objects, names, scale) for objects in (annotated, found)]
+    return Comparison(*pictures, f"{len(annotated.labels)} there, {len(found.labels)} found")
+
+
+def compare_classes(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
+    """Annotated and predicted class maps, which no threshold applies to; arguments as for `compare`."""
+    annotated, found = info["gt_seg_map"], sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
+    known = annotated < len(names)
+    right = f"{percent((annotated == found)[known].mean())} of the pixels right" if known.any() else "unlabelled"
+    scale = READABLE / max(image.size)
+    pictures = [draw_classes(image, classes, len(names), scale) for classes in (annotated, found)]
+    return Comparison(*pictures, right, (annotated.ravel(), found.ravel()))
+
+
+#: What a predicted data sample may hold -> how it is compared; the first that it holds counts.
+COMPARISONS = {"pred_instances": compare_objects, "pred_sem_seg": compare_classes}
+
+
+def compare(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
+    """An image's prediction beside its annotation, as the prediction's kind asks.
+
+    Args:
+        image: RGB, as it was read.
+        info: its entry of the data set after the steps of the pipeline that load.
+        sample: the model's data sample.
+        names: of the classes.
+        threshold: least score of an object.
+    """
+    for field, function in COMPARISONS.items():
+        if field in sample:
+            return function(image, info, sample, names, threshold)
+    raise UserError(f"the model predicts neither {' nor '.join(COMPARISONS)}: its predictions cannot be drawn")
+
+
+def draw_predictions(
+    cfg: Config, weights: str, paths: Sequence[str] = (), most: int = 8, threshold: float = 0.3, columns: int = 1
+) -> Image.Image:
+    """What is annotated and what is predicted side by side, an image a row; of classes also their annotated shares.
+
+    Args:
+        cfg: the detector's or segmentor's config; names the validation set.
+        weights: its checkpoint.
+        paths: images of that set; nothing for `most` spread over it.
+        most: show at most so many.
+        threshold: least score of a found object.
+        columns: pairs beside each other.
+    """
+    check_dense(cfg)
+    enter(cfg)
+    settle(cfg, weights)
+    (images,) = build_data(cfg, ("val_dataset",))
+    chosen = choose_images(images, paths, most)
+    model = build(cfg.model, MODELS, "model")
+    load_whole(model, weights, lambda line: None)
+    model.eval()
+    pipeline, names = build_pipeline(cfg), class_names(cfg, weights)
+    # The annotation is that of the whole image, so of the steps only those that load.
+    loading = [_transform(step) for step in cfg.test_pipeline if step["type"].startswith("Load")]
+    pairs, classes = [], []
+    for index in chosen:
+        info = images.get_data_info(index)
+        path = info["img_path"]
+        image, sample = predict(model, pipeline, path)
+        for step in loading:
+            info = step(info)
+        found = compare(image, info, sample, names, threshold)
+        pairs.append((found.annotated, found.predicted, f"{Path(path).name}: {found.summary}"))
+        classes += [found.classes] if found.classes else []
+    rows = -(-len(pairs) // columns)
+    picture = join_left_to_right([draw_pairs(pairs[first : first + rows]) for first in range(0, len(pairs), rows)])
+    if not classes:
+        return picture
+    annotated, found = (shares_of(np.concatenate(maps), len(names)) for maps in zip(*classes, strict=True))
+    return add_legend(picture, annotated | {label: 0.0 for label in found if label not in annotated}, names)
+
+
+def choose_images(images, paths: Sequence[str], most: int) -> list[int]:
+    """Indices of these paths in a data set, or of images spread over it; `UserError` for a path that is not in it."""
+    if not paths:
+        return np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
+    places = {Path(images.get_data_info(index)["img_path"]).resolve(): index for index in range(len(images))}
+    for path in paths[:most]:
+        if Path(path).resolve() not in places:
+            example = next(iter(places))
+            raise UserError(
+                f"{path} is none of the {len(places)} annotated validation images, such as {example}: for any image,"
+                " tools/predict.py"
+            )
+    return [places[Path(path).resolve()] for path in paths[:most]]
+
+
+def annotated_objects(info: dict) -> Instances:
+    """The annotated objects of an image as mmdet's loading left them, without crowds."""
+    kept = ~np.asarray(info["gt_ignore_flags"], dtype=bool)
+    boxes, labels = info["gt_bboxes"].tensor.numpy().reshape(-1, 4), np.asarray(info["gt_bboxes_labels"])
+    masks = info.get("gt_masks")
+    masks = None if masks is None else masks.to_ndarray().astype(bool)[kept]
+    return Instances(boxes[kept], labels[kept], None, masks)

@@ -1,0 +1,50 @@
+"""Measuring a checkpoint, for every task."""
+
+import torch
+from mmengine.config import Config
+
+import semaim.engine.hooks  # noqa: F401  registers what configs name
+import semaim.engine.optim  # noqa: F401
+from semaim.engine.launcher import join
+from semaim.engine.training import Prepared
+from semaim.errors import UserError
+from semaim.reading import forget
+from semaim.registry import task_named
+
+
+def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepared:
+    """Build the data of a test and check what can be checked; the config is completed in place.
+
+    Args:
+        cfg: of the test.
+        weights: a checkpoint of any dialect, or what else the task measures, such as "random".
+        check: look for everything that would end the test later; else the process that started this one has done so.
+
+    Raises:
+        UserError: something is wrong that would end the test, or give a wrong figure.
+    """
+    task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
+    if cfg.get("tta") and not getattr(task, "averages", False):
+        raise UserError("--tta is for segmentors")
+    if not weights:
+        raise UserError(f"name a checkpoint: tools/test.py CONFIG FILE{task.instead}")
+    return task.prepare_test(cfg, weights, check)
+
+
+def test(cfg: Config, weights: str, prepared: Prepared | None = None) -> dict[str, float]:
+    """Measure a checkpoint as the config says, in this process and, where launched so, in step with its siblings.
+
+    Args:
+        cfg: of the test.
+        weights: as for `prepare_test`.
+        prepared: what that gave for this config, in this process; None to prepare here.
+
+    Returns:
+        Metrics by name, which stand in results.json too.
+    """
+    join()
+    torch.manual_seed(cfg.seed)
+    run = prepared or prepare_test(cfg, weights, check=False)
+    metrics = run.task.measure(cfg, run, weights)
+    forget()
+    return metrics

@@ -1,0 +1,21 @@
+"""Random weights: no pretraining at all, what every method has to beat."""
+
+from semaim.registry import METHODS, Method, Variant
+
+
+@METHODS.register_module(name="random weights")
+class Scratch(Method):
+    """It has no network: the tasks start from, or measure, an encoder as it is initialised."""
+
+    place = 1000
+    variants = {
+        "scratch": Variant(
+            {
+                "detection": {"paper": "mmdet_configs/scratch_mask_rcnn.py"},
+                "segmentation": {"paper": "mmseg_configs/scratch_upernet.py"},
+            },
+            pretrains=False,
+            compared=True,
+            quick=True,
+        )
+    }

@@ -1,0 +1,41 @@
+"""What a run has logged: the scalars in its work folder, as training and validation wrote them."""
+
+import json
+from pathlib import Path
+
+from semaim.errors import UserError
+
+
+def read_lines(work_dir: str | Path) -> list[dict]:
+    """All logged scalars of a run in the order of time, resumed parts in place of what they repeat.
+
+    Lines of training have `iter`; each of validation gets it here, that of the line of training before it, and a
+    `validation` of True. The line that a running training has half written is left out.
+    """
+    kept: list[dict] = []
+    for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+        lines, last = [], 0
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if not isinstance(line, dict):
+                continue
+            trained = "loss" in line and "iter" in line
+            last = line["iter"] if trained else last
+            lines.append(line if trained else {**line, "iter": last, "validation": True})
+        if lines:
+            start = lines[0]["iter"]
+            kept = [line for line in kept if line["iter"] < start or not start]
+        kept += lines
+    return kept
+
+
+def read_scalars(work_dir: str | Path) -> list[dict]:
+    """The logged scalars of a run's training, by rising iteration; `UserError` where nothing was logged."""
+    lines = read_lines(work_dir)
+    if not lines and not list(Path(work_dir).glob("*/vis_data/scalars.json")):
+        raise UserError(f"no logged scalars in {work_dir}: name the work folder of a run")
+    by_iteration = {line["iter"]: line for line in lines if "validation" not in line}
+    return [by_iteration[i] for i in sorted(by_iteration)]

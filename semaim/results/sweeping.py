@@ -1,0 +1,183 @@
+"""Runs of one config with several learning rates and layer decays, one after the other, and their table."""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import shlex
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from semaim.engine.config import load_config
+from semaim.errors import Diverged, UserError, check_work_dir
+from semaim.registry import Metric, task_titled
+from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
+from semaim.results.runs import metrics_in
+
+DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
+
+
+def short(number: float) -> str:
+    """All digits, in few characters: 0.0001 -> 1e-4, 0.65 -> 0.65."""
+    return f"{Decimal(repr(float(number))).normalize():{'f' if number >= 0.01 else 'e'}}"
+
+
+def plan(args: argparse.Namespace) -> dict[str, dict]:
+    """Name of every run -> its record, which `sweep.json` in its folder keeps."""
+    given = args.cfg_options or {}
+    cfg = load_config(args.config, given)
+    if not cfg.get("base_lr") or cfg.model.type == "Pretraining":
+        raise UserError(f"{args.config}: a sweep needs a stage with a base_lr that is validated")
+    decay = (cfg.optim_wrapper.get("paramwise_cfg") or {}).get("layer_decay")
+    if args.layer_decay and decay is None:
+        raise UserError(f"{args.config} has no layer decay ({DECAY}): leave --layer-decay out")
+    for flag, key, values in (("--lr", "base_lr", args.lr), ("--layer-decay", DECAY, args.layer_decay)):
+        if values and key in given:
+            raise UserError(f"{key} is given twice, by {flag} and by --cfg-options")
+        for value in values or ():
+            if not 0 < value < math.inf or key == DECAY and value > 1:
+                raise UserError(f"{flag} {value:g}: give numbers above 0" + ", at most 1" * (key == DECAY))
+    options = given | shortened(cfg, args.iters, args.epochs)
+    paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
+    settings = {
+        **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth moves on
+        "options": in_words(options),
+    }
+    runs = {}
+    for lr, tried in itertools.product(args.lr or [cfg.base_lr], args.layer_decay or [None]):
+        runs[f"lr{short(lr)}" + (f"_ld{short(tried)}" if tried else "")] = {
+            "base_lr": lr,
+            "peak_lr": lr * cfg.total_batch_size / cfg.get("base_batch_size", 256),
+            "layer_decay": tried or decay,
+            "settings": settings,
+        }
+    return runs
+
+
+def check_folder(work: Path, runs: dict[str, dict]) -> None:
+    """`UserError` where runs of other settings have begun in the folder: one table must not hold both."""
+    settings = next(iter(runs.values()))["settings"]
+    for folder in sorted({work / name for name in runs} | {path.parent for path in work.glob("*/sweep.json")}):
+        if not any((folder / name).exists() for name in ("results.json", "latest.pth")):
+            continue
+        had = read(folder / "sweep.json").get("settings")
+        if had is None:
+            raise UserError(f"{folder} holds a run that no sweep started: choose another --work-dir")
+        refuse_changes(folder, had, settings)
+
+
+def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
+    """The command line of a run, as one would type it here."""
+    line = [*tool("train"), args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
+    line += ["--pretrained", args.pretrained] if args.pretrained else []
+    line += ["--data-root", args.data_root] if args.data_root else []
+    line += ["--resume"] if (folder / "latest.pth").exists() else []
+    options = {**record["settings"]["options"], "base_lr": short(record["base_lr"])}
+    if args.layer_decay:
+        options[DECAY] = short(record["layer_decay"])
+    return [*line, "--cfg-options", *(f"{key}={value}" for key, value in options.items())]
+
+
+def sweep(args: argparse.Namespace, work: Path) -> int:
+    """Train what has not finished; the exit status."""
+    runs = plan(args)
+    check_folder(work, runs)
+    check_work_dir(work)
+    for number, (name, record) in enumerate(runs.items(), 1):
+        folder = work / name
+        title = f"run {number} of {len(runs)}, {name}:"
+        if read(folder / "results.json").get("metrics"):
+            print(title, "has finished", flush=True)
+            continue
+        if read(folder / "sweep.json").get("diverged"):
+            print(title, "has diverged", flush=True)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+        line = command(args, folder, record)
+        print(f"{title}\n{shlex.join(line)}", flush=True)
+        code, stopped = follow(line)
+        if stopped:
+            print(f"interrupted in {name}: the same command goes on from there", file=sys.stderr)
+            return 130
+        if code == Diverged.status:
+            (folder / "sweep.json").write_text(json.dumps({**record, "diverged": True}, indent=2) + "\n")
+        elif code:
+            print(f"{name} failed with exit status {code}; what has finished stays", file=sys.stderr)
+            return code
+    return 0
+
+
+def metrics_of(results: dict) -> dict[str, Metric]:
+    """The metrics of a run's task that are shown, the deciding one first."""
+    task = task_titled(results.get("task"))
+    if task:
+        return {name: metric for name, metric in task.metrics.items() if metric.tabled or name == "loss"}
+    return metrics_in(results.get("reported") or {})
+
+
+def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:
+    """The runs in a folder, the best first, and the metrics to show, the deciding one first."""
+    rows, known_metrics = [], {}
+    for path in sorted(work.glob("*/sweep.json")):
+        results = read(path.with_name("results.json"))
+        rows.append({"run": path.parent.name, "metrics": results.get("metrics", {}), **read(path)})
+        known_metrics |= metrics_of(results)
+    known = {name for row in rows for name in row["metrics"]}
+    if not known:
+        raise UserError(f"no run in {work} has measured anything yet")
+    if metric and metric not in known:
+        raise UserError(f"no metric {metric} in the results: known are {', '.join(sorted(known))}")
+    shown = [name for name in known_metrics if name in known] or sorted(known)
+    shown = list(dict.fromkeys([metric or shown[0], *shown]))
+
+    def rank(row: dict) -> tuple:
+        value = row["metrics"].get(shown[0], math.nan)
+        higher = known_metrics[shown[0]].higher_is_better if shown[0] in known_metrics else "loss" not in shown[0]
+        return math.isnan(value), -value if higher else value, row["base_lr"], row["layer_decay"] or 0
+
+    return sorted(rows, key=rank), shown
+
+
+def remarks(rows: list[dict], metric: str) -> list[str]:
+    """Whether the best is at the border of what was tried, and which runs have no figures."""
+    lines, top = [], rows[0]["metrics"][metric]
+    for key in ("base_lr", "layer_decay"):
+        tried = sorted({row[key] for row in rows if row["metrics"]} - {None})
+        best, *equal = {row[key] for row in rows if row["metrics"].get(metric) == top}
+        if len(tried) > 1 and not equal and best in (tried[0], tried[-1]) and (key, best) != ("layer_decay", 1):
+            side, further = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
+            lines.append(f"The best {key}, {short(best)}, is the {side} that was tried: try {further} ones too.")
+    if diverged := [row["run"] for row in rows if row.get("diverged")]:
+        lines.append(f"Diverged: {', '.join(diverged)}.")
+    if missing := [row["run"] for row in rows if not row["metrics"] and not row.get("diverged")]:
+        lines.append(f"Not finished, or nothing was predicted: {', '.join(missing)}.")
+    return lines
+
+
+def tabulate(work: Path, metric: str | None) -> None:
+    """Print the table, and write `sweep.md` and `sweep.csv`."""
+    rows, metrics = collect(work, metric)
+    plain = ("run", "base_lr", "peak_lr", "layer_decay")
+    header = [*plain, *metrics, ""]
+    values = [[*(row[key] for key in plain), *map(row["metrics"].get, metrics), ""] for row in rows]
+    values[0][-1] = "best"
+    text = [["-" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in line] for line in values]
+    notes = remarks(rows, metrics[0])
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *text)]
+    (work / "sweep.md").write_text("\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n")
+    with open(work / "sweep.csv", "w", newline="") as file:
+        csv.writer(file).writerows([[*header[:-1], "best"], *values])
+    if sys.stdout.isatty():
+        table = Table(*header, box=None)
+        for cells in text:
+            table.add_row(*cells, style="bold green" if cells[-1] else "")
+        Console().print(table)
+    else:  # long lines are better than wrapped ones
+        print("\n".join(lines))
+    print("\n".join([*notes, f"written: {work / 'sweep.md'}, {work / 'sweep.csv'}"]))

@@ -1,0 +1,7 @@
+"""One file a task. Importing the package registers all that stand in it."""
+
+import importlib
+import pkgutil
+
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")

@@ -1,0 +1,40 @@
+"""Detection and instance segmentation by mmdet on the ViTDet backbone: COCO, or a data set in its layout."""
+
+from collections.abc import Mapping
+
+from semaim.engine.dense_task import DenseTask
+from semaim.registry import TASKS, Metric
+
+
+def _average_precision(label: str, short: str, tabled: bool = True) -> Metric:
+    return Metric(label, short, factor=100, tabled=tabled, least=0)  # COCO's -1: there was nothing to find
+
+
+@TASKS.register_module()
+class Detection(DenseTask):
+    """Box and mask AP by COCO's metric."""
+
+    name = "detection"
+    title = "detection"
+    place = 5
+    scope = "mmdet"
+    package = "semaim.detection"
+    needs = "mmdet"
+    metrics = {
+        "coco/bbox_mAP": _average_precision("AP box", "box AP"),
+        "coco/bbox_mAP_50": _average_precision("AP50 box", "box AP50", tabled=False),
+        "coco/segm_mAP": _average_precision("AP mask", "mask AP"),
+        "coco/segm_mAP_50": _average_precision("AP50 mask", "mask AP50", tabled=False),
+    }
+    configs = {
+        "quick": "mmdet_configs/semaim_mask_rcnn_scenes_easy.py",
+        "study": "mmdet_configs/semaim_mask_rcnn_cifar10.py",
+        "paper": "mmdet_configs/semaim_mask_rcnn.py",
+    }
+    shows = "objects of validation images, annotated (left) and found"
+    source = "coco"
+    weight = 4
+
+    def matches(self, cfg: Mapping) -> bool:
+        """See `Task.matches`."""
+        return cfg.get("default_scope") == self.scope

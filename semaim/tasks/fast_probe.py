@@ -1,0 +1,61 @@
+"""A linear probe in a minute: on features that are extracted once, without augmentation."""
+
+from collections.abc import Mapping
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.registry import LOOPS
+
+from semaim.engine.evaluation import FeatureTask
+from semaim.engine.features import fast_probe
+from semaim.registry import TASKS, Metric
+
+
+@LOOPS.register_module()
+class FastProbe:
+    """A linear classifier on features that are extracted once, without augmentation: many learning rates side by side.
+
+    The learning rate is chosen on a held-out part of the training images. Not comparable with published linear probes,
+    which augment.
+
+    Args:
+        lrs: learning rates tried; None for the default range.
+        epochs, batch: of the probe's training.
+        held_out: share of the training images on which the learning rate is chosen.
+    """
+
+    def __init__(
+        self, lrs: tuple[float, ...] | None = None, epochs: int = 50, batch: int = 1024, held_out: float = 0.1
+    ):
+        self.options = {"epochs": epochs, "batch": batch, "held_out": held_out} | ({"lrs": tuple(lrs)} if lrs else {})
+
+    def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
+        """(features, labels) of both splits -> metrics; the main process computes, the others get none."""
+        if not is_main_process():
+            return {}
+        found = fast_probe(*train, *val, classes, **self.options, device=device)
+        for lr, accuracy in found.held_out.items():
+            log(f"fast probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
+        log(f"fast probe: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
+        if found.at_border:
+            log("the best learning rate is at the border of those tried: widen evaluation.lrs")
+        return {"probe_top1": found.top1, "probe_top5": found.top5, "probe_lr": found.lr}
+
+
+@TASKS.register_module()
+class FastProbeTask(FeatureTask):
+    """Top-1 at the learning rate that is best on held-out training images."""
+
+    name = "fast_probe"
+    title = "fast linear probe"
+    stage = "linear"
+    place = 2
+    metrics = {"probe_top1": Metric("top-1", "fast probe"), "probe_top5": Metric("top-5", tabled=False)}
+    configs = {
+        "quick": "semaim/configs/linear/vit_tiny_scenes_easy_fast.py",
+        "study": "semaim/configs/linear/vit_tiny_cifar10_fast.py",
+    }
+
+    def matches(self, cfg: Mapping) -> bool:
+        """See `Task.matches`."""
+        return (cfg.get("evaluation") or {}).get("type") == "FastProbe"

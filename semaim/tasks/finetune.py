@@ -1,0 +1,37 @@
+"""Fine-tuning: all layers of the encoder and a new linear head, on labelled images."""
+
+from collections.abc import Mapping
+
+from semaim.engine.images import ImageTask
+from semaim.registry import TASKS, Metric
+
+
+@TASKS.register_module()
+class Finetune(ImageTask):
+    """Top-1 of a classifier on the mean of the patches, or on the class token."""
+
+    name = "finetune"
+    title = "fine-tuning"
+    place = 4
+    metrics = {
+        "top1": Metric("top-1", "fine-tuning"),
+        "top5": Metric("top-5"),
+        "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
+    }
+    configs = {
+        "quick": "semaim/configs/finetune/vit_tiny_scenes_easy.py",
+        "study": "semaim/configs/finetune/vit_tiny_cifar10.py",
+        "paper": "semaim/configs/finetune/vit_base_100e.py",
+    }
+    weight = 2
+
+    def matches(self, cfg: Mapping) -> bool:
+        """See `Task.matches`."""
+        return classifies(cfg) and not cfg["model"]["network"].get("probe")
+
+
+def classifies(cfg: Mapping) -> bool:
+    """Whether a config trains a classifier."""
+    model = cfg.get("model")
+    classifier = isinstance(model, Mapping) and model.get("type") == "Classification" and not cfg.get("evaluation")
+    return classifier and isinstance(model.get("network"), Mapping)

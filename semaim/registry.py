@@ -92,6 +92,7 @@ class Task:
         pretrains: whether its checkpoints are what the other tasks start from.
         published: whether figures of it are published that a run may be compared with.
         configs: scale of tools/reproduce.py -> config; a method may have its own, see `Variant`.
+        chart: title of the chart of its validations; its own and the metrics' unit where it is empty.
         shows: what a picture of its results shows, for the report; empty for none.
         source: which of reproduce's data folders it reads: "images", "coco" or "ade".
         weight: how long a run of it takes beside the others, for which begins first.
@@ -111,6 +112,7 @@ class Task:
     pretrains: ClassVar[bool] = False
     published: ClassVar[bool] = True
     configs: ClassVar[Mapping[str, str]] = {}
+    chart: ClassVar[str] = ""
     shows: ClassVar[str] = ""
     source: ClassVar[str] = "images"
     weight: ClassVar[int] = 1
@@ -133,6 +135,17 @@ def tasks() -> list[type[Task]]:
     """All tasks, in the order in which tables have them."""
     importlib.import_module("semaim.tasks")
     return sorted(TASKS.module_dict.values(), key=lambda task: task.place)
+
+
+def charted() -> dict[str, dict[str, str]]:
+    """Title of a chart -> key of a metric that validations log -> words for its curve; of all tasks that train."""
+    found: dict[str, dict[str, str]] = {}
+    for task in tasks():
+        shown = {key: metric for key, metric in task.metrics.items() if metric.tabled and task.trains}
+        for key, metric in shown.items():
+            title = task.chart or f"{task.title}, {metric.unit}"
+            found.setdefault(title, {})[key] = metric.label.removeprefix(f"{title} ")
+    return found
 
 
 def task_named(name: object, where: str = "task") -> Task:

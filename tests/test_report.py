@@ -16,6 +16,7 @@ from semaim.drawing.curves import BOTTOM, HEIGHT, TOP, charts_of
 from semaim.engine.results import write_results
 from semaim.engine.training import train
 from semaim.errors import UserError
+from semaim.registry import charted
 from semaim.results import load_published
 from semaim.results.logs import read_lines, read_scalars
 from semaim.results.report import find_runs, pictures_of, read_part, write_report
@@ -257,7 +258,7 @@ def test_lines_of_a_resumed_and_running_run(tmp_path):
     ]
     validations = [line for line in read_lines(tmp_path / "run") if "validation" in line]
     assert [(line["iter"], line["mIoU"]) for line in validations] == [(20, 5.0), (40, 7.0)]
-    charts = {chart.title: chart for chart in charts_of(read_lines(tmp_path / "run"))}
+    charts = {chart.title: chart for chart in charts_of(read_lines(tmp_path / "run"), charted())}
     assert list(charts) == ["training loss", "learning rate", "validation: segmentation, %"]
     assert charts["validation: segmentation, %"].lines[0].name == "mIoU 7"
 

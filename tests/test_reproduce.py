@@ -19,21 +19,24 @@ from commands import results, tool
 
 from semaim.data.scenes import LEVELS
 from semaim.engine.config import load_config
-from semaim.engine.results import METHODS as BY_ORDER
-from semaim.engine.results import backbone_of, commit, method_of, origin_of, task_of
+from semaim.engine.results import backbone_of, commit, origin_of, title_of
 from semaim.errors import UserError
+from semaim.methods.semaim import TITLES
+from semaim.registry import task_of, variants
 from semaim.results import pipeline
 from semaim.results.costs import checkpoints_kept, parse_rates, sizes_of, totals
 from semaim.results.running import Children
 from semaim.results.runs import reported
-from semaim.results.stages import CONFIGS, METHODS, NAMES, VARIANTS, lengths_of, plan, split
+from semaim.results.stages import SCALES, lengths_of, plan, split, stage_names
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": ENV, "cwd": ROOT}
 SMALL = ["images=130", "unlabelled=80", "size=32", "pretrain=4", "finetune=2", "detection=2", "segmentation=2"]
 QUICK = ["--scale", "quick", "--length", *SMALL]
-SEMAIM = method_of(load_config(ROOT / CONFIGS["quick"]["pretrain"][""]).model)  #: as results name the quick scale's
+VARIANTS, STAGES = list(variants()), stage_names()
+PRETRAINED = variants()["semaim"][1].configs["pretrain"]["quick"]
+SEMAIM = title_of(load_config(ROOT / PRETRAINED).model)  #: as results name the quick scale's
 
 spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools/reproduce.py")
 reproduce = importlib.util.module_from_spec(spec)
@@ -123,13 +126,13 @@ def whole(tmp_path_factory):
 
 def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     work, printed = whole
-    folders = [work / "semaim/seed0" / name for name in NAMES[1:]] + [work / "scratch/seed0/knn"]
+    folders = [work / "semaim/seed0" / name for name in STAGES[1:]] + [work / "scratch/seed0/knn"]
     files = {str(folder): results(folder) for folder in folders}
     rows = cells(work)
     expected = [
-        (folder, metric, factor * file["metrics"][name])
+        (folder, metric.label, metric.factor * file["metrics"][name])
         for folder, file in files.items()
-        for name, (_, metric, factor) in reported(file["metrics"]).items()
+        for name, (_, metric) in reported(file["metrics"]).items()
         if file["metrics"][name] >= 0
     ]
     assert len(expected) >= 9 and len(rows) == len(expected)
@@ -202,7 +205,7 @@ def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
     work, (first, second) = whole
     lines = commands(first)
     names = [words[words.index("--work-dir") + 1].rsplit("/", 1)[1] for words in lines[1:]]
-    assert lines[0][1:3] == ["-m", "semaim.data.scenes"] and names == list(NAMES)
+    assert lines[0][1:3] == ["-m", "semaim.data.scenes"] and names == STAGES
     for words in lines[2:]:
         assert str(work / "semaim/seed0/pretrain/epoch_4.pth") in words
     assert "val_interval=" not in shlex.join(lines[1]) and "train_cfg.val_interval=2" in lines[4]
@@ -223,7 +226,7 @@ def until(pattern, rows, seen):
 
 def test_cut_by_kills_and_an_interrupt_and_with_two_at_a_time_figures_stay_the_same(whole, tmp_path):
     reference, _ = whole
-    line, two = command(tmp_path, reference / "scenes", *NAMES), ["--jobs", "2"]
+    line, two = command(tmp_path, reference / "scenes", *STAGES), ["--jobs", "2"]
     own, seen = tmp_path / "semaim/seed0", []
     for picture in ("pretrain/centres.json", "detection/predictions.png", "segmentation/predictions.png"):
         (own / picture).parent.mkdir(parents=True)
@@ -339,7 +342,7 @@ def test_the_paper_names_every_command_and_what_it_costs(here):
     assert "NNODES=2" in output  # 16 images are split over 16 GPUs at most
 
 
-@pytest.mark.parametrize("scale", list(CONFIGS))
+@pytest.mark.parametrize("scale", SCALES)
 def test_costs_are_told_by_a_tool_that_has_trained_nothing(scale, tmp_path):
     """In a process of its own: here other tests have imported what a config names."""
     if scale == "quick":
@@ -377,32 +380,32 @@ def test_a_rate_is_taken_from_the_logs_of_an_earlier_run(whole, here):
     assert float(told) * 1e6 == pytest.approx((work / "semaim/seed0/pretrain/epoch_4.pth").stat().st_size, rel=0.01)
 
 
-@pytest.mark.parametrize("scale", list(CONFIGS))
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_config_builds(scale):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     roots = {"images": Path("i"), "coco": Path("c"), "ade": Path("a")}
-    stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots=roots)
-    assert [stage.name for stage in stages if stage.method == "mae"] == list(NAMES)
+    stages = plan(scale, Path("w"), VARIANTS, roots=roots)
+    assert [stage.name for stage in stages if stage.method == "mae"] == STAGES
     widths = {sizes_of(stage.config)[2] for stage in stages if stage.method}
     assert widths == {{"quick": 128, "study": 128, "paper": 768}[scale]}  # one encoder all along
     assert [stage.title for stage in stages if stage.needs is None and stage.name not in ("scenes", "pretrain")] == [
-        f"scratch/seed0/{name}" for name in NAMES[1:]
+        f"scratch/seed0/{name}" for name in STAGES[1:]
     ]
 
 
 def test_methods_differ_by_what_makes_them():
-    for scale in CONFIGS:
-        stages = plan(scale, Path("w"), (*METHODS, *VARIANTS), roots={"images": Path("i")})
+    for scale in SCALES:
+        stages = plan(scale, Path("w"), VARIANTS, roots={"images": Path("i")})
         for stage in stages:
             if stage.name == "pretrain":
                 cfg = load_config(ROOT / stage.config, stage.options)
                 order, *target = stage.method.split("-")
-                named = {"semaim": "SemAIM", "saim": "SAIM", "raster": "raster order", "mae": "MAE"}
+                named = {"semaim": "SemAIM", "saim": "SAIM", "raster": "raster order", "mae": "MAE", "simmim": "SimMIM"}
                 named = named.get(order, f"order {order}") + ", EMA features" * (target == ["ema"])
                 centre = cfg.model.network.get("similarity", "cls")
-                named += f", similarity {centre}" * (centre != "cls" and order != "mae")
-                assert method_of(cfg.model) == named and task_of(cfg) is None
+                named += f", similarity {centre}" * (centre != "cls" and order not in ("mae", "simmim"))
+                assert title_of(cfg.model) == named and task_of(cfg).pretrains
 
 
 def test_seeds_lengths_and_data_reach_the_commands():
@@ -474,7 +477,7 @@ CLIP = {"name": "vit_b_clip_quickgelu_224.openai", "normalisation": "student"}
 @pytest.mark.parametrize(
     ("changed", "method"),
     [
-        *(({"order": order}, method) for order, method in BY_ORDER.items()),
+        *(({"order": order}, method) for order, method in TITLES.items()),
         ({"order": "snake"}, "order snake"),
         ({"guide": "ema", "target": {"type": "FeatureTarget"}}, "SemAIM, EMA features"),
         ({"guide": CLIP, "target": {"type": "FeatureTarget"}}, "SemAIM*"),
@@ -487,7 +490,7 @@ CLIP = {"name": "vit_b_clip_quickgelu_224.openai", "normalisation": "student"}
     ],
 )
 def test_methods_are_told_by_their_config(changed, method):
-    assert method_of({"network": {"type": "SemAIM", **changed}}) == method
+    assert title_of({"network": {"type": "SemAIM", **changed}}) == method
 
 
 def test_backbones_are_told_by_their_sizes():

@@ -244,7 +244,7 @@ def test_methods_are_recorded_or_told_by_paths(tmp_path):
     for place, path in enumerate(paths):
         write(tmp_path / f"{place}", {**WHOLE, "checkpoint": path}, method=None)
     found = {
-        row.cell.runs[0].raw["checkpoint"]: row.cell.runs[0].method for row in cells(tmp_path)["fine-tuning", "top-1"]
+        row.cell.runs[0].record.checkpoint: row.cell.runs[0].method for row in cells(tmp_path)["fine-tuning", "top-1"]
     }
     assert found == paths
     assert all(row.difference is None for row in cells(tmp_path)["fine-tuning", "top-1"])
@@ -475,7 +475,7 @@ def expected_of(row):
     if row.cell:
         files = [json.loads((Path(run.folder) / "results.json").read_text()) for run in row.cell.runs]
         known = reported(files[0]["metrics"])
-        name, factor = next((n, factor) for n, (_, metric, factor) in known.items() if metric == row.section[1])
+        name, factor = next((n, metric.factor) for n, (_, metric) in known.items() if metric.label == row.section[1])
         values = [file["metrics"][name] * factor for file in files]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         words["Ours"] = f"{statistics.mean(values):.2f}{spread} (n = {len(values)})"

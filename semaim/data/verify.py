@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from semaim.data.categories import Categories
 from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.errors import UserError
+from semaim.reading import once
 
 SLACK = 1.0  # pixels that a box or polygon may extend over the image's edge: files round differently
 RLE_SLACK = 2.0  # pixels between the edges of a mask and those of its box
@@ -36,16 +38,21 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
+def read_json(path: StrPath) -> Any:
+    """The content of a JSON file, which nobody may change; `UserError` where it is none."""
+    try:
+        return once(path, lambda it: json.loads(Path(it).read_bytes()), "json")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no readable JSON: {error}") from None
+
+
 def _read_coco(ann: StrPath, images: StrPath) -> dict:
     """The annotation file; `UserError` if it or the folder does not exist, or there is nothing to train on."""
     if not Path(ann).is_file():
         raise UserError(f"no such file: {ann} (COCO's layout: annotations/instances_train2017.json and train2017/)")
     if not Path(images).is_dir():
         raise UserError(f"no such folder: {images} (the images of {ann})")
-    try:
-        document = json.loads(Path(ann).read_bytes())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{ann} is no readable JSON: {error}") from None
+    document = read_json(ann)
     for key in ("images", "annotations", "categories"):
         records = document.get(key) if isinstance(document, dict) else None
         if not isinstance(records, list):

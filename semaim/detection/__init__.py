@@ -10,6 +10,7 @@ import mmdet.models  # noqa: E402, F401
 from mmdet.registry import METRICS, MODELS, TASK_UTILS, TRANSFORMS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
+from semaim.detection import annotations  # noqa: E402
 from semaim.detection.backbone import ViTDetBackbone  # noqa: E402
 from semaim.detection.cascade import ViTDetCascade  # noqa: E402
 from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN, ViTDetRoIHead  # noqa: E402
@@ -22,6 +23,8 @@ from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid  # noqa: E402
 
 __all__ = ["foreign_weights"]
+
+annotations.install()
 
 MODELS.register_module(module=SquarePadding)
 MODELS.register_module(name="ViTDet", module=ViTDetBackbone)

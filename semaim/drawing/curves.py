@@ -14,13 +14,6 @@ WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that its letters stay reada
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  #: margins
 POINTS = 400  #: more in a line are thinned out
 
-#: Charts of validations: title, and what is drawn, name in the log -> name shown.
-VALIDATED = (
-    ("accuracy, %", {"top1": "top-1", "top5": "top-5"}),
-    ("AP", {"coco/bbox_mAP": "box", "coco/segm_mAP": "mask"}),
-    ("segmentation, %", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}),
-)
-
 
 def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
     """Loss and learning rate over the iterations: 700 x 400 pixels.
@@ -109,15 +102,20 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
 
 
-def charts_of(lines: Sequence[dict]) -> list[Chart]:
-    """Loss, learning rate and validations from the lines of `semaim.results.logs.read_lines`."""
+def charts_of(lines: Sequence[dict], validated: Mapping[str, Mapping[str, str]]) -> list[Chart]:
+    """Loss, learning rate and validations.
+
+    Args:
+        lines: of `semaim.results.logs.read_lines`.
+        validated: title of a chart -> name of a figure in the log -> words for its curve.
+    """
     training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
     charts = [
         make_chart(title, "iteration", {name: numbers(training, "iter", key)})
         for title, name, key in (("training loss", "loss", "loss"), ("learning rate", "rate", "lr"))
     ]
     validations = [line for line in lines if "validation" in line]
-    for title, names in VALIDATED:
+    for title, names in validated.items():
         curves = {shown: numbers(validations, "step", key) for key, shown in names.items()}
         charts.append(make_chart(f"validation: {title}", "epoch", curves))
     return [chart for chart in charts if chart]

@@ -1,8 +1,6 @@
 """What a stage measured, and where it came from: `results.json` in its work folder."""
 
 import datetime
-import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import of_config
 from semaim.checkpoints.safe_reading import read_file
 from semaim.models.vit import SIZES
+from semaim.record import record_of
 from semaim.registry import method_of, task_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
@@ -46,7 +45,7 @@ def write_results(
     trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     task = task_of(cfg)
-    results = {
+    values = {
         "config": origin.pop("config", None) or config_name(cfg),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "method": origin.pop("method", None),
@@ -68,11 +67,7 @@ def write_results(
         "torch": torch.__version__,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }
-    folder = Path(cfg.work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".results.partial"
-    partial.write_text(json.dumps(results, indent=2, default=str) + "\n")
-    os.replace(partial, folder / "results.json")
+    record_of(values).write(Path(cfg.work_dir))
 
 
 def statistics_of(cfg: Config) -> dict:

@@ -110,7 +110,7 @@ def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
     for run in found[:1]:
         task = task_titled(run.task)
         for name, metric in (task.metrics if task else {}).items():
-            value = run.raw["metrics"].get(name)
+            value = run.record.metrics.get(name)
             if metric.short and not metric.tabled and metric.measured(value):
                 found.append(replace(run, metric=metric.label, value=metric.factor * float(value)))
     first: dict[str, Run] = {}  # of one short name, the first: numbers of neighbours are by rising k
@@ -133,9 +133,9 @@ def measure_of(title: str, label: str) -> tuple[int, str] | None:
 
 def place_of(run: Run, catalogue: Catalogue) -> Place:
     """Where a run is compared."""
-    options = {key: value for key, value in (run.raw.get("cfg_options") or {}).items() if not HARMLESS.fullmatch(key)}
-    kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.raw.get("partly_loaded"))
-    val, train, folder, stage = (run.raw.get(key) for key in ("val_images", "train_images", "data", "stage"))
+    options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
+    kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.record.partly_loaded)
+    val, train, folder, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "data", "stage"))
     data = data_of(run, catalogue)
     return Place(run.task, run.metric, data, run.backbone, run.config, val, train, folder, stage, kept)
 
@@ -143,7 +143,7 @@ def place_of(run: Run, catalogue: Catalogue) -> Place:
 def encoder_of(run: Run) -> tuple:
     """Method, epochs of pretraining and its changes but of the schedule; of random weights the method alone."""
     changes = ", ".join(part for part in run.changes.split(", ") if part.startswith("pretraining's "))
-    return (run.method, None, "") if run.method == RANDOM else (run.method, run.raw.get("pretrain_epochs"), changes)
+    return (run.method, None, "") if run.method == RANDOM else (run.method, run.record.pretrain_epochs, changes)
 
 
 def names_of(encoders: list[tuple]) -> list[str]:
@@ -185,7 +185,7 @@ def judge(ours: list[Cell], random: list[Cell]) -> Judged:
         return Judged("not averaged: one seed more than once")
     (mine,), (theirs,) = ours, random
     points = f"{mine.mean - theirs.mean:+.1f}"
-    images = mine.runs[0].raw.get("val_images")  # the same of both
+    images = mine.runs[0].record.val_images  # the same of both
     if not mine.runs[0].metric.startswith("top-1"):
         several = max(len(mine.runs), len(theirs.runs)) > 1
         return Judged(f"{points} ({'mean over seeds' if several else 'one run'}: no interval)")
@@ -228,12 +228,12 @@ def pretrainings_of(cells: list[Cell]) -> dict[Path, int | None]:
     """Folders of the pretrainings that the runs started from, and the seeds, as far as they are there."""
     found: dict[Path, int | None] = {}
     for run in (run for cell in cells for run in cell.runs):
-        named = Path(run.raw.get("checkpoint") or "").parent
+        named = Path(run.record.checkpoint or "").parent
         beside = Path(run.folder).resolve().parent / named.name  # also where all runs were moved together
         if beside.is_dir() and beside.parts[-3:] == named.parts[-3:]:
-            found.setdefault(beside, run.raw.get("seed"))
+            found.setdefault(beside, run.record.seed)
         elif named.is_dir() and named.name:
-            found.setdefault(named.resolve(), run.raw.get("seed"))
+            found.setdefault(named.resolve(), run.record.seed)
     return found
 
 

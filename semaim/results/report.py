@@ -15,12 +15,13 @@ from PIL import Image, ImageOps
 from semaim import __version__
 from semaim.drawing.curves import Chart, charts_of
 from semaim.errors import UserError
-from semaim.registry import tasks
+from semaim.record import Record, read_record
+from semaim.registry import charted, tasks
 from semaim.results import Catalogue, load_published
 from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
 from semaim.results.logs import read_lines
 from semaim.results.opening import make_opening
-from semaim.results.runs import read_results, read_runs
+from semaim.results.runs import read_runs
 from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table
 
 MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that tell the folder of a run
@@ -143,21 +144,21 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
     """What the files of a run's folder tell."""
     part = RunPart(name, configs=configs_of(folder), pictures=pictures_of(folder))
     lines, results = read_lines(folder), folder / "results.json"
-    raw = read_results(results) if results.is_file() else {}
+    record = read_record(results) if results.is_file() else Record({})
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
     named = [name for text in part.configs.values() for name in TASK.findall(text)]
     told = [task.title for task in tasks() if task.name in named]
-    measured = [run.task for run in read_runs(results, catalogue)] if raw else []
-    part.stage = next((str(stage) for stage in (raw.get("task"), *told, *measured, raw.get("stage")) if stage), "")
-    part.charts = charts_of(lines)
-    part.facts = facts_of(lines, logs, raw)
-    part.measured = {key: worded(value) for key, value in raw.get("metrics", {}).items()}
+    measured = [run.task for run in read_runs(results, catalogue)] if record.metrics else []
+    part.stage = next((str(stage) for stage in (record.task, *told, *measured, record.stage) if stage), "")
+    part.charts = charts_of(lines, charted())
+    part.facts = facts_of(lines, logs, record)
+    part.measured = {key: worded(value) for key, value in record.metrics.items()}
     part.figures = {key: value for key, value in part.measured.items() if is_headline(key)} or part.measured
     part.classes = classes_of(logs)
     part.facts |= {
         key.replace("_", " "): worded(value)
-        for key, value in raw.items()
-        if key not in ("metrics", "reported") and value not in (None, {}, "")
+        for key, value in record.values().items()
+        if key != "reported" and value not in (None, {}, "")
     }
     return part
 
@@ -181,7 +182,7 @@ def configs_of(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
 
 
-def facts_of(lines: Sequence[dict], logs: Sequence[str], raw: dict) -> dict[str, str]:
+def facts_of(lines: Sequence[dict], logs: Sequence[str], record: Record) -> dict[str, str]:
     """Length, time, speed and memory, as far as they were logged."""
     facts = {}
     training = [line for line in lines if "validation" not in line]
@@ -197,7 +198,7 @@ def facts_of(lines: Sequence[dict], logs: Sequence[str], raw: dict) -> dict[str,
         if values:
             facts[words] = form.format(values[len(values) // 2] if key != "memory" else values[-1])
     device = re.findall(r"INFO - torch \S+ on (.+); seed ", "\n".join(logs))
-    if device and "device" not in raw:
+    if device and record.device is None:
         facts["device"] = device[-1]
     return facts
 

@@ -1,25 +1,15 @@
 """Our own figures: `results.json` files -> runs, and what keeps each from being compared with published figures."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.record import Record, read_record
 from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
 
-#: Keys of results.json by what they may hold. All may be missing but `metrics`.
-NUMBERS = (
-    *("train_images", "val_images", "epochs", "iterations", "pretrain_epochs", "pretrain_images", "seed"),
-    *("classes", "classes_evaluated"),
-)
-OPTIONS = ("cfg_options", "pretrain_options", "reported")
-STRINGS = (
-    *("config", "checkpoint", "data", "stage", "device", "date", "method", "backbone", "task", "commit"),
-    *("pretrain_config", "features", "partly_loaded"),
-)
 CLS = "class token"  #: the features that a metric's name does not name
 
 #: Changed options that leave the figure what it is.
@@ -32,7 +22,7 @@ SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "
 
 @dataclass(frozen=True)
 class Run:
-    """One metric, in percent, of one results.json; `raw` is the whole file, `recipe` what its config follows.
+    """One metric, in percent, of one results.json, its `record`; `recipe` is what its config follows.
 
     `metric` tells by its name where predictions were averaged over scales.
     """
@@ -44,31 +34,32 @@ class Run:
     value: float
     recipe: Recipe | None
     folder: str
-    raw: dict
+    record: Record
 
     @property
     def config(self) -> str:
         """The config's file name, or nothing."""
-        return Path(self.raw.get("config") or "").name
+        return Path(self.record.config or "").name
 
     @property
     def scales(self) -> tuple[float, ...] | None:
         """Scales of the image that the prediction is the mean over, each also flipped; None where not recorded."""
-        return scales_of(self.raw)
+        return scales_of(self.record)
 
     @property
     def length(self) -> tuple[str, float] | None:
         """("epochs" or "iterations", how many) it was trained for, where that is recorded."""
         names = ("iterations", "epochs") if self.recipe and self.recipe.iterations else ("epochs", "iterations")
-        return next(((name, self.raw[name]) for name in names if self.raw.get(name) is not None), None)
+        found = ((name, getattr(self.record, name)) for name in names)
+        return next((pair for pair in found if pair[1] is not None), None)
 
     @property
     def changes(self) -> str:
         """What differs from the suite's config, where it may change the figure: another file, options, the schedule."""
         told = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
-            options = self.raw.get(name) or {}
-            config = self.raw.get("pretrain_config" if whose else "config") or ""
+            options = getattr(self.record, name) or {}
+            config = getattr(self.record, "pretrain_config" if whose else "config") or ""
             told += [f"{whose}config {config}"] if "/" in config else []
             told += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
             apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
@@ -80,7 +71,7 @@ class Run:
         """Whether the file tells which weights were measured, by more than their path."""
         names = ("method", "pretrain_epochs", "pretrain_images")
         trained = not trains(self.task) or self.length is not None
-        return trained and all(self.raw.get(name) is not None for name in names)
+        return trained and all(getattr(self.record, name) is not None for name in names)
 
 
 def find_results(folders: Iterable[str | Path]) -> list[Path]:
@@ -99,18 +90,19 @@ def find_results(folders: Iterable[str | Path]) -> list[Path]:
 
 def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     """What one file measured: a run for each metric that the table reports."""
-    raw = read_results(path)
-    recipe = catalogue.recipes.get(Path(raw.get("config") or "").name)
+    record = read_record(path)
+    recipe = catalogue.recipes.get(Path(record.config or "").name)
     runs = []
-    for name, (title, metric) in reported(raw["metrics"], raw.get("task"), raw.get("reported")).items():
-        title = title or raw.get("task") or (recipe.task if recipe else "classification")
-        if not metric.measured(raw["metrics"][name]):
+    for name, (title, metric) in reported(record.metrics, record.task, record.reported).items():
+        title = title or record.task or (recipe.task if recipe else "classification")
+        if not metric.measured(record.metrics[name]):
             continue
-        value = metric.factor * float(raw["metrics"][name])
+        value = metric.factor * float(record.metrics[name])
         follows = recipe if recipe and recipe.task == title else None
-        label = measured(metric.label, scales_of(raw))
-        label += f", {raw['features']}" if raw.get("features", CLS) != CLS else ""
-        runs.append(Run(method_of(raw), backbone_of(raw, recipe), title, label, value, follows, str(path.parent), raw))
+        label = measured(metric.label, scales_of(record))
+        label += f", {record.features}" if (record.features or CLS) != CLS else ""
+        backbone, folder = backbone_of(record, recipe), str(path.parent)
+        runs.append(Run(method_of(record), backbone, title, label, value, follows, folder, record))
     return runs
 
 
@@ -157,33 +149,11 @@ def published(title: str) -> bool:
     return task is None or task.published
 
 
-def scales_of(raw: dict) -> tuple[float, ...] | None:
+def scales_of(record: Record) -> tuple[float, ...] | None:
     """The recorded scales; one where a test does not speak of several, None where it does without naming them."""
-    if raw.get("scales") is not None:
-        return tuple(raw["scales"])
-    return None if "several scales" in (raw.get("stage") or "") else SINGLE
-
-
-def read_results(path: Path) -> dict:
-    """The content of a results.json; `UserError` where it is none."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # of JSON or of its encoding
-        raise UserError(f"{path} is broken: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
-        raise UserError(f"{path} is none of our results: it has no metrics")
-    kinds = dict.fromkeys(NUMBERS, int | float) | dict.fromkeys(STRINGS, str) | dict.fromkeys(OPTIONS, dict)
-    values = [(name, raw[name], kind) for name, kind in kinds.items() if raw.get(name) is not None]
-    values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
-    if raw.get("scales") is not None:
-        scales = raw["scales"] if isinstance(raw["scales"], list) and raw["scales"] else [None]
-        values += [("scales", value, int | float) for value in scales]
-    for name, value, kind in values:
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UserError(f"{path} is broken: {name} is {value!r}")
-    return raw
+    if record.scales is not None:
+        return tuple(record.scales)
+    return None if "several scales" in (record.stage or "") else SINGLE
 
 
 def words_of(*names: str) -> set[str]:
@@ -191,26 +161,24 @@ def words_of(*names: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", " ".join(names).lower()))
 
 
-def method_of(raw: dict) -> str:
+def method_of(record: Record) -> str:
     """The recorded method, or what the names of the checkpoint and its folder tell; those of an unnamed one."""
-    if raw.get("method"):
-        return raw["method"]
-    if not raw.get("checkpoint"):
+    if record.method:
+        return record.method
+    if not record.checkpoint:
         return "random weights"
-    names = Path(raw["checkpoint"]).parts[-2:]
+    names = Path(record.checkpoint).parts[-2:]
     named = [item for method in methods().values() for item in method.words.items()]
     named.sort(key=lambda item: len(item[0]), reverse=True)  # the more special first
     method = next((method for needed, method in named if needed <= words_of(*names)), None)
     return f"{method} (by its path)" if method else f"unnamed ({'/'.join(names)})"
 
 
-def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
+def backbone_of(record: Record, recipe: Recipe | None) -> str | None:
     """The recorded backbone, that of the config, or what names tell; None where nothing does."""
-    config, checkpoint = Path(raw.get("config") or "").name, Path(raw.get("checkpoint") or "")
-    if raw.get("backbone"):
-        return raw["backbone"]
-    if recipe:
-        return recipe.configs[config]
+    config, checkpoint = Path(record.config or "").name, Path(record.checkpoint or "")
+    if record.backbone or recipe:
+        return record.backbone or recipe.configs[config]
     names = words_of(config), words_of(*checkpoint.parts[-2:])
     return next((backbone for words in names for size, backbone in SIZES.items() if size in words), None)
 
@@ -218,7 +186,7 @@ def backbone_of(raw: dict, recipe: Recipe | None) -> str | None:
 def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     """What keeps a run from being compared with published figures of its task; nothing where nothing does."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
-    partly = f"partly loaded: {run.raw['partly_loaded']}" if run.raw.get("partly_loaded") else ""
+    partly = f"partly loaded: {run.record.partly_loaded}" if run.record.partly_loaded else ""
     remarks = [less, changed, partial(run), partly]
     if not less and published(run.task):
         remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
@@ -229,7 +197,7 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
     """On how much less a run was trained, pretrained or validated than published ones; or on more."""
     imagenet = catalogue.datasets["fine-tuning"]
     whole = catalogue.datasets.get(run.task, imagenet)
-    images, validated, pretrained = (run.raw.get(f"{name}_images") for name in ("train", "val", "pretrain"))
+    images, validated, pretrained = (getattr(run.record, f"{name}_images") for name in ("train", "val", "pretrain"))
     asked: int | None = getattr(run.recipe, run.length[0]) if run.recipe and run.length else None
     more_of_it = run.length[1] - asked if run.length and asked else 0
     other_validation = validated not in (None, whole.val_images)
@@ -246,16 +214,16 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
 
 def partial(run: Run) -> str:
     """That a mean over classes leaves some out, which are in no label and no prediction."""
-    counted, classes = run.raw.get("classes_evaluated"), run.raw.get("classes")
+    counted, classes = run.record.classes_evaluated, run.record.classes
     return f"mean over {counted} of {classes} classes" if counted is not None and counted != classes else ""
 
 
 def unrecorded(run: Run) -> str:
     """What a comparison needs to know, and the file does not say."""
     names = ["train_images", "val_images", "cfg_options"]
-    if run.raw.get("checkpoint") or run.raw.get("method"):
+    if run.record.checkpoint or run.record.method:
         names += ["method", "pretrain_config", "pretrain_epochs", "pretrain_images"]
-    missing = [name.replace("_", " ") for name in names if run.raw.get(name) is None]
+    missing = [name.replace("_", " ") for name in names if getattr(run.record, name) is None]
     if not run.length or run.recipe and not getattr(run.recipe, run.length[0]):
         missing.append("length of training")
     return "not recorded: " + ", ".join(missing) if missing else ""

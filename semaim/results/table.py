@@ -63,8 +63,8 @@ class Cell:
     @property
     def origin(self) -> dict[str, str]:
         """Words of `ORIGIN`, and "folder" -> what the runs have there."""
-        found = {name: joined(run.raw.get(key) for run in self.runs) for name, key in ORIGIN.items()}
-        if all("checkpoint" in run.raw and not run.raw["checkpoint"] for run in self.runs):
+        found = {name: joined(getattr(run.record, key) for run in self.runs) for name, key in ORIGIN.items()}
+        if all("checkpoint" in run.record.given and not run.record.checkpoint for run in self.runs):
             found["checkpoint"] = "none"
         return found | {"folder": joined(run.folder for run in self.runs)}
 
@@ -105,8 +105,8 @@ class Row:
         else:
             run, data = self.first, self.cell.data if self.cell else ""
             recipe = run.recipe.name if run.recipe else run.config or "not recorded"
-            unknown = "not recorded" if run.raw.get("checkpoint") or run.raw.get("method") else "none"
-            epochs = str(run.raw["pretrain_epochs"]) if run.raw.get("pretrain_epochs") is not None else unknown
+            unknown = "not recorded" if run.record.checkpoint or run.record.method else "none"
+            epochs = str(run.record.pretrain_epochs) if run.record.pretrain_epochs is not None else unknown
         it = self.published or self.first
         words = (it.method, it.backbone or "not recorded", epochs, it.task, it.metric, recipe)
         return dict(zip(HEADER, words, strict=False)) | {"Data": data}
@@ -154,7 +154,7 @@ def make_cells(runs: Iterable[Run], catalogue: Catalogue) -> list[Cell]:
         groups.setdefault((data, remarks, *setting_of(run)), []).append(run)
     cells = []
     for (data, remarks, *_), group in groups.items():
-        seeds = Counter((run.raw.get("seed"), run.raw.get("checkpoint")) for run in group)
+        seeds = Counter((run.record.seed, run.record.checkpoint) for run in group)
         if max(seeds.values()) == 1:
             cells.append(Cell(tuple(group), data, remarks))
         else:  # something that is not recorded differs, or it is the same run twice
@@ -165,21 +165,22 @@ def make_cells(runs: Iterable[Run], catalogue: Catalogue) -> list[Cell]:
 def data_of(run: Run, catalogue: Catalogue) -> str:
     """The data set's name where it is whole, else that of its folder."""
     whole = catalogue.datasets.get(run.task, catalogue.datasets["fine-tuning"])
-    complete = run.raw.get("train_images") in whole.train_images and run.raw.get("val_images") == whole.val_images
-    return whole.name if complete else Path(run.raw.get("data") or "data not recorded").name
+    complete = run.record.train_images in whole.train_images and run.record.val_images == whole.val_images
+    return whole.name if complete else Path(run.record.data or "data not recorded").name
 
 
 def setting_of(run: Run) -> tuple:
     """All else that a run's figure depends on, as far as it is recorded, but the seed; changes are in its remarks."""
-    recorded = [run.raw.get(key) for key in ("stage", "train_images", "val_images", "pretrain_images")] + [run.scales]
-    weights = run.raw.get("pretrain_epochs") if run.identified else run.raw.get("checkpoint")
+    names = ("stage", "train_images", "val_images", "pretrain_images")
+    recorded = [getattr(run.record, name) for name in names] + [run.scales]
+    weights = run.record.pretrain_epochs if run.identified else run.record.checkpoint
     return (run.method, run.backbone, run.task, run.metric, run.config, run.length, *recorded, weights)
 
 
 def comparable(cell: Cell, figure: Published) -> bool:
     """Whether the two were measured alike; what is not known is not alike."""
     run = cell.runs[0]
-    ours = (run.method, run.backbone, run.raw.get("pretrain_epochs"), run.task, run.metric, run.scales)
+    ours = (run.method, run.backbone, run.record.pretrain_epochs, run.task, run.metric, run.scales)
     theirs = (figure.method, figure.backbone, figure.pretrain_epochs, figure.task, figure.metric, figure.scales)
     known = figure.status in ("read", "derived") and figure.value_to is None and None not in theirs
     return known and ours == theirs and not cell.remarks and run.recipe is not None and run.recipe.name == figure.recipe

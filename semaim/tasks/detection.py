@@ -31,6 +31,7 @@ class Detection(DenseTask):
         "study": "mmdet_configs/semaim_mask_rcnn_cifar10.py",
         "paper": "mmdet_configs/semaim_mask_rcnn.py",
     }
+    chart = "AP"
     shows = "objects of validation images, annotated (left) and found"
     source = "coco"
     weight = 4

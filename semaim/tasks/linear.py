@@ -19,6 +19,7 @@ class Linear(ImageTask):
         "top5": Metric("top-5"),
         "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
     }
+    chart = "accuracy, %"
     configs = {"paper": "semaim/configs/linear/vit_base_90e.py"}
 
     def matches(self, cfg: Mapping) -> bool:

@@ -6,7 +6,7 @@ your labels count from 0, and `most_ignored`; docs/labels.md says what is checke
 semaim_vit_small_112px_300e; with crops of 224 pixels it trains on one small GPU or, in an hour, on a CPU.
 """
 
-_base_ = ["_base_/upernet.py", "_base_/ade20k.py", "_base_/schedule_160k.py", "_base_/runtime.py"]
+_base_ = "semaim_upernet.py"
 
 from semaim.data.pipelines import changed
 

@@ -1,12 +1,6 @@
 """For the built-in scenes, on a CPU: the encoder of semaim_vit_tiny_scenes, crops of 128 pixels, 21 classes."""
 
-_base_ = [
-    "_base_/upernet.py",
-    "_base_/ade20k.py",
-    "_base_/schedule_160k.py",
-    "_base_/runtime.py",
-    "../semaim/configs/_base_/small.py",
-]
+_base_ = ["semaim_upernet.py", "../semaim/configs/_base_/small.py"]
 
 from semaim.data.pipelines import changed
 

@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss that is no number."""
+    """The loss is NaN or infinite."""
 
     status = 3  # a search of learning rates goes on with the next
 
@@ -40,9 +40,12 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     return near or [other for other in known if name and name in other.split("_")][:3]
 
 
-def check_work_dir(folder: str | os.PathLike) -> None:
-    """`UserError` where a run could not write into its work folder, which is made."""
+def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
+    """`UserError` where a run could not write into its work folder, which is made unless `make` is False."""
     try:
+        if not make:  # looks at the nearest folder above it that is there
+            while not os.path.lexists(folder) and os.path.dirname(os.path.abspath(folder)) != os.path.abspath(folder):
+                folder = os.path.dirname(os.path.abspath(folder))
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=os.fspath(folder)).close()
     except OSError as error:

@@ -132,5 +132,10 @@ def order_of(
         first = tokens[:, :1]  # of several prefix tokens the class token; without any, gap does not read it
         values = similarity_map(torch.cat([first, tokens[:, prefix:]], dim=1), similarity)
     grid = tuple(side // patch for side, patch in zip(images.shape[-2:], encoder.patch_size, strict=True))
+    if values.shape[1] != grid[0] * grid[1]:
+        raise UserError(
+            f"{values.shape[1]} tokens of patches for {grid[0]} x {grid[1]} patches: look at num_prefix_tokens and"
+            " patch_size of the encoder"
+        )
     draw = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)).to(values.device)
     return values, make_order(order, values, grid, draw)

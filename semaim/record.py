@@ -15,7 +15,7 @@ FILE = "results.json"  #: in a run's work folder
 
 @dataclass(frozen=True)
 class Record:
-    """One results.json. None: not recorded, or none; `given` tells the two apart.
+    """One results.json. None: not recorded, or none; `given` distinguishes the two.
 
     Args:
         metrics: figure by its key; which the table has, and their units, is the task's to say.

@@ -41,6 +41,11 @@ def import_modules(names: Iterable[str]) -> None:
             raise UserError(f"cannot import {name}: {error}; its folder has to be on PYTHONPATH") from None
 
 
+def build_model(config: Mapping) -> Any:
+    """A model of the suite's own, such as `Pretraining`, whatever scope is the default now."""
+    return MODELS.build({**config, "_scope_": SCOPE})
+
+
 # Tasks
 
 

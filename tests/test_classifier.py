@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
 from torch import nn
 
 from semaim.engine.classification import ClassAccuracy, Classification
@@ -18,6 +17,7 @@ from semaim.engine.optim import Lars, layer_depths
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.vit import VisionTransformer
+from semaim.registry import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8}
@@ -68,7 +68,7 @@ def test_the_two_protocols_of_knn_are_timms_class_token_and_its_mean_under_a_fre
         assert set(read.missing_keys) == extra
         cfg = load_config(ROOT / f"semaim/configs/{name}.py")
         assert cfg.model.network.size == size
-        ours = MODELS.build({**cfg.model, "network": {**cfg.model.network, **SMALL}}).network
+        ours = build_model({**cfg.model, "network": {**cfg.model.network, **SMALL}}).network
         report = load_pretrained(ours, str(tmp_path / "encoder.pth"))
         assert set(report.missing) <= extra and ours.pooling == words
         with torch.no_grad():

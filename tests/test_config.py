@@ -4,12 +4,15 @@ import re
 
 import pytest
 import torch
-from mmengine.registry import LOOPS, MODELS
+from mmengine.registry import LOOPS
 
-import semaim.engine.evaluation  # noqa: F401  registers what configs name
+import semaim.tasks  # noqa: F401  registers what configs name
+from semaim.data.pipelines import changed
 from semaim.engine.config import CONFIGS, load_config
+from semaim.engine.pretraining import build_network
 from semaim.errors import UserError
 from semaim.models.vit import SIZES
+from semaim.registry import build_model
 
 ALL = sorted(path for path in CONFIGS.rglob("*.py") if path.parent.name != "_base_")
 BASE = CONFIGS / "pretrain/semaim_vit_base_800e.py"
@@ -25,13 +28,13 @@ def test_config_builds_and_its_name_tells_the_truth(path):
     if "num_classes" in network and network["num_classes"] is None:
         network["num_classes"] = 10
     with torch.device("meta"):
-        model = MODELS.build({**cfg.model.to_dict(), "network": network})
+        model = build_model({**cfg.model.to_dict(), "network": network})
     size = next(part for part in path.stem.split("_") if part in SIZES)
     width = 128 if {"cifar10", "easy"} & {*path.stem.split("_")} else SIZES[size]["embed_dim"]
     assert network["size"] == size and model.network.embed_dim == width
-    assert type(model.network).__name__ == {"pretrain": "MAE" if "mae" in path.stem else "SemAIM"}.get(
-        path.parent.name, "Classifier"
-    )
+    assert type(model.network).__name__ == {
+        "pretrain": next((name for name in ("SimMIM", "MAE") if name.lower() in path.stem), "SemAIM")
+    }.get(path.parent.name, "Classifier")
     if path.parent.name == "knn" or path.stem.endswith("fast"):
         LOOPS.build(cfg.evaluation)
         assert network["num_classes"] == 0 and cfg.dataset.augment == "none"
@@ -110,7 +113,7 @@ def test_trained_weights_are_those_its_docstring_states(size, dim, depth, query_
     for epochs in (400, 800):
         network = load_config(CONFIGS / f"pretrain/semaim_vit_{size}_{epochs}e.py").model.network.to_dict()
         with torch.device("meta"):
-            model = MODELS.build(network)
+            model = build_network(network)
         found = dict.fromkeys(expected, 0)
         for name, weight in model.named_parameters():
             part = {"query_blocks": "query blocks", "prediction_head": "head"}.get(name.split(".")[0], "encoder")
@@ -164,3 +167,12 @@ def test_missing_and_broken_config_files(tmp_path):
 def test_own_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("semaim/configs/pretrain/semaim_vit_base_400e.py").train_cfg.max_epochs == 400
+
+
+def test_a_pipeline_is_another_with_some_of_its_steps_changed():
+    pipeline = [{"type": "Load"}, {"type": "Resize", "scale": 4, "keep_ratio": True}, {"type": "Flip"}]
+    found = changed(pipeline, Resize={"scale": 8}, Flip=None)
+    assert found == [{"type": "Load"}, {"type": "Resize", "scale": 8, "keep_ratio": True}]
+    assert pipeline[1]["scale"] == 4 and len(pipeline) == 3, "that of the other config stays"
+    with pytest.raises(UserError, match="the pipeline has no Crop: it has Load, Resize, Flip"):
+        changed(pipeline, Crop={"size": 3})

@@ -168,7 +168,7 @@ def test_a_signal_in_a_validation_stops_at_once_and_in_training_after_the_iterat
         loop._on_signal(signal.SIGTERM, None)
     stage = "train"
     loop._on_signal(signal.SIGTERM, None)
-    assert loop.stopping and loop.asked == "SIGTERM"
+    assert loop.stopping and loop.stop_signal == "SIGTERM"
     with pytest.raises(KeyboardInterrupt):
         loop._on_signal(signal.SIGTERM, None)
 

@@ -256,6 +256,7 @@ def test_schedules_count_optimizer_steps():
     assert plan.accumulation == 2
     settings = schedule_of(cfg.param_scheduler, plan, cfg.train_cfg.max_iters)
     schedule = PARAM_SCHEDULERS.build({**settings, "optimizer": optimizer})
+    optimizer.step()
     for step, rate in ((0, 0.001), (250, 1), (163888, 1), (163889, 0.1), (177545, 0.1), (177546, 0.01)):
         for iteration in (2 * step, 2 * step + 1):
             schedule.seek(iteration)

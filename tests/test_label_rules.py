@@ -300,7 +300,7 @@ def test_masks_of_0_and_255_are_mended_by_the_tool(tmp_path):
         assert mended.dtype == np.uint8 and (mended == (np.asarray(Image.open(path)) == 255)).all()
     for arguments, words in (
         ([maps, tmp_path / "x", "7=1"], "no label map in .* holds the value 7"),
-        ([maps, tmp_path / "x", "255=300"], "300 is no value"),
+        ([maps, tmp_path / "x", "255=300"], "300 is not a value"),
         ([maps, tmp_path / "x", "255"], "give OLD=NEW"),
         ([tmp_path / "none", tmp_path / "x", "255=1"], "no PNG files"),
         ([maps, out, "255=1"], "is not empty"),

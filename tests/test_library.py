@@ -152,6 +152,9 @@ def test_an_encoder_of_another_package_has_an_order_too():
     assert torch.equal(order, cosine.argsort(dim=-1, descending=True))
     with pytest.raises(UserError, match="needs the attention of a plain ViT, not a Tokens"):
         semaim.order_of(Tokens(), images, similarity="self")
+    Tokens.num_prefix_tokens = 1
+    with pytest.raises(UserError, match="20 tokens of patches for 4 x 4 patches: look at num_prefix_tokens"):
+        semaim.order_of(Tokens(), images)
     Tokens.num_prefix_tokens = 0
     with pytest.raises(UserError, match="has no class token: choose gap"):
         semaim.order_of(Tokens(), images)

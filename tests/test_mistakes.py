@@ -164,7 +164,7 @@ def test_a_wrong_number_of_labels_is_one_line(typed, labelled, tmp_path, config,
         ("train_dataset = dict(metainfo=dict(clases=('a',)))", "train_dataset.metainfo.clases: did you mean classes?"),
         ("train_dataset = dict(_delete_=True, type='RepeatDataset')", "RepeatDataset without data_root: give one data"),
         ("train_cfg = dict(max_iter=3)", "unknown config key train_cfg.max_iter: did you mean max_iters"),
-        ("default_scope = 'mmdt'", "default_scope 'mmdt': give mmengine, mmdet, mmseg"),
+        ("default_scope = 'mmdt'", "default_scope 'mmdt': task 'detection' has 'mmdet'"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_in_a_file_is_found_before_anything_is_built(typed, tmp_path, monkeypatch, line, message):
@@ -240,7 +240,7 @@ def test_a_broken_image_is_named_in_detection_and_segmentation(tmp_path, typed, 
     files = [sorted((folder / name).iterdir()) for name in names]
     images = [
         dense.SeededImages(dense.build_data(cfg)[0], 0),
-        dense.validation(cfg, "val")["val_dataloader"]["dataset"],
+        dense.NamedImages(dense.build_data(cfg, ("val_dataset",))[0]),
     ]
     for paths, samples, keys in zip(files, images, ([(0, i) for i in range(8)], range(2)), strict=True):
         for path in paths:

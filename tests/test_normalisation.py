@@ -25,6 +25,7 @@ from semaim.engine.results import statistics_of
 from semaim.engine.testing import test as evaluate
 from semaim.engine.training import train
 from semaim.errors import UserError
+from semaim.registry import build_model, task_of
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -189,10 +190,8 @@ def test_a_teacher_is_given_the_students_statistics(monkeypatch):
     monkeypatch.setattr("semaim.methods.semaim.build_teacher", teacher)
     cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_clip_vit_base_800e.py")
     settle(cfg, None)
-    from semaim.engine.training import MODELS, model_config
-
     with pytest.raises(Guide):
-        MODELS.build(model_config(cfg))
+        build_model(task_of(cfg).model_config(cfg))
     assert (list(seen["mean"]), list(seen["std"])) == IMAGENET
 
 

@@ -6,11 +6,11 @@ from inspect import signature
 
 import pytest
 import torch
-from mmengine.registry import LOOPS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import LOOPS, OPTIM_WRAPPER_CONSTRUCTORS
 from recipes import PAGE, ROOT, configs, differences, documented, resolved
 from torch import nn
 
-import semaim.engine.evaluation  # noqa: F401  registers what configs name
+import semaim.tasks  # noqa: F401  registers what configs name
 from semaim.data.folder import PretrainImages
 from semaim.data.labelled import evaluation_transform, training_transform
 from semaim.engine import features
@@ -20,6 +20,7 @@ from semaim.models import PixelTarget
 from semaim.models.targets import ema_decay
 from semaim.models.vit import SIZES
 from semaim.parity.deviations import as_table, read_deviations
+from semaim.registry import build_model
 
 FINETUNE = "semaim/configs/finetune/vit_base_100e.py"
 LARS = "semaim/configs/linear/vit_base_90e_mae.py"
@@ -69,7 +70,7 @@ def optimizer_of(config: str, classes: int | None = 10):
     cfg.optim_wrapper.optimizer.lr = plan_batch(cfg.total_batch_size, 1, cfg.images_per_gpu, cfg.base_lr).lr
     wrapper = dict(cfg.optim_wrapper)
     constructor = OPTIM_WRAPPER_CONSTRUCTORS.get(wrapper.pop("constructor"))
-    return constructor(wrapper, wrapper.pop("paramwise_cfg", None))(MODELS.build(cfg.model)).optimizer
+    return constructor(wrapper, wrapper.pop("paramwise_cfg", None))(build_model(cfg.model)).optimizer
 
 
 def transforms_of(config: str):
@@ -94,7 +95,7 @@ def small(config: str) -> nn.Module:
     """The model of a config, with a small encoder."""
     model = load_config(ROOT / config).model.to_dict()
     classes = {"num_classes": 10} if "num_classes" in model["network"] else {}
-    return MODELS.build({**model, "network": {**model["network"], **TINY, **classes}})
+    return build_model({**model, "network": {**model["network"], **TINY, **classes}})
 
 
 def part(transforms, kind: str):

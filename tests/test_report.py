@@ -20,7 +20,7 @@ from semaim.registry import charted
 from semaim.results import load_published
 from semaim.results.logs import read_lines, read_scalars
 from semaim.results.report import find_runs, pictures_of, read_part, write_report
-from semaim.results.table import in_words, make_table
+from semaim.results.table import make_table, print_form
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 LOADING = ("src", "href", "srcset", "data", "poster", "action", "background", "xlink:href")
@@ -106,7 +106,7 @@ def test_report_of_real_runs(tiny_config, tmp_path):
     for name in ("works/semaim", "works/deep/er/probe", "works/segments"):
         assert page.text.count(name) >= 2, "in the list, and over its own section"
 
-    table = in_words(make_table([tmp_path / "works"], load_published()))
+    table = print_form(make_table([tmp_path / "works"], load_published()))
     ours = [row for row in table.rows if row[7]]
     assert len(ours) == 4
     for row in ours:

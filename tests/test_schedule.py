@@ -128,6 +128,14 @@ IN_EPOCHS = {
 }
 
 
+#: Configs of SimMIM -> epochs, epochs of warm-up.
+SIMMIM = {
+    "pretrain/simmim_vit_base_800e": (800, 10),
+    "pretrain/simmim_vit_tiny_scenes_easy": (6, 0.6),
+    "pretrain/simmim_vit_tiny_cifar10": (3, 0.3),
+}
+
+
 def in_closed_form(parts, steps):
     """The rate of each step of a run by mmengine's formulas for its schedulers, of a peak of 1."""
     step, rate = np.arange(steps), np.ones(steps)
@@ -172,13 +180,23 @@ def test_every_config_on_images_has_the_rates_of_its_recipe_step_by_step(pattern
 
 def matching(pattern):
     """The config files that a pattern means."""
-    return list(CONFIGS.glob(f"{pattern}.py"))
+    return [path for path in CONFIGS.glob(f"{pattern}.py") if ("simmim" in pattern) == ("simmim" in path.stem)]
+
+
+@pytest.mark.parametrize("pattern", SIMMIM)
+def test_simmim_falls_to_a_tenth_after_seven_eighths(pattern):
+    """Its official recipe: 10 epochs of warm-up from 1/200 of the peak, and a tenth of it after epoch 700 of 800."""
+    epochs, warm = SIMMIM[pattern]
+    (path,) = matching(pattern)
+    now = np.arange(epochs * 40) / 40
+    expected = np.where(now < warm, 0.005 + 0.995 * now / warm, np.where(now < epochs * 7 / 8, 1, 0.1))
+    np.testing.assert_allclose(rates(load_config(path), 40, 1.0), expected, rtol=1e-12)
 
 
 def test_every_schedule_is_compared():
     ours = {path for path in CONFIGS.rglob("*.py") if path.parent.name in ("pretrain", "finetune", "linear")}
     fast = {path for path in ours if path.stem.endswith("fast")}  # measures features, without a schedule
-    assert ours - fast == {path for pattern in IN_EPOCHS for path in matching(pattern)}
+    assert ours - fast == {path for pattern in [*IN_EPOCHS, *SIMMIM] for path in matching(pattern)}
     dense = {path.stem for folder in ("mmdet_configs", "mmseg_configs") for path in (ROOT / folder).glob("*.py")}
     assert dense == {name for names in IN_STEPS for name in names.split()}
 
@@ -191,7 +209,8 @@ def test_a_run_of_any_length_rises_to_its_peak_and_falls(name, steps):
     cfg = load_config(ROOT / f"{name}.py", {"train_cfg.max_iters": steps}, check=False)
     found = rates(cfg)
     assert found[0] < 0.01 and found.max() <= 1
-    assert steps == 1 or found[1 : max(2, steps // 8)].max() == pytest.approx(1, abs=0.3)
+    soonest = 50 if name.endswith("li2021") else 2  # whose cosine has begun to fall before the warm-up ends
+    assert steps < soonest or found.max() == pytest.approx(1, abs=0.002)
     assert steps < 50 or found[-1] < 0.02
 
 

@@ -17,7 +17,7 @@ from schedules import rates
 from semaim.engine.config import load_config
 from semaim.errors import UserError
 from semaim.results.running import shortened
-from semaim.results.sweeping import short
+from semaim.results.sweeping import DECAY, short
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -106,7 +106,7 @@ def test_a_shorter_segmentor_keeps_the_shape_of_its_schedule():
     }
     cfg.merge_from_dict(shortened(cfg, iters=16000))
     found = rates(cfg)  # 1,500 steps of warm-up, of 160,000
-    assert found[0] == pytest.approx(1e-6) and found[148] < 1 == pytest.approx(found[150]) == found[150]
+    assert found[0] == pytest.approx(1e-6) and found[148] < 0.99 and found[150] == pytest.approx(1)
     assert found[151:] == pytest.approx([1 - (step - 150.9) / 15848.1 for step in range(151, 16000)], abs=1e-12)
     with pytest.raises(UserError, match="has no max_epochs: give --iters"):
         shortened(cfg, epochs=3)
@@ -121,7 +121,11 @@ def test_a_shorter_detector_keeps_the_shares_of_its_milestones():
     cfg.merge_from_dict(options)
     found = rates(cfg)
     assert [step for step in range(1, 7375) if found[step] < found[step - 1]] == [6556, 7102]
-    assert found[9] < 1 == found[10] and [round(step / 7375, 3) for step in (6556, 7102)] == [0.889, 0.963]
+    assert (
+        found[9] < 0.91
+        and found[10] == pytest.approx(1)
+        and [round(step / 7375, 3) for step in (6556, 7102)] == [0.889, 0.963]
+    )
     cosine = load_config(ROOT / "mmdet_configs/semaim_mask_rcnn_li2021.py")
     cosine.merge_from_dict(shortened(cosine, iters=7375))
     found = rates(cosine)  # 461 / 25 = 18.44 steps of warm-up
@@ -173,7 +177,7 @@ def test_a_sweep_trains_once_and_goes_on_where_it_was_cut(tmp_path, here):
     for words, folder, lr in zip(typed, runs, ("1e-3", "2e-3"), strict=True):
         assert words[1:3] == ["tools/train.py", SCENES] and words[words.index("--work-dir") + 1] == str(folder)
         last = words[words.index("--cfg-options") + 1 :]
-        assert {*options, f"base_lr={lr}", f"{sweep.DECAY}=0.65", "train_cfg.max_iters=2"} - {*last} == {
+        assert {*options, f"base_lr={lr}", f"{DECAY}=0.65", "train_cfg.max_iters=2"} - {*last} == {
             "model.decode_head.in_channels=32,32,32,32"  # written as a list
         }
     # The command did what it says: 2e-3 x 4 / 16, reached in the second of two steps.

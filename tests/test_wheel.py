@@ -126,7 +126,7 @@ def test_an_installed_suite_finds_its_configs_by_name(tree, installed, tmp_path)
 def test_from_images_to_the_table_by_the_installed_command(installed, tmp_path):
     semaim = installed / "semaim"
     assert run(semaim, "--version", cwd=tmp_path) == "semaim 0.1.0\n"
-    run(semaim, "scenes", "scenes", "--images", 50, "--size", 32, "--workers", 1, cwd=tmp_path)
+    run(semaim, "scenes", "scenes", "--images", 50, "--size", 32, "--level", "easy", cwd=tmp_path)
     data = ["--data-root", "scenes/classes"]
     processes = min(2, os.cpu_count() or 1)
     config = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py"

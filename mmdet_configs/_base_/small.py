@@ -1,6 +1,6 @@
 """Detectors for small data, on a CPU: ViTDet's with heads of 64 channels, and a jitter of 0.7 to 1.4."""
 
-_base_ = ["mask_rcnn.py", "coco.py", "vitdet_100ep.py", "runtime.py", "../../semaim/configs/_base_/small.py"]
+_base_ = ["../semaim_mask_rcnn.py", "../../semaim/configs/_base_/small.py"]
 
 from semaim.data.pipelines import changed
 

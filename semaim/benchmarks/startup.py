@@ -20,16 +20,16 @@ IMPORTS = {
 FIRST_STEP = """
 import time; start = time.perf_counter(); marks = {{}}
 from semaim.engine.config import load_config
-import semaim.engine.images as training
+from semaim.engine.images import build_datasets
 import torch
-from mmengine.registry import MODELS
+from semaim.registry import build_model
 from semaim.engine.runner import training_loader
 from semaim.engine.schedule import plan_batch
 marks["imports"] = time.perf_counter() - start
 cfg = load_config("{config}", {{"dataset.root": "{root}", "total_batch_size": 16, "num_workers": {workers}}})
 marks["config"] = time.perf_counter() - start
-images, _ = training.build_datasets(cfg)
-model = MODELS.build(cfg.model)
+images, _ = build_datasets(cfg, labelled=False)
+model = build_model(cfg.model)
 marks["model"] = time.perf_counter() - start
 plan = plan_batch(cfg.total_batch_size, 1, cfg.images_per_gpu, cfg.base_lr)
 batch = next(iter(training_loader(images, plan, 0, cfg.num_workers)))

@@ -64,6 +64,6 @@ def dispatch(words: list[str]) -> int | None:
         kind, known = ("option", OPTIONS) if words[0].startswith("-") else ("command", COMMANDS)
         raise UserError(f"unknown {kind} {words[0]}: {nearest(words[0], known)}")
     module, before, _ = COMMANDS[words[0]]
-    # argparse itself puts the words before behind the program's name.
+    # argparse adds a subcommand to the program's name itself.
     prog = "semaim" if before else f"semaim {words[0]}"
     return import_module(f"semaim.cli.{module}").main([*before, *words[1:]], prog)

@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             for name, verdict in own.items():
                 counts.setdefault((config, name), Counter())[verdict.word] += len(group)
             words = "  ".join(f"{own[name].word:8}" for name in USES)
-            told = dict.fromkeys(reason(verdict.refusal) for verdict in own.values() if verdict.refusal)
+            reasons = dict.fromkeys(reason(verdict.refusal) for verdict in own.values() if verdict.refusal)
             many = f" ({len(group)} tags)" if len(group) > 1 else ""
-            print(f"{group[0].partition('.')[0] + many:52} {file:11}  {words}  {' | '.join(told)}", flush=True)
+            print(f"{group[0].partition('.')[0] + many:52} {file:11}  {words}  {' | '.join(reasons)}", flush=True)
     print(f"\n{sum(map(len, groups))} tags, {len(groups)} architectures; tags by what a consumer makes of them:")
     kinds = sorted({word for counter in counts.values() for word in counter})
     for (config, name), counter in counts.items():

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
     def prepare(processes: int):
+        check_work_dir(cfg.work_dir, make=False)
         prepared = prepare_test(cfg, weights)
         check_work_dir(cfg.work_dir)
         return prepared

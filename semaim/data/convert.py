@@ -72,7 +72,8 @@ def convert_camvid(root: StrPath, out: StrPath) -> str:
     lead = (*CAMVID, "void")[most := found.most_common(1)[0][0]]
     if lead not in COMMON:
         raise UserError(
-            f"the most frequent value in {root} is {most}, in CamVid's own labels {lead}: do these count from 1?"
+            f"the most frequent value in {root} is {most}, which is {lead} in CamVid's own labels:"
+            " do these count from 1?"
         )
     empty(out)
     text = []

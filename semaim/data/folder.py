@@ -60,9 +60,7 @@ def _read_list(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UserError(
-            f"{file} is not a text file: give a folder of images, or a list of paths, one per line"
-        ) from None
+        raise UserError(f"{file} is no text file: give a folder of images, or a list of paths, one per line") from None
     paths = []
     for line in lines:
         path, _, label = line.rpartition(" ")

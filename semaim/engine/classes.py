@@ -62,7 +62,7 @@ def keep_classes(cfg: Config) -> None:
 
 
 def check_classes(cfg: Config, split: str) -> None:
-    """`UserError` where a COCO file's categories, the split's classes and the model's heads are not of one mind."""
+    """`UserError` where a COCO file's categories, the split's classes and the model's heads differ."""
     found = read_categories(cfg, split)
     if found is None:
         return
@@ -90,7 +90,7 @@ def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
     return {"left_out": {split: read_categories(cfg, split).left_out(classes_of(cfg, split)) for split in splits}}
 
 
-def in_words(counts: Mapping[str, dict]) -> list[str]:
+def left_out_lines(counts: Mapping[str, dict]) -> list[str]:
     """Lines of the log for `left_out`."""
     return [
         f"keep_classes leaves out of {split}: {part['categories']} of {part['of_categories']} categories,"

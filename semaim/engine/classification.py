@@ -12,7 +12,7 @@ from semaim.data.labelled import LabelledImages
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
-from semaim.registry import MODELS, SCOPE
+from semaim.registry import MODELS, build_model
 
 DATASETS.register_module(module=LabelledImages)
 
@@ -50,7 +50,7 @@ class Classification(NetworkModel):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
     ):
-        super().__init__(MODELS.build({**network, "_scope_": SCOPE}), precision, compile)
+        super().__init__(build_model(network), precision, compile)
         self.label_smoothing = label_smoothing
         classes = self.network.num_classes
         mixes = mixup > 0 or cutmix > 0

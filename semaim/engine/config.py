@@ -147,8 +147,8 @@ def check_keys(cfg: Config, types: Types | None) -> None:
     for key in cfg:
         if key not in known:
             raise UserError(f"unknown config key {key}: {nearest(key, known.keys() - FOREIGN)}")
-    if types:
-        check_tree(cfg, types)
     if "param_scheduler" in cfg:
         check_schedule(cfg.param_scheduler)
+    if types:
+        check_tree(cfg, types)
     check_numbers(cfg)

@@ -273,8 +273,8 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 node, at = node[int(part)], f"{at}.{part}"
                 continue
             if not isinstance(node, dict):
-                told = f"{at} is {node!r}" if node is not None else f"{at} is None in this config"
-                raise UserError(f"--cfg-options {path}: {told}, which has no keys")
+                held = f"{at} is {node!r}" if node is not None else f"{at} is None in this config"
+                raise UserError(f"--cfg-options {path}: {held}, which has no keys")
             if at:
                 known = known_keys(node, at, types, free) if types else None
                 if known is None and "type" not in node:

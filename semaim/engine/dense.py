@@ -19,7 +19,7 @@ from semaim import checkpoints
 from semaim.data.folder import check_whole, load_image
 from semaim.data.labelled import seeded
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
-from semaim.engine.optim import LateOptimWrapper
+from semaim.engine.optim import DeferredOptimWrapper
 from semaim.errors import UserError
 from semaim.places import to_install
 from semaim.registry import SCOPE, task_of, tasks
@@ -29,7 +29,7 @@ UNLIMITED = 10**6
 
 
 @OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(LateOptimWrapper):
+class BFloat16OptimWrapper(DeferredOptimWrapper):
     """Autocast to bf16 on a GPU, without loss scaling; fp32 on a CPU, where mmengine's AmpOptimWrapper refuses."""
 
     @contextmanager
@@ -62,8 +62,8 @@ class NamedImages(Dataset):
         except Exception as error:  # the transforms raise many types
             for path in files:
                 load_image(path)  # says what is wrong with a broken one
-            told = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"cannot prepare image {files[0] if files else index}: {told}") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"cannot prepare image {files[0] if files else index}: {reason}") from None
 
 
 class SeededImages(NamedImages):
@@ -138,8 +138,8 @@ def build(config: dict, registry, what: str):
     try:
         return registry.build(config)
     except (TypeError, KeyError, ValueError, AssertionError, AttributeError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"{what}: {told or 'an assertion of its code does not hold: look at its sizes'}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: {reason or 'an assertion of its code does not hold: look at its sizes'}") from None
     except FileNotFoundError as error:
         raise UserError(
             f"{what}: no such file: {error.filename or error} (name the data with --data-root DIR)"

@@ -14,7 +14,7 @@ from semaim.checkpoints.consumers import load_backbone
 from semaim.checkpoints.normalisation import settle
 from semaim.data.folder import EndlessBatches
 from semaim.engine import dense
-from semaim.engine.classes import in_words, left_out
+from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
@@ -85,7 +85,7 @@ class DenseTask(Task):
                 self.load_encoder(cfg, model, cfg.pretrained)
         counts = left_out(cfg, *SPLITS)
         recorded = {"data": cfg.train_dataset.data_root, "iterations": cfg.train_cfg.max_iters, **counts}
-        return Prepared(self, statistics, plan, train, val, [*in_words(counts), *described], recorded)
+        return Prepared(self, statistics, plan, train, val, [*left_out_lines(counts), *described], recorded)
 
     def training_loader(self, cfg: Config, run: Prepared) -> DataLoader:
         """Shuffled batches of this process, epoch after epoch."""
@@ -160,7 +160,7 @@ class DenseTask(Task):
         recorded = {"data": cfg.val_dataset.data_root, "stage": "test", **counts}
         if cfg.get("tta"):
             recorded |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
-        return Prepared(self, statistics, val=val, lines=[*described, *in_words(counts)], recorded=recorded)
+        return Prepared(self, statistics, val=val, lines=[*described, *left_out_lines(counts)], recorded=recorded)
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
         """The config's metric of a trained detector or segmentor on the validation images."""

@@ -19,7 +19,7 @@ from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import evaluation_loader
 from semaim.engine.training import Prepared
 from semaim.reading import forget
-from semaim.registry import MODELS, SCOPE
+from semaim.registry import build_model
 
 RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
 
@@ -47,7 +47,7 @@ class FeatureTask(ImageTask):
         log = logger_of(cfg).info
         path = None if weights == RANDOM else weights
         record_origin(cfg, path)
-        model: NetworkModel = MODELS.build({**cfg.model, "compile": cfg.compile, "_scope_": SCOPE})
+        model: NetworkModel = build_model({**cfg.model, "compile": cfg.compile})
         if path is None:
             log("random weights: the encoder as it is initialised")
         else:

@@ -23,13 +23,13 @@ from semaim.models.targets import ema_decay
 
 
 @HOOKS.register_module()
-class LateRuntimeInfo(RuntimeInfoHook):
+class DeferredRuntimeInfo(RuntimeInfoHook):
     """mmengine's, but losses and the gradient norm are read when a log line or a checkpoint needs them, all at once.
 
     To read a number is to wait until the GPU has computed it, while it waits for nothing but its next work. A CPU has
-    nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is no number
-    is `Diverged`, at the latest before anything is saved. With it goes, from each process to all, whether it was asked
-    to stop.
+    nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is
+    NaN or infinite is `Diverged`, at the latest before anything is saved. Each process also sends the others whether it
+    was asked to stop.
 
     Args:
         late: whether to wait for the next log line; None for doing so on a GPU.
@@ -57,7 +57,7 @@ class LateRuntimeInfo(RuntimeInfoHook):
         waiting, self.waiting = self.waiting, []
         losses = torch.stack([values["loss"] for _, values in waiting])
         if get_world_size() > 1:
-            shared = torch.cat([losses, losses.new_tensor([runner.train_loop.asked is not None])])
+            shared = torch.cat([losses, losses.new_tensor([runner.train_loop.stop_signal is not None])])
             torch.distributed.all_reduce(shared)
             losses, asked = shared[:-1] / get_world_size(), shared[-1]
             runner.train_loop.stopping |= bool(asked)
@@ -152,8 +152,8 @@ class ProgressBar(Hook):
         """Move the bar."""
         if self.progress:
             loss = runner.message_hub.log_scalars.get("train/loss")
-            told = f"loss {loss.current():.4f}" if loss else "training"
-            self.progress.update(self.task, completed=runner.iter + 1, description=told)
+            shown = f"loss {loss.current():.4f}" if loss else "training"
+            self.progress.update(self.task, completed=runner.iter + 1, description=shown)
 
     def after_train(self, runner) -> None:
         """Take the bar away."""

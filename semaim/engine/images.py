@@ -21,7 +21,7 @@ from semaim.engine.runner import SeededRunner, evaluation_loader, training_loade
 from semaim.engine.schedule import describe, plan_batch, schedule_of
 from semaim.engine.training import Prepared, make_runner
 from semaim.errors import UserError
-from semaim.registry import MODELS, SCOPE, Task
+from semaim.registry import Task, build_model
 
 
 class ImageTask(Task):
@@ -121,8 +121,8 @@ class ImageTask(Task):
         found = checkpoints.read(weights)
         head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
         if head is None:
-            told = f"{weights} has no classifier"
-            raise UserError(f"{told}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
+            problem = f"{weights} has no classifier"
+            raise UserError(f"{problem}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
         statistics = settle(cfg, weights)
         val = build_validation(cfg)
         cfg.model.network.num_classes = len(val.classes)
@@ -187,7 +187,7 @@ def empty_model(cfg: Config) -> NetworkModel:
     if "num_classes" in network:
         network["num_classes"] = network["num_classes"] or 1  # the data will say how many
     with torch.device("meta"):
-        return MODELS.build({**cfg.model, "network": network, "_scope_": SCOPE})
+        return build_model({**cfg.model, "network": network})
 
 
 def fit_encoder(cfg: Config, network: nn.Module, path: str) -> checkpoints.LoadReport:

@@ -73,7 +73,7 @@ def group_parameters(
 
 
 def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:
-    """Name of a parameter -> (layer, layers), as the encoder inside the model tells it.
+    """Name of a parameter -> (layer, layers), as the encoder inside the model numbers its layers.
 
     The encoder is the first module with a `get_layer_depth(name)`: `network` of our own models, `backbone` of detectors
     and segmentors. What lies outside of it, necks and heads, is of the last layer.
@@ -136,7 +136,7 @@ class Lars(timm.optim.Lars):
 
 
 @OPTIM_WRAPPERS.register_module()
-class LateOptimWrapper(OptimWrapper):
+class DeferredOptimWrapper(OptimWrapper):
     """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until somebody reads it."""
 
     grad_norm: Tensor | None = None
@@ -169,6 +169,6 @@ class GroupedOptimizer(DefaultOptimWrapperConstructor):
                     logger="current",
                 )
         optimizer["params"] = [{k: v for k, v in group.items() if k != "names"} for group in groups]
-        wrapper.setdefault("type", "LateOptimWrapper")
+        wrapper.setdefault("type", "DeferredOptimWrapper")
         wrapper["optimizer"] = OPTIMIZERS.build(fuse(optimizer))
         return OPTIM_WRAPPERS.build(wrapper)

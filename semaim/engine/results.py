@@ -31,7 +31,7 @@ def write_results(
     """Write `results.json`, on the main process.
 
     Args:
-        cfg: of the run; names the work folder; `record_origin` has told it where weights and code came from.
+        cfg: of the run; names the work folder; `record_origin` has noted in it where weights and code came from.
         metrics: name -> number.
         train_images, val_images: how many were trained (or searched) and evaluated on; None for as many as the
             measured checkpoint says that it was trained on.
@@ -82,7 +82,7 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
     Args:
         cfg: of the run; its `origin` is set.
         weights: the checkpoint started from or measured; None for none.
-        resumed: a checkpoint of this very run to go on from, whose word on its start counts.
+        resumed: a checkpoint of this very run to go on from; what it records of the run's start counts.
         whole: the weights are measured as they were trained, head and all: how long and with which changes is noted.
     """
     if not is_main_process():
@@ -103,11 +103,11 @@ def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
     for cfg in cfgs if is_main_process() else ():
         origin = dict(cfg.get("origin") or {})
         parts = [origin.get("partly_loaded"), report.partly]
-        told = "; ".join(dict.fromkeys(part for part in parts if part))
+        partly = "; ".join(dict.fromkeys(part for part in parts if part))
         cfg.origin = {
             **origin,
             **({"allow_partial": True} if cfg.get("allow_partial") else {}),
-            **({"partly_loaded": told} if told else {}),
+            **({"partly_loaded": partly} if partly else {}),
             "load_report": report.summary(),
         }
     return report
@@ -186,7 +186,7 @@ def backbone_of(cfg: Mapping) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's git commit, "+changes" behind it where code or configs differ; None where it is no checkout."""
+    """The checkout's git commit, "+changes" after it where code or configs differ; None where it is no checkout."""
 
     def git(*arguments: str) -> str:
         line = ["git", "-C", str(ROOT), *arguments]

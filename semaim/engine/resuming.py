@@ -211,10 +211,11 @@ def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
             " out, or start anew in another --work-dir"
         )
     flags = {"root": " (--data-root)", "data_root": " (--data-root)"}
-    told = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    changes = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
+    more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     raise UserError(
-        f"--resume: {path} has {'; '.join(told[:SHOWN])}{more}: leave it out to go on as the run was, or add --override"
+        f"--resume: {path} has {'; '.join(changes[:SHOWN])}{more}: leave it out to go on as the run was, or add"
+        " --override"
     )
 
 

@@ -77,11 +77,11 @@ class Resumable:
     """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped.
 
     Attributes:
-        asked: the signal that asked this process to stop.
-        stopping: whether this iteration is the last; of several processes all have to know, see `LateRuntimeInfo`.
+        stop_signal: the signal that asked this process to stop, by its name.
+        stopping: whether this iteration is the last; of several processes all have to know, see `DeferredRuntimeInfo`.
     """
 
-    asked: str | None = None
+    stop_signal: str | None = None
     stopping = False
 
     def seek(self, epoch: int, iteration: int) -> None:
@@ -90,9 +90,9 @@ class Resumable:
 
     def run(self) -> torch.nn.Module:
         """Train; Ctrl-C or SIGTERM save the run's state first, and so does bad data in a single process."""
-        self.asked, self.stopping = None, False
+        self.stop_signal, self.stopping = None, False
         several = get_world_size() > 1
-        # Our launcher passes Ctrl-C on, and ends with SIGTERM those that another's failure has left behind.
+        # Our launcher passes Ctrl-C on, and ends with SIGTERM the processes that remain after another has failed.
         numbers = [signal.SIGINT] if SPAWNED in os.environ else [signal.SIGINT, signal.SIGTERM]
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -116,12 +116,12 @@ class Resumable:
     def _on_signal(self, number: int, frame) -> None:
         """Stop where weights and counters agree: after an iteration, or in a validation; a second signal, at once."""
         alone = get_world_size() == 1
-        if self.asked or alone and self.runner.message_hub.get_info("loop_stage") == "val":
+        if self.stop_signal or alone and self.runner.message_hub.get_info("loop_stage") == "val":
             raise KeyboardInterrupt
-        self.asked, self.stopping = signal.Signals(number).name, alone
+        self.stop_signal, self.stopping = signal.Signals(number).name, alone
         if is_main_process():
             when = "this iteration" if self.stopping else "the next iteration in which losses are read"
-            os.write(2, f"{self.asked}: stopping after {when}\n".encode())  # the logger may be at work below this
+            os.write(2, f"{self.stop_signal}: stopping after {when}\n".encode())  # the logger may be at work below this
 
     def share_buffers(self) -> None:
         """Running statistics of batch normalisation: all processes validate with, and go on from, the same."""
@@ -192,12 +192,12 @@ class ResumableIterations(Resumable, BaseLoop):
 
     @property
     def epoch(self) -> int:
-        """Whole epochs behind the run."""
+        """Completed epochs."""
         return self._iter // len(self.dataloader.batch_sampler)
 
     @property
     def iter(self) -> int:
-        """Iterations behind the run."""
+        """Completed iterations."""
         return self._iter
 
     def work(self) -> torch.nn.Module:

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
 from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
-from semaim.engine.hooks import LateRuntimeInfo
+from semaim.engine.hooks import DeferredRuntimeInfo
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.errors import UserError
 
@@ -142,7 +142,7 @@ class SaveCheckpoints(Hook):
     def save(self, runner, epoch: int, iteration: int, name: str) -> None:
         """Write `name` in the work folder, point latest.pth at it, and drop what is too old."""
         for hook in runner.hooks:
-            if isinstance(hook, LateRuntimeInfo):
+            if isinstance(hook, DeferredRuntimeInfo):
                 hook.read(runner)  # a run that has diverged is not saved
         state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
         if not is_main_process():

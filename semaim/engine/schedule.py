@@ -16,7 +16,7 @@ def warm_up(step: float, length: float, start: float = 0.0) -> float:
 
 
 def cosine(done: float, floor: float = 0.0) -> float:
-    """Share of the peak when `done` of the way down, from 0 to 1, is behind: half a cosine from 1 to `floor`."""
+    """Share of the peak after `done`, from 0 to 1, of the way down: half a cosine from 1 to `floor`."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if done > 0 else 1.0
 
 
@@ -78,7 +78,7 @@ class ScheduleInShares(_ParamScheduler):
         return [base * share for base in self.base_values]
 
     def seek(self, iteration: int) -> None:
-        """Stand where a run stands that has `iteration` iterations behind it."""
+        """Continue as after `iteration` iterations."""
         self.last_step = iteration - 1
         self._global_step = iteration - 1
         self.step()
@@ -173,9 +173,9 @@ def milestones_in_steps(milestones: object, steps: int) -> list[int]:
 
 def check_schedule(settings: object) -> None:
     """`UserError` for a config's `param_scheduler` that is none of the schedules here, or has impossible numbers."""
-    known = [name for name, kind in PARAM_SCHEDULERS.module_dict.items() if _in_shares(kind)]
-    kind = PARAM_SCHEDULERS.get(settings["type"]) if isinstance(settings, Mapping) and "type" in settings else None
-    if not _in_shares(kind):
+    kinds = PARAM_SCHEDULERS.module_dict.items()
+    known = [name for name, kind in kinds if isinstance(kind, type) and issubclass(kind, ScheduleInShares)]
+    if not isinstance(settings, Mapping) or settings.get("type") not in known:
         raise UserError(
             f"param_scheduler must be one dict, of type {', '.join(sorted(known))}: its warm-up and milestones are"
             " shares of the run, whose length train_cfg gives"
@@ -185,10 +185,6 @@ def check_schedule(settings: object) -> None:
             raise UserError(f"param_scheduler.{key}: the run sets it, from train_cfg and the batch: leave it out")
     check_share("warmup", settings.get("warmup", 0.0))
     milestones_in_steps(settings.get("milestones", ()), 1)
-
-
-def _in_shares(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, ScheduleInShares)
 
 
 def describe(settings: Mapping, steps: int, epochs: int | None = None) -> str:

@@ -54,7 +54,7 @@ def build_teacher(
 def check_activation(name: str, weights: str | None = None) -> None:
     """`UserError` where timm would build a CLIP with the exact GELU around weights trained with QuickGELU.
 
-    timm says of each of its weights whether they are; of a local file only its tag in the name tells whose they are.
+    timm says of each of its weights whether they are; of a local file only the tag in its name says whose they are.
     """
     architecture, _, tag = name.partition(".")
     quick = architecture.replace("_clip_", "_clip_quickgelu_")

@@ -11,7 +11,7 @@ SINGLE = (1.0,)  #: scales of a prediction that is no mean of several
 
 
 def measured(metric: str, scales: tuple[float, ...] | None) -> str:
-    """A metric's name, which tells where it is of predictions averaged over scales; None where those are not known."""
+    """A metric's name, which says where predictions were averaged over scales; None where those are not known."""
     if scales == SINGLE:
         return metric
     return f"{metric}, {len(scales) if scales else 'several'} scales and flipped"

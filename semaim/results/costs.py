@@ -22,7 +22,7 @@ from semaim.results.running import read
 from semaim.results.stages import Stage, stage_names
 
 MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
-CLASSES = 1000  #: of ImageNet, where the data is to tell; fewer make a slightly smaller file
+CLASSES = 1000  #: of ImageNet, where the data decides; fewer make a slightly smaller file
 
 
 @dataclass(frozen=True)

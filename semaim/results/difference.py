@@ -17,7 +17,7 @@ class Difference:
 
     @property
     def side(self) -> int:
-        """1 where the whole interval is above 0, -1 where it is below, 0 where it holds 0: that cannot be told."""
+        """1 where the whole interval is above 0, -1 where it is below, 0 where it contains 0: cannot tell."""
         return (self.low > 0) - (self.high < 0)
 
 

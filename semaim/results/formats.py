@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
-from semaim.results.table import HEADER, ORIGIN, Table, at_a_glance, in_words
+from semaim.results.table import HEADER, ORIGIN, Table, at_a_glance, print_form
 
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -19,7 +19,7 @@ WIDE = {"Recipe": "p{3cm}", "Remark": "p{4cm}"}  #: LaTeX's columns of words
 
 def markdown(table: Table) -> str:
     """A pipe table, and lists below it."""
-    printed = in_words(table)
+    printed = print_form(table)
     lines = [*pipes([HEADER, *printed.rows]), ""]
     lines += [*(f"* {escaped(note)}" for note in printed.notes), ""]
     lines += [f"* {mark}: {escaped(text)}" for mark, text in printed.origins.items()]
@@ -76,7 +76,7 @@ def latex(table: Table) -> str:
     def escape(text: str) -> str:
         return " ".join("".join(TEX.get(sign, sign) for sign in text).split())
 
-    printed = in_words(table)
+    printed = print_form(table)
     columns = "".join(WIDE.get(name, "l") for name in HEADER)
     lines = [r"% \usepackage{booktabs}", rf"\footnotesize\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(map(escape, HEADER)) + r" \\", r"\midrule"]
@@ -89,7 +89,7 @@ def latex(table: Table) -> str:
 
 def hypertext(table: Table) -> str:
     """A fragment that takes the colours of the page it stands in, light or dark."""
-    printed = in_words(table)
+    printed = print_form(table)
 
     def line(cells, tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

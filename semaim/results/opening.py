@@ -95,7 +95,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
     return Opening(
         names,
         lines,
-        [told for number, name in enumerate(names[:-1]) if (told := verdict(name, number, lines))],
+        [words for number, name in enumerate(names[:-1]) if (words := verdict(name, number, lines))],
         [line for it, name in zip(encoders, names, strict=False) for line in centres_of(name, cells_of[it])],
         [shown for it, name in zip(encoders, names, strict=False) for shown in pictures_of(name, cells_of[it])],
     )
@@ -147,10 +147,10 @@ def encoder_of(run: Run) -> tuple:
 
 
 def names_of(encoders: list[tuple]) -> list[str]:
-    """Methods, with as much besides as it takes to tell them apart."""
-    for told in (1, 2, 3):
+    """Methods, with as much besides as it takes to distinguish them."""
+    for count in (1, 2, 3):
         names = [
-            ", ".join(str(part) + " epochs" * (place == 1) for place, part in enumerate(it[:told]) if part)
+            ", ".join(str(part) + " epochs" * (place == 1) for place, part in enumerate(it[:count]) if part)
             for it in encoders
         ]
         if len(set(names)) == len(names):
@@ -162,10 +162,10 @@ def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
     """The measure's name, and in full; both with data, backbone and config where another line is of the same."""
     name = measure_of(place.task, place.metric)[1]
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
-    told = ""
+    where = ""
     if sum(other[:2] == place[:2] for other in all_places) > 1:
-        told = f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
-    return f"{name}{told}", f"{name}{f', {more}' if more else ''}{told}"
+        where = f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
+    return f"{name}{where}", f"{name}{f', {more}' if more else ''}{where}"
 
 
 def seeds_words(cell: Cell) -> str:
@@ -199,7 +199,7 @@ def judge(ours: list[Cell], random: list[Cell]) -> Judged:
 
 
 def interval_words(found: Difference) -> str:
-    """A difference, its interval, and whether that tells anything."""
+    """A difference, its interval, and whether it excludes 0."""
     unsure = "" if found.side else ": cannot tell"
     return f"{found.points:+.1f} (95 %: {found.low:+.1f} to {found.high:+.1f}){unsure}"
 
@@ -212,8 +212,8 @@ def verdict(name: str, place: int, lines: list[Line]) -> str:
         if side is not None:
             sides.setdefault(side, []).append(line.name)
     words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
-    told = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
-    return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(told)}." if told else ""
+    parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
+    return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(parts)}." if parts else ""
 
 
 def listed(names: list[str]) -> str:

@@ -22,9 +22,9 @@ from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
 from semaim.results.logs import read_lines
 from semaim.results.opening import make_opening
 from semaim.results.runs import read_runs
-from semaim.results.table import HEADER, Table, at_a_glance, in_words, make_table
+from semaim.results.table import HEADER, Table, at_a_glance, make_table, print_form
 
-MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that tell the folder of a run
+MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that mark the folder of a run
 WIDEST = 1000  #: pixels of a picture in the report
 MOST = 6  #: pictures of one kind and run, but of orders
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -53,7 +53,7 @@ class ClassTable:
 
 @dataclass
 class RunPart:
-    """All that a report tells of one run; what is not recorded is empty."""
+    """All that a report shows of one run; what is not recorded is empty."""
 
     name: str
     stage: str = ""
@@ -91,7 +91,7 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
         shown=[(words, picture) for words, picture in shown if picture],
         runs=parts,
         glance=at_a_glance(table) if table else [],
-        table=in_words(table) if table else None,
+        table=print_form(table) if table else None,
         recorded={name for part in parts for name in part.facts},
         header=HEADER,
         credit=f"{CREDIT} ({SOURCES})." if any(map(shows_scenes, pictured)) else "",
@@ -133,23 +133,23 @@ def measured(runs: Iterable[Path]) -> list[Path]:
 
 def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Table | None:
     """The results table of these folders; None where nothing was measured that it has."""
-    told = [folder for folder in measured(runs) if read_runs(folder / "results.json", catalogue)]
-    return make_table(told, catalogue) if told else None
+    tabled = [folder for folder in measured(runs) if read_runs(folder / "results.json", catalogue)]
+    return make_table(tabled, catalogue) if tabled else None
 
 
 # Reading one run
 
 
 def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
-    """What the files of a run's folder tell."""
+    """What the files of a run's folder hold."""
     part = RunPart(name, configs=configs_of(folder), pictures=pictures_of(folder))
     lines, results = read_lines(folder), folder / "results.json"
     record = read_record(results) if results.is_file() else Record({})
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
     named = [name for text in part.configs.values() for name in TASK.findall(text)]
-    told = [task.title for task in tasks() if task.name in named]
+    titles = [task.title for task in tasks() if task.name in named]
     measured = [run.task for run in read_runs(results, catalogue)] if record.metrics else []
-    part.stage = next((str(stage) for stage in (record.task, *told, *measured, record.stage) if stage), "")
+    part.stage = next((str(stage) for stage in (record.task, *titles, *measured, record.stage) if stage), "")
     part.charts = charts_of(lines, charted())
     part.facts = facts_of(lines, logs, record)
     part.measured = {key: worded(value) for key, value in record.metrics.items()}

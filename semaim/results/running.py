@@ -52,7 +52,7 @@ def refuse_changes(folder: Path, had: dict, settings: dict) -> None:
             raise UserError(f"{folder} was run with {change}: choose another --work-dir")
 
 
-def in_words(options: dict[str, object]) -> dict[str, str]:
+def as_words(options: dict[str, object]) -> dict[str, str]:
     """Options as --cfg-options takes them: no spaces."""
     return {key: str(value).replace(" ", "") for key, value in options.items()}
 
@@ -67,7 +67,7 @@ class Children:
     """
 
     def __init__(self) -> None:
-        self.running: dict[subprocess.Popen, int] = {}  # how many of the signals each has been told of
+        self.running: dict[subprocess.Popen, int] = {}  # how many of the signals each has been sent
         self.stopped: list[int] = []
         self.lock = threading.RLock()  # a signal's handler runs in the main thread, which may hold it
 
@@ -87,9 +87,9 @@ class Children:
         """Have all of them end, after saving."""
         self.stopped.append(number)
         for child in list(self.running):
-            self.tell(child)
+            self.pass_on(child)
 
-    def tell(self, child: subprocess.Popen) -> None:
+    def pass_on(self, child: subprocess.Popen) -> None:
         """Pass the last signal on, once: a second one would cut the saving."""
         with self.lock:
             new = self.running.get(child, len(self.stopped)) < len(self.stopped)
@@ -119,7 +119,7 @@ class Children:
             **(piped if title else {}),
         )
         self.running[child] = 0
-        self.tell(child)  # of a signal that came while it was started
+        self.pass_on(child)  # of a signal that came while it was started
         try:
             for text in child.stdout or ():
                 # In one piece, with the end that a last line may lack: others print too.

@@ -24,7 +24,7 @@ SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "
 class Run:
     """One metric, in percent, of one results.json, its `record`; `recipe` is what its config follows.
 
-    `metric` tells by its name where predictions were averaged over scales.
+    the name of `metric` says where predictions were averaged over scales.
     """
 
     method: str
@@ -56,19 +56,19 @@ class Run:
     @property
     def changes(self) -> str:
         """What differs from the suite's config, where it may change the figure: another file, options, the schedule."""
-        told = []
+        found = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
             options = getattr(self.record, name) or {}
             config = getattr(self.record, "pretrain_config" if whose else "config") or ""
-            told += [f"{whose}config {config}"] if "/" in config else []
-            told += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
+            found += [f"{whose}config {config}"] if "/" in config else []
+            found += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
             apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
-            told += [f"{whose}{key}={options[key]}" for key in apart]
-        return ", ".join(told)
+            found += [f"{whose}{key}={options[key]}" for key in apart]
+        return ", ".join(found)
 
     @property
     def identified(self) -> bool:
-        """Whether the file tells which weights were measured, by more than their path."""
+        """Whether the file records which weights were measured, by more than their path."""
         names = ("method", "pretrain_epochs", "pretrain_images")
         trained = not trains(self.task) or self.length is not None
         return trained and all(getattr(self.record, name) is not None for name in names)
@@ -162,7 +162,7 @@ def words_of(*names: str) -> set[str]:
 
 
 def method_of(record: Record) -> str:
-    """The recorded method, or what the names of the checkpoint and its folder tell; those of an unnamed one."""
+    """The recorded method, or what the names of the checkpoint and its folder suggest; else those names."""
     if record.method:
         return record.method
     if not record.checkpoint:
@@ -175,7 +175,7 @@ def method_of(record: Record) -> str:
 
 
 def backbone_of(record: Record, recipe: Recipe | None) -> str | None:
-    """The recorded backbone, that of the config, or what names tell; None where nothing does."""
+    """The recorded backbone, that of the config, or what names suggest; None without."""
     config, checkpoint = Path(record.config or "").name, Path(record.checkpoint or "")
     if record.backbone or recipe:
         return record.backbone or recipe.configs[config]

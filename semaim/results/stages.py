@@ -11,7 +11,7 @@ from semaim.data.scenes import LEVELS
 from semaim.errors import UserError, nearest
 from semaim.places import own_config, typed_config
 from semaim.registry import Task, stage_of, tasks, variants
-from semaim.results.running import in_words, python, shortened, tool
+from semaim.results.running import as_words, python, shortened, tool
 
 PRETRAIN = "pretrain"  #: the stage whose checkpoint the others start from
 SCALES = ("quick", "study", "paper")
@@ -98,7 +98,7 @@ class Stage:
             return str(path.resolve()) if isinstance(path, Path) else path
 
         paths = {"pretrained": whole(self.pretrained), "data_root": whole(self.data_root)}
-        return {"config": self.config, **paths, "options": in_words(self.options)}
+        return {"config": self.config, **paths, "options": as_words(self.options)}
 
     def command(self) -> list[str]:
         """The command line as one would type it here, on one node; it goes on with what its folder holds."""
@@ -113,7 +113,7 @@ class Stage:
         line += ["--pretrained", str(self.pretrained)] if self.pretrained and self.trains else []
         line += ["--data-root", str(self.data_root)] if self.data_root else []
         line += ["--resume"] if self.trains and (self.folder / "latest.pth").exists() else []
-        options = [f"{key}={value}" for key, value in in_words(self.options).items()]
+        options = [f"{key}={value}" for key, value in as_words(self.options).items()]
         return line + (["--cfg-options", *options] if options else [])
 
     def drawings(self) -> list[tuple[Path, list[str]]]:

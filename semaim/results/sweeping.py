@@ -16,7 +16,7 @@ from rich.table import Table
 from semaim.engine.config import load_config
 from semaim.errors import Diverged, UserError, check_work_dir
 from semaim.registry import Metric, task_titled
-from semaim.results.running import follow, in_words, read, refuse_changes, shortened, tool
+from semaim.results.running import as_words, follow, read, refuse_changes, shortened, tool
 from semaim.results.runs import metrics_in
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
@@ -46,7 +46,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
     settings = {
         **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth moves on
-        "options": in_words(options),
+        "options": as_words(options),
     }
     runs = {}
     for lr, tried in itertools.product(args.lr or [cfg.base_lr], args.layer_decay or [None]):

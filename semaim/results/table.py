@@ -195,7 +195,7 @@ class Printed:
     notes: list[str]
 
 
-def in_words(table: Table) -> Printed:
+def print_form(table: Table) -> Printed:
     """Round and word all figures."""
     origins: dict[str, str] = {}  # text -> its mark
     rows = []
@@ -220,7 +220,7 @@ def in_words(table: Table) -> Printed:
 def at_a_glance(table: Table) -> list[list[str]]:
     """Our cells once more: a line an encoder, a column a metric; header and lines, nothing of a single encoder.
 
-    Two cells of one place, such as two lengths of a training, stand behind one another.
+    Two cells of one place, such as two lengths of a training, stand one after the other.
     """
     lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
     columns: list[str] = []
@@ -233,9 +233,9 @@ def at_a_glance(table: Table) -> list[list[str]]:
         lines.setdefault(encoder, {}).setdefault(column, []).append(figure_words(cell))
     if len(lines) < 2:
         return []
-    # Changes are told where nothing else tells two encoders apart.
-    told = range(3 if len({encoder[:3] for encoder in lines}) == len(lines) else 4)
-    several = [place for place in told if len({encoder[place] for encoder in lines}) > 1]
+    # Changes are shown where nothing else distinguishes two encoders.
+    distinguishing = range(3 if len({encoder[:3] for encoder in lines}) == len(lines) else 4)
+    several = [place for place in distinguishing if len({encoder[place] for encoder in lines}) > 1]
     header = [(*HEADER[:3], "Changed")[place] for place in several] + columns
     return [header] + [
         [encoder[place] for place in several] + ["; ".join(figures.get(column, [])) for column in columns]

@@ -38,7 +38,7 @@ images_per_gpu = 128
 
 base_lr = 5e-4  # peak 2e-3 = 5e-4 x 1024 / 256
 optim_wrapper = dict(
-    type="LateOptimWrapper",
+    type="DeferredOptimWrapper",
     constructor="GroupedOptimizer",
     optimizer=dict(type="AdamW", betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(layer_decay=0.65, undecayed=("cls_token", "pos_embed")),

@@ -24,7 +24,7 @@ images_per_gpu = 512
 
 base_lr = 0.1  # peak 1.6 = 0.1 x 4096 / 256
 optim_wrapper = dict(
-    type="LateOptimWrapper",
+    type="DeferredOptimWrapper",
     constructor="GroupedOptimizer",
     optimizer=dict(type="SGD", momentum=0.9, weight_decay=0.0),
 )

@@ -26,7 +26,7 @@ images_per_gpu = 256
 
 base_lr = 2e-4  # peak 1.6e-3 = 2e-4 x 2048 / 256
 optim_wrapper = dict(
-    type="LateOptimWrapper",
+    type="DeferredOptimWrapper",
     constructor="GroupedOptimizer",
     optimizer=dict(type="AdamW", betas=(0.9, 0.95), weight_decay=0.05),
     clip_grad=dict(max_norm=3.0),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment, lints, runs the tests. Arguments go to pytest, with paths from the repository root.
+# Sets up the environment, lints, checks the types, runs the tests. Arguments go to pytest, with paths from the repository root.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -7,6 +7,8 @@ tools/setup.sh --extras all
 
 status=0
 .venv/bin/python -m ruff check . || status=$?
+.venv/bin/python -m ruff format --check . || status=$?
+.venv/bin/python -m mypy || status=$?
 
 workers=$(nproc 2> /dev/null || sysctl -n hw.ncpu)
 workers=$((workers < 4 ? workers : 4))

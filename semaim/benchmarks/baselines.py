@@ -8,6 +8,7 @@ Shapes: B images, L patches, N = 1 + L tokens (class token first), D channels.
 
 import os
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from semaim.models.semaim import SemAIM
 from semaim.models.vit import LAYER_NORM_EPS
 from semaim.models.vitdet import MapAttention, relative_vectors
 
+Layer = Any  #: a block or MLP of ours, of which the parameters alone are read
+
 
 def plain_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """PyTorch's own product with a layer's weights."""
@@ -34,7 +37,7 @@ def plain_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, LAYER_NORM_EPS)
 
 
-def plain_mlp(x: Tensor, mlp: nn.Module) -> Tensor:
+def plain_mlp(x: Tensor, mlp: Layer) -> Tensor:
     """Linear, GELU, linear."""
     return plain_linear(F.gelu(plain_linear(x, mlp.fc1)), mlp.fc2)
 
@@ -80,14 +83,14 @@ class ExplicitMasks(nn.Module):
         class_token = (model.cls_token + position[:, :1]).expand(len(images), -1, -1)
         return torch.cat([class_token, patches + position[:, 1:]], dim=1)
 
-    def block(self, x: Tensor, block: nn.Module, mask: Tensor | None) -> Tensor:
+    def block(self, x: Tensor, block: Layer, mask: Tensor | None) -> Tensor:
         """Self-attention and MLP: (B, N, D) -> (B, N, D)."""
         query, key, value = plain_linear(plain_norm(x, block.norm1), block.attn.qkv).chunk(3, dim=-1)
         out = unfused_attention(query, key, value, block.attn.num_heads, mask)
         x = x + plain_linear(out, block.attn.proj)
         return x + plain_mlp(plain_norm(x, block.norm2), block.mlp)
 
-    def read(self, x: Tensor, content: Tensor, block: nn.Module, mask: Tensor) -> Tensor:
+    def read(self, x: Tensor, content: Tensor, block: Layer, mask: Tensor) -> Tensor:
         """A query block's attention to the content, and MLP: (B, N, D), (B, N, D) -> (B, N, D)."""
         attn = block.attn
         query = plain_linear(plain_norm(x, block.norm1), attn.q)
@@ -100,13 +103,14 @@ class ExplicitMasks(nn.Module):
     def similarity(self, images: Tensor) -> Tensor:
         """The order pass: scaled similarity of each patch to the class token, (B, L)."""
         with torch.autocast(images.device.type, enabled=False):
-            x, last = self.embed(images), self.model.blocks[-1]
+            x = self.embed(images)
+            last: Layer = self.model.blocks[-1]
             for block in self.model.blocks[:-1]:
                 x = self.block(x, block, None)
             query, key, _ = plain_linear(plain_norm(x, last.norm1), last.attn.qkv).chunk(3, dim=-1)
             query, key = (t.unflatten(-1, (last.attn.num_heads, -1)).transpose(1, 2) for t in (query, key))
             ((query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5).softmax(dim=-1)  # unused, as published
-            x = plain_norm(self.block(x, last, None), self.model.norm)
+            x = plain_norm(self.block(x, last, None), cast(nn.LayerNorm, self.model.norm))
             return F.cosine_similarity(x[:, :1], x[:, 1:], dim=-1).softmax(dim=-1)
 
     @torch.no_grad()
@@ -132,7 +136,7 @@ class ExplicitMasks(nn.Module):
             mask[..., 0] = 0
             mask[:, 0, 1:, 1:].masked_fill_(patches, 0)
             masks.append(mask)
-        return tuple(masks)
+        return masks[0], masks[1]
 
     def forward(self, images: Tensor, draw: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) and draw (B, L) -> the scalar loss."""
@@ -145,7 +149,7 @@ class ExplicitMasks(nn.Module):
             content = self.block(content, block, content_mask)
             if (index + 1) % model.step == 0:
                 query = self.read(query, content, model.query_blocks[index // model.step], query_mask)
-        query, head = plain_norm(query, model.norm), model.prediction_head
+        query, head = plain_norm(query, cast(nn.LayerNorm, model.norm)), model.prediction_head
         prediction = plain_linear(query, head) if isinstance(head, nn.Linear) else plain_mlp(query, head)
         return model.target.loss(prediction[:, 1:], target).mean()
 

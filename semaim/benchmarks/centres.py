@@ -126,6 +126,7 @@ def scenes_of(folder: Path, count: int) -> tuple[list[Path], list[Path], int]:
 
 
 def main() -> int:
+    """The command: see --help."""
     parser = argparse.ArgumentParser(prog="python -m semaim.benchmarks.centres", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs of SemAIM")
     parser.add_argument("--scenes", required=True, type=Path, metavar="DIR", help="folder of built-in scenes")

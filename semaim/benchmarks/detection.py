@@ -1,14 +1,16 @@
 """ViTDet's global block, and Mask R-CNN's training step with it, against attention with a bias for all pairs."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semaim.benchmarks.baselines import plain_map_attention, plain_mlp, plain_norm
 from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak
@@ -25,15 +27,16 @@ def build_block(model: str, img_size: int, batch: int, device: str) -> tuple[Blo
     if img_size < 16 or img_size % 16:
         raise UserError(f"--img-size {img_size}: give a multiple of 16")
     dim, heads, side = SIZES[model]["embed_dim"], SIZES[model]["num_heads"], img_size // 16
-    block = Block(dim, heads, attention=lambda dim, heads: MapAttention(dim, heads, table=(side, side)))
-    for table in (block.attn.rel_pos_h, block.attn.rel_pos_w):
+    block = Block(dim, heads, attention=functools.partial(MapAttention, table=(side, side)))
+    attention = cast(MapAttention, block.attn)
+    for table in (attention.rel_pos_h, attention.rel_pos_w):
         torch.nn.init.normal_(table, std=0.2)
     return block.to(device), torch.randn(batch, side, side, dim, device=device)
 
 
 def plain_block(block: Block, maps: Tensor) -> Tensor:
     """The same block, unfused."""
-    maps = maps + plain_map_attention(block.attn, plain_norm(maps, block.norm1))
+    maps = maps + plain_map_attention(cast(MapAttention, block.attn), plain_norm(maps, block.norm1))
     return maps + plain_mlp(plain_norm(maps, block.norm2), block.mlp)
 
 
@@ -82,7 +85,7 @@ def vitdet(
         peaks = [cpu_peak(build_pass, variant, *sizes) for variant in ("ours", "baseline")]
     timing = alternate(ours, plain, torch.device(device), repeats, warmup=2)
     details = {"model": model, "img_size": img_size, "batch": batch, "precision": precision, "repeats": repeats}
-    common = {"loss_difference": difference, "details": details}
+    common: dict[str, Any] = {"loss_difference": difference, "details": details}
     counts = where == "GPU" and img_size == 1024  # the case that the targets are for
     rows = [
         Row(
@@ -114,7 +117,7 @@ def plain_blocks() -> Iterator[None]:
         yield
 
 
-def build_detector(model: str, img_size: int, device: str) -> nn.Module:
+def build_detector(model: str, img_size: int, device: str) -> Any:
     """The recipe's Mask R-CNN for square images of any size."""
     from mmengine.registry import MODELS
 
@@ -200,14 +203,17 @@ def mask_rcnn(
             expected = losses(False)
     # Only the losses of the proposals: the sampling for the heads may depend on rounding.
     of_proposals = [[t for k, v in one.items() if "rpn" in k for t in v] for one in (found, expected)]
-    difference = check_equal("proposal losses", *of_proposals, 1e-3)
+    difference = check_equal("proposal losses", of_proposals[0], of_proposals[1], 1e-3)
     fused = torch.optim.AdamW(detector.parameters(), lr=1e-5, fused=True)
     default = torch.optim.AdamW(detector.parameters(), lr=1e-5)
     target = torch.device(device)
     timing = alternate(lambda: step(fused), lambda: plain_step(default), target, repeats, warmup=2)
     where = "GPU" if device == "cuda" else "CPU"
     counts = where == "GPU" and img_size == 1024
-    common = {"loss_difference": difference, "details": {"batch": batch, "precision": precision, "repeats": repeats}}
+    common: dict[str, Any] = {
+        "loss_difference": difference,
+        "details": {"batch": batch, "precision": precision, "repeats": repeats},
+    }
     rows = [
         Row(
             f"Mask R-CNN ViT-{model} training step at {img_size} px, batch {batch}", where, "images/s",

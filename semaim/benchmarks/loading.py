@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,13 +103,13 @@ def _rows(root: str, textures: bool, img_size: int, batch: int, workers: int, re
     source = "textures" if textures else "images"
     rows = []
     for count in dict.fromkeys((0, workers)):
-        common = {"num_workers": count, "persistent_workers": count > 0}
+        common: dict[str, Any] = {"num_workers": count, "persistent_workers": count > 0}
         loaders = [
             DataLoader(ours, batch_sampler=ResumableBatches(len(ours), batch), **common),
             DataLoader(plain, batch, shuffle=True, drop_last=True, **common),
         ]
         passes = [lambda one=one: load_all(one) for one in loaders]
-        timing = alternate(*passes, torch.device("cpu"), repeats)
+        timing = alternate(passes[0], passes[1], torch.device("cpu"), repeats)
         seen = len(ours) // batch * batch
         cores = max(1, min(count, os.cpu_count() or 1))
         rows.append(

@@ -9,6 +9,7 @@ bf16, unless `look_precision="fp32"`. The centre is the patch with the largest s
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,10 +70,11 @@ def random_again(model: Pretraining) -> None:
     torch.manual_seed(0)
     for module in reversed(list(model.network.modules())):  # the network's own initialisation comes last
         if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            cast(Any, module).reset_parameters()
 
 
 def main() -> int:
+    """The command: see --help."""
     parser = argparse.ArgumentParser(prog="python -m semaim.benchmarks.look", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of pretraining runs")
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of images")

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -90,7 +91,7 @@ def our_step(
         compile_blocks(model)
     wrapper = recipe().optim_wrapper.to_dict()
     wrapper.pop("constructor")
-    network = getattr(model, "module", model)
+    network: Any = getattr(model, "module", model)
     optimizer = OPTIMIZERS.build(fuse({"lr": 1e-4, **wrapper.pop("optimizer"), "params": groups_of(network)}))
     wrapper = OPTIM_WRAPPERS.build({**wrapper, "optimizer": optimizer})
     low = precision == "bf16" and images.device.type == "cuda"
@@ -121,7 +122,7 @@ def check_parity(model: SemAIM, images: Tensor, draw: Tensor) -> dict[str, float
         gradients.append(torch.autograd.grad(losses[-1], parameters))
     return {
         "loss": check_equal("losses", losses[:1], losses[1:], LOSS_TOLERANCE),
-        "gradients": check_equal("gradients", *gradients, GRADIENT_TOLERANCE),
+        "gradients": check_equal("gradients", gradients[0], gradients[1], GRADIENT_TOLERANCE),
     }
 
 
@@ -164,7 +165,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
         ExplicitMasks(model), images, draw, groups_of(model), recipe().optim_wrapper.optimizer.betas
     )
     timing = alternate(ours, published, device, repeats, warmup=3 if where == "GPU" else 1)
-    common = {"loss_difference": difference["loss"], "details": details}
+    common: dict[str, Any] = {"loss_difference": difference["loss"], "details": details}
     rate = setting.batch / timing.ours, setting.batch / timing.baseline
     rows = [
         Row(
@@ -204,7 +205,7 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
     def add(what: str, works: list[Callable], tolerance: float) -> None:
         found, wanted = (work() for work in works)
         difference = check_equal(f"gradients of {what}", found, wanted, tolerance)
-        timing = alternate(*works, device, repeats, warmup=2, inner=4)
+        timing = alternate(works[0], works[1], device, repeats, warmup=2, inner=4)
         rows.append(
             Row(
                 what, where, "ms", ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio,
@@ -229,13 +230,27 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
     return rows
 
 
-def by_kernel(kernel: SDPBackend, work: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class OfInputs:
+    """A computation, and the tensors that it is of."""
+
+    work: Callable[[], Tensor]
+    inputs: list[Tensor]
+
+    def __call__(self) -> Tensor:
+        """Compute it."""
+        return self.work()
+
+
+def by_kernel(kernel: SDPBackend, work: OfInputs) -> tuple[Tensor, ...]:
     """`gradients` with one of PyTorch's attention kernels."""
     with sdpa_kernel(kernel):
         return gradients(work)
 
 
-def attention_pair(batch: int, tokens: int, dim: int, heads: int, device: torch.device, dtype: torch.dtype) -> tuple:
+def attention_pair(
+    batch: int, tokens: int, dim: int, heads: int, device: torch.device, dtype: torch.dtype
+) -> tuple[OfInputs, OfInputs]:
     """Fused and unfused causal attention of the same queries, keys and values: two functions that return (B, N, D)."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = [torch.randn(batch, tokens, dim, generator=generator, device=device, dtype=dtype) for _ in range(3)]
@@ -248,13 +263,13 @@ def attention_pair(batch: int, tokens: int, dim: int, heads: int, device: torch.
         return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
     def plain() -> Tensor:
-        return unfused_attention(*inputs, heads, mask)
+        query, key, value = inputs
+        return unfused_attention(query, key, value, heads, mask)
 
-    fused.inputs = plain.inputs = inputs
-    return fused, plain
+    return OfInputs(fused, inputs), OfInputs(plain, inputs)
 
 
-def gradients(work: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+def gradients(work: OfInputs) -> tuple[Tensor, ...]:
     """Forward and backward of a function of `attention_pair`."""
     out = work()
     return torch.autograd.grad(out, work.inputs, torch.ones_like(out))

@@ -52,7 +52,7 @@ class Row:
         value = self.ours if self.of_ours else self.ratio
         if self.ours is None:
             return f"not measured: {self.details.get('reason', 'not requested')}"
-        if self.target is None:
+        if self.target is None or value is None:
             return "no target"
         return "met" if (value >= self.target if self.at_least else value <= self.target) else "missed"
 

@@ -40,7 +40,7 @@ def measure(setting: Setting, repeats: int) -> dict[str, float]:
             gradients(fused)
 
     similarity = torch.rand_like(draw)
-    times = {"step": [], "attention": [], "order": []}
+    times: dict[str, list[float]] = {"step": [], "attention": [], "order": []}
     for turn in range(repeats + 1):
         found = {
             "step": seconds(step, device),
@@ -196,7 +196,7 @@ def work_in_step(setting: Setting, repeats: int, out: str) -> None:
     steps = {"alone": our_step(model, images, draw_numbers, setting.precision)}
     if world > 1:
         steps["exchanged"] = our_step(DistributedModel(model), images, draw_numbers, setting.precision)
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
             if world > 1:

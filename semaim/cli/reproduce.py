@@ -70,6 +70,7 @@ class ListAction(argparse.Action):
         super().__init__(*args, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
+        """Print, and end the command."""
         from semaim.registry import variants  # takes seconds
         from semaim.results.stages import stage_names
 

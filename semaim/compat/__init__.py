@@ -24,6 +24,7 @@ class TorchvisionOps:
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+        """The module of the operators for its name, None for any other."""
         return importlib.util.spec_from_file_location(NAME, SOURCE) if name == NAME else None
 
 

@@ -1,0 +1,1 @@
+"""Images, labels and annotations: reading them, checking them, and the built-in scenes."""

@@ -112,8 +112,10 @@ class Labels:
         total, lines = self.pixels.total(), []
         for value in self.values:
             number = self.number(value)
-            known = number is not None and number < len(self.classes)
-            name = self.classes[number] if known else "ignored" if number is None else "no class"
+            if number is None:
+                name = "ignored"
+            else:
+                name = self.classes[number] if number < len(self.classes) else "no class"
             lines.append(" ".join(f"{value} {name} {self.pixels[value] / total:.2%} in {self.images[value]:,}".split()))
         head = f"labels of {self.split}: {len(self.counts):,} maps, {self.ignored:.2%} of the pixels ignored"
         head += f"; {len(self.classes) - len(self.absent)} of {len(self.classes)} classes occur"

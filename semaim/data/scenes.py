@@ -192,7 +192,7 @@ def write_scenes(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     val = min(images - 1, max(1, round(images * val_fraction))) if val_fraction else 0
-    request = {"generator": GENERATOR, "images": images, "size": size, "seed": seed}
+    request: dict[str, int | float | str] = {"generator": GENERATOR, "images": images, "size": size, "seed": seed}
     request |= {"val_fraction": float(val_fraction), "level": level}
     request |= {"unlabelled": unlabelled, "unlabelled_size": unlabelled_size}
     marker = json.dumps(request) + "\n"
@@ -221,6 +221,7 @@ def write_scenes(
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """The command: see --help. Exit status 0, or 2 after bad input."""
     parser = make_parser(prog or "python -m semaim.data.scenes")
     args = parser.parse_args(argv)
     try:

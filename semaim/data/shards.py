@@ -30,7 +30,7 @@ def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[
                     image = name.endswith(extensions) and not name.startswith(".")
                     if image and member.isreg() and not member.issparse():
                         found.append(f"{shard}?{member.offset_data}+{member.size}={member.name}")
-                    archive.members.clear()  # a header is 1 kB in memory
+                    archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; a header is 1 kB in memory
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{shard} is no tar file, or a broken one ({error}): copy it again, or remove it") from None
     return found

@@ -291,11 +291,12 @@ def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tup
 def _runs(counts: object) -> np.ndarray:
     """Run lengths of uncompressed or compressed counts; empty if they are damaged."""
     if not isinstance(counts, str):
-        runs = _numbers(counts)
-        return runs if runs.dtype.kind in "iu" else np.empty(0, np.int64)
+        lengths = _numbers(counts)
+        return lengths if lengths.dtype.kind in "iu" else np.empty(0, np.int64)
     # Five bits per character, the lowest first; the sixth says that more follow. From the fourth number on, each is the
     # difference to the last but one.
-    runs, number, shift = [], 0, 0
+    runs: list[int] = []
+    number, shift = 0, 0
     for char in counts:
         value = ord(char) - 48
         if not 0 <= value < 64 or shift > 30:

@@ -59,7 +59,7 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
 
 
-def make_chart(title: str, below: str, curves: dict[str, Sequence[tuple[float, float]]]) -> Chart | None:
+def make_chart(title: str, below: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
     """A chart of name -> (x, y) by rising x; None where there is nothing to draw."""
     curves = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
     curves = {name: points for name, points in curves.items() if points}

@@ -100,6 +100,7 @@ class CosineWithWarmup(ScheduleInShares):
         super().__init__(optimizer, **run)
 
     def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
         begin = 0 if self.from_start else self.warmup
         return cosine((step - begin) / (self.steps - begin), self.min_lr / self.peak_lr)
 
@@ -121,6 +122,7 @@ class PolyWithWarmup(ScheduleInShares):
         super().__init__(optimizer, **run)
 
     def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
         begin, last = self.warmup + 1, self.steps - 1
         if step <= begin:
             return 1.0
@@ -143,6 +145,7 @@ class StepsWithWarmup(ScheduleInShares):
         super().__init__(optimizer, **run)
 
     def fall(self, step: int) -> float:
+        """Share of the peak rate in a step after the warm-up."""
         return self.gamma ** sum(milestone <= step for milestone in self.milestones)
 
 

@@ -47,8 +47,9 @@ class Classifier(VisionTransformer):
             self.fc_norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS) if normed else nn.Identity()
         if probe:
             self.requires_grad_(False)
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        head: nn.Module = nn.Identity()
         if num_classes:
+            head = nn.Linear(self.embed_dim, num_classes)
             trunc_normal_(head.weight, std=head_init_std)
             nn.init.zeros_(head.bias)
         self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head

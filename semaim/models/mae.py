@@ -72,7 +72,7 @@ class MAE(VisionTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, self.mlp_ratio, with_cp=self.blocks[0].with_cp)
+            Block(decoder_embed_dim, decoder_num_heads, self.mlp_ratio, with_cp=bool(self.blocks[0].with_cp))
             for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)

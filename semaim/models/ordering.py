@@ -9,7 +9,8 @@ grid is (rows, columns) with L = rows * columns, patch index = row * columns + c
 `docs/orders.md` maps the names to the flags of the official code, two of which look swapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,8 @@ def box_key(centre: Tensor, grid: Grid) -> Tensor:
 
 
 def box_counts(
-    centres: tuple[Tensor, Tensor],
-    patches: tuple[Tensor, Tensor],
+    centres: Sequence[Tensor],
+    patches: Sequence[Tensor],
     limits: Grid,
     scale_of: Grid | None = None,
     half_sides: tuple[int, ...] = BOX_HALF_SIDES,
@@ -91,9 +92,9 @@ def box_counts(
     Returns:
         int64 (B, L), 0 to the number of boxes.
     """
-    count = 0
+    count = torch.zeros((), dtype=torch.int64, device=patches[0].device)
     for half_side in half_sides:
-        inside = True
+        inside = torch.ones((), dtype=torch.bool, device=patches[0].device)
         for centre, coordinate, limit, scale in zip(centres, patches, limits, scale_of or limits, strict=True):
             half = max(1, round(half_side * scale / BOX_GRID))
             side = min(2 * half, limit)
@@ -153,8 +154,8 @@ def _stochastic_center(similarity: None, grid: Grid, draw: Tensor) -> Tensor:
     return box_key(draw.argmin(dim=-1), grid)
 
 
-#: name -> key function of (similarity or None, grid, draw).
-ORDERS: dict[str, Callable[[Tensor | None, Grid, Tensor], Tensor]] = {
+#: name -> key function of (similarity, grid, draw); the similarity is None for orders outside `SEMANTIC_ORDERS`.
+ORDERS: dict[str, Callable[[Any, Grid, Tensor], Tensor]] = {
     "semantic": _semantic,
     "similarity": _similarity,
     "semantic_rings": _semantic_rings,

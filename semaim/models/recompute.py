@@ -39,6 +39,7 @@ class RecomputedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, before: Callable | None, x: Tensor, weight: Tensor, bias: Tensor, *parameters: Tensor) -> Tensor:
+        """linear(before(x, *parameters), weight, bias)."""
         ctx.before, ctx.device_type, ctx.autocast_dtype = before, x.device.type, autocast_dtype(x)
         ctx.save_for_backward(x, weight, bias, *parameters)
         return product(before(x, *parameters) if before else x, weight, bias)
@@ -46,6 +47,7 @@ class RecomputedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the arguments of `forward`, in its order."""
         x, weight, bias, *parameters = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad[1:]
         needs = (needs_x, *needs_parameters)
@@ -57,7 +59,7 @@ class RecomputedLinear(torch.autograd.Function):
                     y = ctx.before(*inputs)
             else:
                 inputs, y = [x], x
-            grads = [None] * len(inputs)
+            grads: list[Tensor | None] = [None] * len(inputs)
             if any(needs):
                 grad_y = product(grad, weight.T).to(y.dtype)
                 if ctx.before:

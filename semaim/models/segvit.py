@@ -6,6 +6,7 @@ Source: BEiT's and MAE's segmentation backbones (mmseg's `BEiT` and `MAE`). Para
 
 import math
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,9 @@ class BiasedAttention(Attention):
 class SegmentationBlock(Block):
     """A `Block` with optional bias and layer scale: x + gamma_1 * attention, then x + gamma_2 * mlp."""
 
+    gamma_1: float | nn.Parameter
+    gamma_2: float | nn.Parameter
+
     def __init__(self, plain: Block, dim: int, grid: tuple[int, int], rel_bias: bool, layer_scale: float | None):
         nn.Module.__init__(self)
         for name, module in plain.named_children():  # initialised as the encoder's
@@ -133,12 +137,13 @@ class SegmentationViT(VisionTransformer):
         self.pos_embed.requires_grad_(True)
         if out_blocks is None:
             quarters = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})
-            out_blocks = (3, 5, 7, 11) if self.depth == 12 else quarters
+            out_blocks = (3, 5, 7, 11) if self.depth == 12 else tuple(quarters)
         if not out_blocks or not all(0 <= index < self.depth for index in out_blocks):
             raise ValueError(f"out_blocks {tuple(out_blocks)}: there are blocks 0 to {self.depth - 1}")
         self.out_blocks = tuple(out_blocks)
         self.blocks = nn.ModuleList(
-            SegmentationBlock(block, self.embed_dim, self.grid, rel_bias, layer_scale) for block in self.blocks
+            SegmentationBlock(cast(Block, block), self.embed_dim, self.grid, rel_bias, layer_scale)
+            for block in self.blocks
         )
 
     resample_positions = staticmethod(resize_positions)

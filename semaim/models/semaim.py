@@ -89,7 +89,7 @@ class SemAIM(VisionTransformer):
                 self.embed_dim,
                 self.num_heads,
                 self.mlp_ratio,
-                with_cp=self.blocks[0].with_cp,
+                with_cp=bool(self.blocks[0].with_cp),
                 attention=CrossAttention,
             )
             for _ in range(0 if share_weights else decoder_depth)

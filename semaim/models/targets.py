@@ -5,6 +5,8 @@ A target has `width` (values per patch), `prepare(images, tokens) -> (B, L, widt
 order: the model itself, its running average (EMA), or a teacher.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,6 +36,8 @@ class PixelTarget(nn.Module):
 
     Source: official code, `forward_pixel_loss`; zero padding at the border of the blur.
     """
+
+    kernel: Tensor | None  #: the blur, (in_chans, 1, side, side)
 
     def __init__(
         self,
@@ -88,8 +92,10 @@ class FeatureTarget(nn.Module):
         super().__init__()
         self.width = width
 
-    def prepare(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def prepare(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Guide tokens (B, 1 + L, width) -> unit vectors of the patches (B, L, width)."""
+        if tokens is None:
+            raise ValueError("a target of features needs the guide's tokens")
         return F.normalize(tokens[:, 1:].to(images.dtype), dim=-1)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         project: bool = False,
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,

@@ -6,6 +6,9 @@ between them.
 Shapes: B images, N tokens (class token first, then the patches row by row), L patches, D channels.
 """
 
+from collections.abc import Callable, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, to_2tuple
@@ -86,6 +89,8 @@ class CrossAttention(Attention):
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `x`, keys and values from `context`."""
+        if context is None:
+            raise ValueError("cross-attention needs a context")
         context = in_autocast_dtype(context)  # one copy for both layers
         return self.q(x), self.k(context), self.v(context)
 
@@ -122,7 +127,7 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         with_cp: bool = False,
-        attention: type[Attention] = Attention,
+        attention: Callable[[int, int], Attention] = Attention,
     ):
         super().__init__()
         self.with_cp = with_cp
@@ -218,7 +223,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(self.embed_dim, self.grid), requires_grad=False)
         rates = [drop_path_rate * index / max(self.depth - 1, 1) for index in range(self.depth)]
         self.blocks = nn.ModuleList(Block(self.embed_dim, self.num_heads, mlp_ratio, rate, with_cp) for rate in rates)
-        self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -251,7 +256,7 @@ class VisionTransformer(nn.Module):
         """`layer_depth` in this encoder."""
         return self.layer_depth(name, self.depth)
 
-    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def grid_of(self, image_size: Sequence[int]) -> tuple[int, int]:
         """(rows, columns) of patches of an image of (height, width) pixels; ValueError if they do not fill it."""
         (height, width), (patch_height, patch_width) = image_size, self.patch_size
         if height < patch_height or width < patch_width or height % patch_height or width % patch_width:
@@ -288,7 +293,7 @@ class VisionTransformer(nn.Module):
         tokens = self.embed(images)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
-        last = self.blocks[-1]
+        last = cast(Block, self.blocks[-1])
         attention = last.attn.class_attention(last.norm1(tokens))
         return self.norm(last(tokens)), attention
 

@@ -8,13 +8,14 @@ Shapes: B images, H x W patches, D channels; inside the encoder maps are channel
 
 import math
 from collections import OrderedDict
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 
-from semaim.models.vit import LAYER_NORM_EPS, Attention, VisionTransformer, resize_positions
+from semaim.models.vit import LAYER_NORM_EPS, Attention, Block, VisionTransformer, resize_positions
 
 #: Flash attention takes head widths that are multiples of this (16 bytes of bf16).
 HEAD_MULTIPLE = 8
@@ -98,14 +99,15 @@ class MapAttention(Attention):
         super().__init__(dim, num_heads)
         self.window = window
         self.rel_pos = table is not None
-        if self.rel_pos:  # zero: a detector starts as the pretrained network, which has no relative positions
+        if table is not None:  # zero: a detector starts as the pretrained network, which has no relative positions
             self.rel_pos_h, self.rel_pos_w = (
                 nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads)) for side in table
             )
 
     def attend(self, maps: Tensor) -> Tensor:
         """Attention of every patch to the whole map: (B, H, W, D) -> (B, H, W, D)."""
-        grid = maps.shape[1:3]
+        _, height, width, _ = maps.shape
+        grid = height, width
         query, key, value = (
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(maps, None)
         )
@@ -125,7 +127,8 @@ class MapAttention(Attention):
             raise ValueError("a map attends to all of itself: no context, no causal mask")
         if not self.window:
             return self.attend(x)
-        return window_unpartition(self.attend(window_partition(x, self.window)), x.shape[1:3])
+        _, height, width, _ = x.shape
+        return window_unpartition(self.attend(window_partition(x, self.window)), (height, width))
 
 
 class ViTDet(VisionTransformer):
@@ -166,7 +169,7 @@ class ViTDet(VisionTransformer):
         del self.cls_token, self.norm
         self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].detach().clone())
         if global_blocks is None:  # of 12 blocks 2, 5, 8, 11
-            global_blocks = sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)})
+            global_blocks = tuple(sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)}))
         for name, chosen in (("global_blocks", global_blocks), ("out_blocks", out_blocks or ())):
             if wrong := [index for index in chosen if not 0 <= index < self.depth]:
                 raise ValueError(f"{name} {wrong}: there are blocks 0 to {self.depth - 1}")
@@ -178,6 +181,7 @@ class ViTDet(VisionTransformer):
         self.made_for = to_2tuple(img_size) if rel_pos and self.global_blocks else None
         for index, block in enumerate(self.blocks):
             window, table = (0, whole) if index in self.global_blocks else (window_size, to_2tuple(window_size))
+            block = cast(Block, block)
             plain = block.attn
             block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None)
             block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the encoder's
@@ -270,6 +274,7 @@ class MapScales(nn.ModuleList):
 def level(in_channels: int, out_channels: int, scale: float) -> nn.Sequential:
     """One level of the pyramid: (B, in_channels, H, W) -> (B, out_channels, scale * H, scale * W)."""
     half, quarter = in_channels // 2, in_channels // 4
+    resample: tuple[nn.Module, ...]
     if scale == 4:
         norm = LayerNorm2d(half, eps=LAYER_NORM_EPS)
         up = nn.ConvTranspose2d(in_channels, half, 2, 2), norm, nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,7 +74,8 @@ class Case:
     def __init__(self, file: Path):
         try:
             self.meta = read_json(file)
-            self.name, self.scalars = self.meta["case"], self.meta.get("scalars", {})
+            self.name: str = self.meta["case"]
+            self.scalars: dict[str, Any] = self.meta.get("scalars", {})
             tensors = file.with_suffix(".safetensors")
             self.tensors = load_file(tensors) if tensors.exists() else {}
             #: (B, 3, H, W), or a dict of such by name
@@ -86,6 +88,20 @@ class Case:
         except (KeyError, TypeError, StopIteration) as error:
             raise UserError(f"{file} is no recorded case: {type(error).__name__} {error}") from None
 
+    @property
+    def batch(self) -> Tensor:
+        """The images (B, 3, H, W) of a case that names one set; `UserError` for another."""
+        if not isinstance(self.images, Tensor):
+            raise UserError(f"{self.name} is no recorded case of this family: it names no single set of images")
+        return self.images
+
+    @property
+    def named_batches(self) -> dict[str, Tensor]:
+        """Name -> images (B, 3, H, W) of a case that names several sets; `UserError` for another."""
+        if not isinstance(self.images, dict):
+            raise UserError(f"{self.name} is no recorded case of this family: it names no sets of images")
+        return self.images
+
     def tolerance(self, name: str) -> float | None:
         """Absolute tolerance of a tensor; None if it has to be equal."""
         return self.meta["tensors"][name]["atol"]
@@ -93,6 +109,13 @@ class Case:
     def parameters(self) -> dict[str, Tensor]:
         """The reference's parameters and buffers, under its own names."""
         return {name[6:]: tensor for name, tensor in self.tensors.items() if name.startswith("param.")}
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter; `UserError` where none reached it."""
+    if parameter.grad is None:
+        raise UserError("a parameter whose gradient is recorded got none")
+    return parameter.grad
 
 
 def run_case(case: Case, checks: Callable[[Case, CaseReport], None]) -> CaseReport:

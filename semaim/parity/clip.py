@@ -1,9 +1,11 @@
 """CLIP's image encoder as teacher against the official code: from a file with OpenAI's names to a student's loss."""
 
+from typing import Any
+
 import torch
 from timm import create_model
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
 from semaim.models import SemAIM, Teacher
 from semaim.parity.cases import Case, CaseReport
@@ -13,10 +15,10 @@ ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
 PREFIX = "teacher."
 
 
-def build_tower(case: Case, architecture: str = ARCHITECTURE) -> nn.Module:
+def build_tower(case: Case, architecture: str = ARCHITECTURE) -> VisionTransformer:
     """timm's network of an architecture, with the recorded sizes and the recorded weights in full precision."""
     cfg = case.meta["config"]["tower"]
-    network = create_model(
+    network: Any = create_model(
         architecture,
         img_size=cfg["img_size"],
         patch_size=cfg["patch_size"],
@@ -37,10 +39,10 @@ def check_tower(case: Case, report: CaseReport, student: SemAIM) -> None:
     Args:
         student: with the recorded weights; it is converted to fp64.
     """
-    golden, scalars, images = case.tensors, case.scalars, case.images
+    golden, scalars, images = case.tensors, case.scalars, case.batch
     network = build_tower(case)
-    seen = {}
-    stages = {"tower.embedding_image0": network.norm_pre}
+    seen: dict[str, Tensor] = {}
+    stages: dict[str, nn.Module] = {"tower.embedding_image0": network.norm_pre}
     stages |= {f"tower.block.{index}_image0": block for index, block in enumerate(network.blocks)}
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output[:1]}))

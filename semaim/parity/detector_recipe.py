@@ -1,5 +1,7 @@
 """The recipe of ViTDet's detectors against detectron2: resizing of photos, and optimizer settings of each parameter."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -77,7 +79,7 @@ def check_keys(case: Case, report: CaseReport) -> None:
         kind, _, size, _ = theirs.rsplit("_", 3)
         cfg, model = detector(kind, SIZES[size])
         parameters = dict(model.named_parameters())
-        names = {name: our_name(name) for name in shapes}
+        names = {name: str(our_name(name)) for name in shapes}
         report.add_relative(f"{theirs}.names", len(set(names.values()) ^ set(parameters)), 0)
         groups = group(cfg, model)
         for name, shape in shapes.items():
@@ -91,12 +93,12 @@ def check_keys(case: Case, report: CaseReport) -> None:
                 ("decay", "factor"), groups[names[name]], case.meta["optimizer"][theirs][name], strict=True
             ):
                 report.add_relative(f"{theirs}.{what}.{name}", ours, golden)
-        for what, (ours, golden) in schedule(cfg, model, case.meta["training"][theirs]).items():
+        for what, (numbers, recorded) in schedule(cfg, model, case.meta["training"][theirs]).items():
             tolerance = 0.51 if what == "warm-up" else EXACT  # 187.5 of ViT-H's 138,281 steps are 188 whole ones
-            report.add(f"{theirs}.{what}", torch.tensor(ours).double(), torch.tensor(golden).double(), tolerance)
+            report.add(f"{theirs}.{what}", torch.tensor(numbers).double(), torch.tensor(recorded).double(), tolerance)
 
 
-def detector(kind: str, size: str) -> tuple[Config, nn.Module]:
+def detector(kind: str, size: str) -> tuple[Config, Any]:
     """The config of a detector ("mask_rcnn", "cascade_mask_rcnn") of a size ("", "_large", "_huge"), and the detector.
 
     Its weights are on the meta device. Cascades have a config for ViT-B only; for other sizes, the parts that depend on
@@ -121,7 +123,7 @@ def group(cfg: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
     return {name: (group["weight_decay"], group["lr"] / cfg.base_lr) for group in groups for name in group["names"]}
 
 
-def schedule(cfg: Config, model: nn.Module, recorded: dict) -> dict[str, tuple[list, list]]:
+def schedule(cfg: Config, model: Any, recorded: dict) -> dict[str, tuple[list, list]]:
     """Name of a setting -> its values here and in the reference."""
     steps, length = cfg.param_scheduler, cfg.train_cfg.max_iters
     milestones = milestones_in_steps(steps.milestones, length)

@@ -19,6 +19,7 @@ from semaim.parity.cases import Case, CaseReport
 from semaim.places import own_config
 
 CONFIGS = {"mask_rcnn": "semaim_mask_rcnn.py", "cascade_mask_rcnn": "semaim_cascade_mask_rcnn.py"}
+Detector = Any  #: mmdet's, which has no types
 TIMES = ("train", "test")
 LEVELS = ("p2", "p3", "p4", "p5", "p6")
 MASK_PIXELS = 5  #: pixels of a mask that may differ
@@ -27,7 +28,7 @@ LOSS = 1e-5  #: relative, in fp64 too: detectron2 keeps its boxes in fp32 there
 GRADIENT = 1e-7  #: relative, of norms in fp64; ours differ by 3e-8, the relative rounding error of 1/3 in fp32
 
 
-def build_detector(case: Case) -> nn.Module:
+def build_detector(case: Case) -> Detector:
     """The config's detector with a case's sizes and weights."""
     from semaim.detection.detectron2_names import to_ours
 
@@ -59,13 +60,13 @@ def build_detector(case: Case) -> nn.Module:
     return model
 
 
-def stages(model: nn.Module) -> dict[str, nn.Module]:
+def stages(model: Detector) -> dict[str, Any]:
     """The box heads by their recorded names."""
     heads = model.roi_head.bbox_head
     return {f"stage{i}": head for i, head in enumerate(heads)} if isinstance(heads, nn.ModuleList) else {"box": heads}
 
 
-def watch(model: nn.Module) -> dict[str, Any]:
+def watch(model: Detector) -> dict[str, Any]:
     """A dict that every run of the model fills: outputs of modules, and copies of the results of methods."""
     seen: dict[str, Any] = {}
     roi = model.roi_head
@@ -120,8 +121,9 @@ def batch_of(case: Case, chosen: list[int]) -> dict[str, list]:
             | {"scale_factor": (width / columns, height / rows)}
         )
         if "objects" in case.scalars:
-            objects = {name: case.tensors.get(f"{index}.gt_{name}") for name in ("boxes", "classes", "masks")}
-            if objects["boxes"] is None:
+            if f"{index}.gt_boxes" in case.tensors:
+                objects = {name: case.tensors[f"{index}.gt_{name}"] for name in ("boxes", "classes", "masks")}
+            else:
                 objects = {"boxes": torch.zeros(0, 4), "classes": torch.zeros(0, dtype=torch.long)}
                 objects["masks"] = torch.zeros(0, height, width, dtype=torch.uint8)
             sample.gt_instances = InstanceData(
@@ -153,7 +155,7 @@ def check_test(case: Case, report: CaseReport) -> None:
                 compare(case, report, name, ours, [index])
 
 
-def test(model: nn.Module, seen: dict, case: Case, chosen: list[int]) -> dict[str, Tensor]:
+def test(model: Detector, seen: dict, case: Case, chosen: list[int]) -> dict[str, Tensor]:
     """Run on some of a case's photos: recorded name -> our result."""
     seen.clear()
     batch = batch_of(case, chosen)
@@ -198,7 +200,7 @@ def maps_of(seen: dict) -> dict[str, Tensor]:
     return named
 
 
-def rows_of(model: nn.Module, seen: dict) -> dict[str, Tensor]:
+def rows_of(model: Detector, seen: dict) -> dict[str, Tensor]:
     """Logits and deltas of the box heads, the rows of all images concatenated."""
     named = {}
     for name in stages(model):
@@ -258,20 +260,20 @@ def check_train(case: Case, report: CaseReport) -> None:
 
     # In fp64: in fp32 some ReLUs near zero switch.
     losses = train(model.double(), case)
-    sum(losses.values()).backward()
+    torch.stack(list(losses.values())).sum().backward()
     for name, value in losses.items():
         report.add_relative(f"{name}_fp64", value.item(), case.scalars["losses_fp64"][name], LOSS)
     gradients = {name: p.grad for name, p in model.named_parameters()}
     recorded = {name: tensor for name, tensor in case.tensors.items() if name.startswith("grad.")}
     for name, golden in recorded.items():
-        for ours, converted in to_ours({name.removeprefix("grad."): golden}).items():
-            report.add(name, gradients[ours], converted, case.tolerance(name))
+        for own, converted in to_ours({name.removeprefix("grad."): golden}).items():
+            report.add(name, gradients[own], converted, case.tolerance(name))
     for name, norm in case.scalars["grad_l2_norm_fp64"].items():
         report.add_relative(f"norm of grad.{name}", gradients.pop(our_name(name)).norm().item(), norm, GRADIENT)
     report.add("gradients that are not recorded", torch.tensor(len(gradients)), torch.tensor(0), None)
 
 
-def targets_of(model: nn.Module, seen: dict) -> dict[str, Tensor]:
+def targets_of(model: Detector, seen: dict) -> dict[str, Tensor]:
     """Per image and stage: boxes, classes, and the objects' boxes that the deltas of the foreground lead to."""
     found = {}
     for name, head in stages(model).items():
@@ -289,7 +291,7 @@ def every_nth(gallery: Tensor, count: int) -> Tensor:
     return gallery[torch.arange(count) * len(gallery) // count]
 
 
-def train(model: nn.Module, case: Case) -> dict[str, Tensor]:
+def train(model: Detector, case: Case) -> dict[str, Tensor]:
     """Losses of a batch of all photos, under their recorded names."""
     batch = model.data_preprocessor(batch_of(case, list(range(len(case.scalars["image_sizes"])))), True)
     batch["inputs"] = batch["inputs"].to(next(model.parameters()).dtype)
@@ -305,7 +307,7 @@ def recorded_name(name: str) -> str:
     return f"{name}_stage{stage[1:]}" if stage else name
 
 
-def compare_masks(case: Case, report: CaseReport, model: nn.Module, seen: dict) -> None:
+def compare_masks(case: Case, report: CaseReport, model: Detector, seen: dict) -> None:
     """Compare our mask targets, cut from bitmaps, and those that our heads cut from polygons as detectron2 does."""
     from mmdet.structures.mask import PolygonMasks
     from mmengine.structures import InstanceData

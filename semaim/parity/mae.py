@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from semaim.models import MAE, PixelTarget
 from semaim.models.vit import sincos_positions
-from semaim.parity.cases import EXACT, Case, CaseReport
+from semaim.parity.cases import EXACT, Case, CaseReport, gradient
 
 #: The two recorded losses -> whether their target is normalised per patch.
 LOSSES = {"norm_pix": True, "raw_pix": False}
@@ -45,7 +45,7 @@ def check(case: Case, report: CaseReport) -> None:
     if "noise" not in case.tensors:
         return
     model, golden, scalars = build_model(case), case.tensors, case.scalars
-    images, noise, cfg = case.images, golden["noise"], case.meta["config"]
+    images, noise, cfg = case.batch, golden["noise"], case.meta["config"]
     parameters = dict(model.named_parameters())
 
     def compare(name: str, ours: Tensor) -> None:
@@ -72,7 +72,7 @@ def check(case: Case, report: CaseReport) -> None:
             report.add_relative(f"loss_{loss}", out.loss.item(), scalars[f"loss_{loss}"], EXACT)
         out.loss.backward()
         for name in (n for n in golden if n.startswith(f"grad.{loss}.")):
-            compare(name, parameters[name.removeprefix(f"grad.{loss}.")].grad)
+            compare(name, gradient(parameters[name.removeprefix(f"grad.{loss}.")]))
 
     if "mask_ratio_second" in cfg:
         model.mask_ratio = ratio = cfg["mask_ratio_second"]
@@ -95,4 +95,4 @@ def check(case: Case, report: CaseReport) -> None:
         for name, norm in scalars.get("grad_l2_norm_fp64", {}).items():
             kind, parameter = name.split(".", 1)
             if kind == loss:
-                report.add_relative(f"grad_l2_norm_fp64.{name}", parameters[parameter].grad.norm().item(), norm)
+                report.add_relative(f"grad_l2_norm_fp64.{name}", gradient(parameters[parameter]).norm().item(), norm)

@@ -1,6 +1,7 @@
 """UperNet against mmseg: the MAE backbone on crops of another grid than the pretraining's, test sizes, and names."""
 
 from importlib.util import find_spec
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,15 +11,19 @@ from torch import Tensor
 from semaim.checkpoints.dialects import INERT, MMPRETRAIN, rename
 from semaim.engine import dense
 from semaim.engine.config import load_config
-from semaim.models.segvit import SegmentationViT, bias_index
-from semaim.models.vit import LAYER_NORM_EPS, resize_positions
-from semaim.parity.cases import Case, CaseReport
+from semaim.errors import UserError
+from semaim.models.segvit import BiasedAttention, SegmentationViT, bias_index
+from semaim.models.vit import LAYER_NORM_EPS, Block, resize_positions
+from semaim.parity.cases import Case, CaseReport, gradient
 from semaim.places import own_config, to_install
 
 
 def our_name(name: str) -> str:
     """mmseg's name of a backbone's parameter -> ours."""
-    return rename(f"backbone.{name}", MMPRETRAIN)
+    found = rename(f"backbone.{name}", MMPRETRAIN)
+    if found is None:
+        raise UserError(f"{name} is no parameter of mmseg's backbone that is known here")
+    return found
 
 
 def build_model(case: Case) -> SegmentationViT:
@@ -64,21 +69,22 @@ def check(case: Case, report: CaseReport) -> None:
 
 def check_backbone(case: Case, report: CaseReport) -> None:
     """The resized table, every step of the forward pass, the probe loss, its gradients, and the loss in fp64."""
-    model, steps = build_model(case), {}
+    model = build_model(case)
+    steps: dict[str, Tensor] = {}
     for index, block in enumerate(model.blocks):
         block.register_forward_hook(lambda _, args, out, index=index: steps.update({f"block.{index}": out}))
     images = case.tensors["images"]
     steps["tokens"] = model.embed(images)
     maps = model(images)
     steps |= {f"map.{index}": one for index, one in enumerate(maps)}
-    steps["bias_block0"] = model.blocks[0].attn.bias(model.grid)
+    steps["bias_block0"] = cast(BiasedAttention, cast(Block, model.blocks[0]).attn).bias(model.grid)
     steps["loss"] = loss = probe_loss(case, maps)
     loss.backward()
     parameters = dict(model.named_parameters())
     ours = {f"param.{name}": parameters[our_name(name)] for name in case.parameters() if not name.endswith(INERT)}
     for name, golden in case.tensors.items():
         if name.startswith("grad."):
-            report.add(name, parameters[our_name(name.removeprefix("grad."))].grad, golden, case.tolerance(name))
+            report.add(name, gradient(parameters[our_name(name.removeprefix("grad."))]), golden, case.tolerance(name))
         elif name in steps or name == "param.pos_embed":
             report.add(name, steps[name] if name in steps else ours[name], golden, case.tolerance(name))
     loss_of_json = torch.tensor(case.scalars["loss"], dtype=torch.float64)
@@ -90,7 +96,7 @@ def check_backbone(case: Case, report: CaseReport) -> None:
     loss.backward()
     report.add_relative("loss_fp64", loss.item(), case.scalars["loss_fp64"])
     for name, golden in case.scalars["grad_l2_norm_fp64"].items():
-        norm = dict(model.named_parameters())[our_name(name)].grad.norm().item()
+        norm = gradient(dict(model.named_parameters())[our_name(name)]).norm().item()
         report.add_relative(f"grad_l2_norm_fp64.{name}", norm, golden)
     model.pos_embed.data = case.tensors["param.pos_embed"].double()
     with torch.no_grad():
@@ -100,12 +106,12 @@ def check_backbone(case: Case, report: CaseReport) -> None:
 
 def probe_loss(case: Case, maps: tuple[Tensor, ...]) -> Tensor:
     """Sum over the maps (B, D, H, W) of the mean of map * channel * row * column; the vectors are the case's."""
-    total = 0.0
+    parts = []
     for index, one in enumerate(maps):
         vectors = (case.tensors[f"probe.map.{index}.{axis}"] for axis in ("channel", "row", "column"))
         channel, row, column = (vector.to(one) for vector in vectors)
-        total = total + (one * channel[:, None, None] * row[:, None] * column).mean()
-    return total
+        parts.append((one * channel[:, None, None] * row[:, None] * column).mean())
+    return torch.stack(parts).sum()
 
 
 def check_test_sizes(case: Case, report: CaseReport) -> None:

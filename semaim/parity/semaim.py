@@ -1,5 +1,7 @@
 """SemAIM against the official code: similarity, orders, both streams, losses, gradients, schedules."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,8 @@ from semaim.errors import UserError
 from semaim.models import FeatureTarget, PixelTarget, SemAIM, Teacher
 from semaim.models.ordering import ORDERS, box_counts, make_order, rows_and_columns, similarity_map, square_key
 from semaim.models.targets import ema_decay
-from semaim.models.vit import VisionTransformer, sincos_positions
-from semaim.parity.cases import EXACT, Case, CaseReport, Check
+from semaim.models.vit import Block, VisionTransformer, sincos_positions
+from semaim.parity.cases import EXACT, Case, CaseReport, Check, gradient
 from semaim.parity.clip import check_tower
 
 #: The official names of the orders. `zigzag` and `raster` look swapped there.
@@ -57,11 +59,13 @@ class RecordedTeacher(Teacher):
 def build_model(case: Case) -> SemAIM:
     """Our model with the configuration and parameters of a case."""
     cfg = case.meta["config"]
-    features, guide = cfg["predict_feature"] != "none", "online"
+    features = cfg["predict_feature"] != "none"
+    guide: str | Teacher = "online"
+    target: FeatureTarget | PixelTarget
     if "teacher_tokens" in case.tensors:
         guide = RecordedTeacher(case.tensors["teacher_tokens"])
     if features:
-        target = FeatureTarget(None if guide == "online" else guide.width)
+        target = FeatureTarget(guide.width if isinstance(guide, Teacher) else None)
     else:
         target = PixelTarget(
             (cfg["patch_size"],) * 2,
@@ -91,7 +95,8 @@ def build_model(case: Case) -> SemAIM:
         if isinstance(module, nn.LayerNorm):
             module.eps = cfg["layer_norm_eps"]
     parameters = case.parameters()
-    if (kernel := parameters.pop("gaussian_blur.weight", None)) is not None and not features:
+    kernel = parameters.pop("gaussian_blur.weight", None)
+    if kernel is not None and isinstance(target, PixelTarget) and target.kernel is not None:
         target.kernel.copy_(kernel)
     parameters.pop("gaussian_blur.bias", None)
     if parameters:
@@ -101,7 +106,7 @@ def build_model(case: Case) -> SemAIM:
 
 def recover_draw(order: str, key: Tensor, similarity: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """The uniform numbers contained in the reference's keys."""
-    if order == "semantic":
+    if order == "semantic" and similarity is not None:
         zeros = torch.zeros_like(similarity)
         return (key - ORDERS[order](similarity, grid, zeros).sqrt()) / 1e-3
     if order == "similarity":
@@ -117,7 +122,7 @@ def fall_along(key: Tensor, order: Tensor) -> float:
 
 def check_model(case: Case, report: CaseReport) -> None:
     """A training step of SemAIM: similarity, order, both streams, prediction, loss and gradients."""
-    model, golden, images = build_model(case), case.tensors, case.images
+    model, golden, images = build_model(case), case.tensors, case.batch
     cfg, scalars = case.meta["config"], case.scalars
     grid, batch = model.grid, len(images)
 
@@ -128,7 +133,8 @@ def check_model(case: Case, report: CaseReport) -> None:
     compare("param.pos_embed", sincos_positions(model.embed_dim, grid))
     if "gaussian_blur.weight" in case.parameters() and not isinstance(model.target, FeatureTarget):
         fresh = PixelTarget((1, 1), cfg["in_chans"], cfg["gaussian_kernel_size"], cfg["gaussian_sigma"]).kernel
-        compare("param.gaussian_blur.weight", fresh)
+        if fresh is not None:
+            compare("param.gaussian_blur.weight", fresh)
 
     # Look.
     tokens, similarity = model.look(images)
@@ -197,7 +203,7 @@ def check_model(case: Case, report: CaseReport) -> None:
         report.deviations.append("the class token's query, on which no loss falls, is not computed")
     if "loss_map" in golden:
         report.add("loss_map", loss_map[free], golden["loss_map"][free], case.tolerance("loss_map"))
-    if "blurred_patches_image0" in golden:
+    if "blurred_patches_image0" in golden and isinstance(model.target, PixelTarget):
         compare("blurred_patches_image0", model.target.patches(images[:1]))
     compare("target_image0", target[:1])
     if tied:
@@ -208,7 +214,7 @@ def check_model(case: Case, report: CaseReport) -> None:
     loss_map.mean().backward()
     gradients = dict(model.named_parameters())
     for name in (n for n in golden if n.startswith("grad.")):
-        compare(name, gradients[name[5:]].grad)
+        compare(name, gradient(gradients[name[5:]]))
     model.double().zero_grad()
     images, tokens = images.double(), tokens.double()
     loss = model.target.loss(model.predict(images, order), model.target.prepare(images, tokens)).mean()
@@ -216,7 +222,7 @@ def check_model(case: Case, report: CaseReport) -> None:
         report.add_relative("loss_fp64", loss.item(), scalars["loss_fp64"])
         loss.backward()
         for name, norm in scalars.get("grad_l2_norm_fp64", {}).items():
-            report.add_relative(f"grad_l2_norm_fp64.{name}", gradients[name].grad.norm().item(), norm)
+            report.add_relative(f"grad_l2_norm_fp64.{name}", gradient(gradients[name]).norm().item(), norm)
 
 
 def check_shared_weights(case: Case, report: CaseReport) -> None:
@@ -233,9 +239,9 @@ def check_shared_weights(case: Case, report: CaseReport) -> None:
             qkv = source.pop(f"attn.qkv.{kind}")
             source |= {f"attn.{name}.{kind}": qkv[i * dim : (i + 1) * dim] for i, name in enumerate("qkv")}
         block.load_state_dict(source)
-    draw = torch.rand(len(case.images), shared.grid[0] * shared.grid[1])
+    draw = torch.rand(len(case.batch), shared.grid[0] * shared.grid[1])
     with torch.no_grad():
-        ours, theirs = shared(case.images, draw), copies(case.images, draw)
+        ours, theirs = shared(case.batch, draw), copies(case.batch, draw)
     report.add("loss_map", ours.loss_map, theirs.loss_map, EXACT)
     report.add("pred", ours.prediction, theirs.prediction, 10 * EXACT)
     report.deviations.append(
@@ -277,7 +283,8 @@ def check_orders(case: Case, report: CaseReport) -> None:
     if "center2out.box_count" in golden:
         report.add("center2out.box_count", -square_key(grid), golden["center2out.box_count"], None)
     if "box_count_by_centre" in golden:
-        theirs, own = reference_boxes(grid), box_counts(*[rows_and_columns(grid)] * 2, grid)
+        patches = rows_and_columns(grid)
+        theirs, own = reference_boxes(grid), box_counts(patches, patches, grid)
         report.add("box_count_by_centre", theirs, golden["box_count_by_centre"], None)
         report.deviations.append(
             "nested boxes (semantic_rings, stochastic_center) hold their centre and reach the last row and column here:"
@@ -315,21 +322,22 @@ def check_schedules(case: Case, report: CaseReport) -> None:
     if "update.model" in golden:
         model = SemAIM(FeatureTarget(), guide="ema", img_size=4, patch_size=4, embed_dim=8, depth=1, num_heads=1)
         rows, columns = golden["update.model"].shape
-        with torch.no_grad():  # any weight that is large enough will do
-            model.blocks[0].mlp.fc1.weight[:rows, :columns] = golden["update.model"]
-            model.ema.blocks[0].mlp.fc1.weight[:rows, :columns] = golden["update.average_before"]
+        # Any weight that is large enough will do.
+        weight, average = (cast(Block, of.blocks[0]).mlp.fc1.weight[:rows, :columns] for of in (model, model.ema))
+        with torch.no_grad():
+            weight[:] = golden["update.model"]
+            average[:] = golden["update.average_before"]
         model.update_ema(ema_decay(37))
-        average = model.ema.blocks[0].mlp.fc1.weight[:rows, :columns]
         name = "update.average_after"
         report.add(name, average, golden[name], case.tolerance(name))
     if "lr_schedule" in scalars:
         schedule = scalars["lr_schedule"]
         cfg = schedule["config"]
-        ours = [
+        rates = [
             cfg["lr"] * cosine_with_warmup(epoch, cfg["epochs"], cfg["warmup_epochs"], cfg["min_lr"] / cfg["lr"])
             for epoch in schedule["epoch"]
         ]
-        report.add("lr_schedule", torch.tensor(ours).double(), torch.tensor(schedule["lr"]).double(), 1e-9)
+        report.add("lr_schedule", torch.tensor(rates).double(), torch.tensor(schedule["lr"]).double(), 1e-9)
     if "layer_scale" in scalars:
         scales, decays = scalars["layer_scale"], scalars["weight_decay"]
         depth = 1 + max(int(name.split(".")[1]) for name in scales if name.startswith("blocks."))
@@ -345,7 +353,7 @@ def check_schedules(case: Case, report: CaseReport) -> None:
             lambda name: VisionTransformer.layer_depth(name, depth),
             undecayed=("cls_token", "pos_embed"),
         )
-        ours = {name: group for group in groups for name in group["names"]}
+        group_of = {name: group for group in groups for name in group["names"]}
         for key, recorded in {"lr_scale": scales, "weight_decay": decays}.items():
-            values = torch.tensor([ours[name][key] for name in recorded]).double()
+            values = torch.tensor([group_of[name][key] for name in recorded]).double()
             report.add(f"groups.{key}", values, torch.tensor(list(recorded.values())).double(), EXACT)

@@ -8,6 +8,7 @@ same code, has to give timm's tokens. This test depends on no name or table of t
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,6 +23,7 @@ from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
 
+TimmNetwork = Any  #: one of timm's ViTs, whose classes differ in what they declare
 #: timm's modules of plain ViTs.
 MODULES = ("vision_transformer", "deit", "beit", "eva")
 #: Right means equal up to rounding in float64: an epsilon of 1e-5 for 1e-6 changes tokens of variance 1 by 4.5e-6.
@@ -58,34 +60,41 @@ def architectures(tags: Iterable[str]) -> list[tuple[str, ...]]:
     """Tags in groups of one architecture and image size, whose files differ only in their head and values."""
     groups: dict[tuple, list[str]] = {}
     for tag in tags:
-        groups.setdefault((tag.partition(".")[0], get_pretrained_cfg(tag).input_size), []).append(tag)
+        groups.setdefault((tag.partition(".")[0], _input_size(tag)), []).append(tag)
     return [tuple(group) for group in groups.values()]
+
+
+def _input_size(tag: str) -> tuple[int, ...]:
+    cfg = get_pretrained_cfg(tag)
+    if cfg is None:
+        raise UserError(f"timm knows no tag {tag}")
+    return cfg.input_size
 
 
 # Networks: what a user's config for this encoder builds, and the same features by timm.
 
 
-def _class_token(theirs: nn.Module, images: Tensor) -> Tensor:
+def _class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:
     return theirs.forward_features(images)[:, 0]
 
 
-def _unnormed(theirs: nn.Module, images: Tensor) -> Tensor:
+def _unnormed(theirs: TimmNetwork, images: Tensor) -> Tensor:
     theirs.norm = nn.Identity()
     return theirs.forward_features(images)[:, theirs.num_prefix_tokens :]
 
 
-def _mean(theirs: nn.Module, images: Tensor) -> Tensor:
+def _mean(theirs: TimmNetwork, images: Tensor) -> Tensor:
     return _unnormed(theirs, images).mean(dim=1)
 
 
-def _own_norm(theirs: nn.Module, images: Tensor) -> Tensor:
+def _own_norm(theirs: TimmNetwork, images: Tensor) -> Tensor:
     pooled = _mean(theirs, images)
     if isinstance(theirs.fc_norm, nn.LayerNorm):
         return theirs.fc_norm(pooled)
     return F.layer_norm(pooled, (theirs.embed_dim,), eps=1e-6)  # a new one
 
 
-def _without_class_token(theirs: nn.Module, images: Tensor) -> Tensor:
+def _without_class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:
     if theirs.cls_token is not None:
         theirs.cls_token = None
         theirs.num_prefix_tokens -= 1
@@ -94,7 +103,7 @@ def _without_class_token(theirs: nn.Module, images: Tensor) -> Tensor:
     return _unnormed(theirs, images)
 
 
-def _map(ours: nn.Module, images: Tensor) -> Tensor:
+def _map(ours: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     found = ours(images)
     return (found if torch.is_tensor(found) else found[-1]).flatten(2).transpose(1, 2)
 
@@ -114,8 +123,8 @@ class Use:
 
     build: Callable[..., nn.Module]
     new: tuple[str, ...]
-    ours: Callable[[nn.Module, Tensor], Tensor]
-    theirs: Callable[[nn.Module, Tensor], Tensor]
+    ours: Callable[[Any, Tensor], Tensor]
+    theirs: Callable[[TimmNetwork, Tensor], Tensor]
 
 
 def _features(ours: Classifier, images: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ USES = {
 }
 
 
-def sizes_in(theirs: nn.Module) -> dict:
+def sizes_in(theirs: TimmNetwork) -> dict:
     """The sizes that a user who knows the architecture sets in the config."""
     block, patch = theirs.blocks[0], theirs.patch_embed.patch_size
     hidden = getattr(getattr(getattr(block, "mlp", None), "fc1", None), "out_features", 4 * theirs.embed_dim)
@@ -144,13 +153,13 @@ def sizes_in(theirs: nn.Module) -> dict:
     }
 
 
-def file_of(theirs: nn.Module, tag: str, config: bool, args: dict) -> checkpoints.Checkpoint:
+def file_of(theirs: TimmNetwork, tag: str, config: bool, args: dict) -> checkpoints.Checkpoint:
     """What `checkpoints.read` finds in timm's file of a network, with or without config.json."""
     described = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
     return checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), described)
 
 
-def build(tag: str, **args) -> nn.Module:
+def build(tag: str, **args) -> TimmNetwork:
     """timm's network of a tag on the meta device, which takes no memory."""
     with torch.device("meta"):
         try:
@@ -167,7 +176,8 @@ def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True)
         depth: build this many blocks instead of all, if timm supports it.
         compute: compare numbers if a file loads.
     """
-    tag, args = tags[0], {"depth": depth} if depth else {}
+    tag = tags[0]
+    args: dict[str, Any] = {"depth": depth} if depth else {}
     try:
         theirs = build(tag, **args)
     except AssertionError:  # it has settings per block
@@ -184,7 +194,7 @@ def judge(tags: tuple[str, ...], depth: int | None = None, compute: bool = True)
         except UserError as error:
             unreadable = str(error)
         for name, use in USES.items():
-            refusal = unreadable or refused(ours[name], found, use.new)
+            refusal = refused(ours[name], found, use.new) if found else unreadable
             if refusal is None and compute and name not in errors:
                 errors[name] = difference(use, tag)
             yield Verdict(tags, config, name, refusal, None if refusal else errors.get(name))
@@ -204,8 +214,8 @@ def refused(ours: nn.Module, found: checkpoints.Checkpoint, new: tuple[str, ...]
 def difference(use: Use, tag: str) -> float:
     """The largest difference between our and timm's features of two images, in a network of one random block."""
     image = tuple(SIDE * side for side in build(tag, depth=1).patch_embed.patch_size)
-    args = {"depth": 1, "img_size": image, "num_classes": 0}
-    theirs = timm.create_model(tag, pretrained=False, **args).double().eval()
+    args: dict[str, Any] = {"depth": 1, "img_size": image, "num_classes": 0}
+    theirs: TimmNetwork = timm.create_model(tag, pretrained=False, **args).double().eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in theirs.named_parameters():  # fp32 values, as in files
         noise = torch.randn(parameter.shape, generator=generator) * 0.05

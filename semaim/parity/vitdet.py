@@ -1,12 +1,14 @@
 """ViTDet against detectron2: tokens, blocks, pyramid levels, losses, gradients, and learning rates by depth."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semaim.engine.optim import layer_depths
 from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet
-from semaim.parity.cases import Case, CaseReport
+from semaim.parity.cases import Case, CaseReport, gradient
 
 #: Level -> index of its 1x1 convolution in detectron2's `simfp_N`. The 3x3 one is next, layers before it resample.
 LATERAL = {"2": 4, "3": 1, "4": 0, "5": 1}
@@ -17,8 +19,8 @@ def our_name(name: str) -> str:
     if not name.startswith("simfp_"):
         return name
     level, place, rest = name.removeprefix("simfp_").split(".", 2)
-    place = int(place) - LATERAL[level]
-    part = f"resample.{place + LATERAL[level]}" if place < 0 else ("lateral", "output")[place]
+    after = int(place) - LATERAL[level]
+    part = f"resample.{place}" if after < 0 else ("lateral", "output")[after]
     if rest.startswith("norm."):
         part, rest = f"{part}_norm", rest.removeprefix("norm.")
     return f"pyramid.levels.p{level}.{part}.{rest}"
@@ -54,7 +56,7 @@ def build_model(case: Case) -> nn.ModuleDict:
             ),
         }
     ).eval()
-    for module in model.net.modules():
+    for module in model["net"].modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = net["layer_norm_eps"]
     model.load_state_dict(convert(case.parameters()))
@@ -72,15 +74,16 @@ def check(case: Case, report: CaseReport) -> None:
 def check_model(case: Case, report: CaseReport) -> None:
     """For every input: each step of the forward pass, the probe loss, its gradients, and the loss in fp64."""
     model = build_model(case)
-    steps = {}
-    for index, block in enumerate(model.net.blocks):
+    net, pyramid = cast(ViTDet, model["net"]), cast(SimpleFeaturePyramid, model["pyramid"])
+    steps: dict[str, Tensor] = {}
+    for index, block in enumerate(net.blocks):
         block.register_forward_hook(lambda _, args, out, index=index: steps.update({f"block.{index}": out}))
 
-    for given, images in case.images.items():
+    for given, images in case.named_batches.items():
         steps.clear()
         model.zero_grad()
-        steps["tokens"] = model.net.embed(images)
-        levels = dict(zip(model.pyramid.names, model.pyramid(model.net(images)), strict=True))
+        steps["tokens"] = net.embed(images)
+        levels = dict(zip(pyramid.names, pyramid(net(images)), strict=True))
         steps["loss"] = loss = probe_loss(case, given, levels)
         loss.backward()
         parameters = dict(model.named_parameters())
@@ -89,7 +92,7 @@ def check_model(case: Case, report: CaseReport) -> None:
                 continue
             what = name.removeprefix(f"{given}.")
             if what.startswith("grad."):
-                ours = parameters[our_name(what.removeprefix("grad."))].grad
+                ours = gradient(parameters[our_name(what.removeprefix("grad."))])
                 if what == "grad.net.pos_embed":  # the position of the class token is unused
                     ours = F.pad(ours, (0, 0, 1, 0))
             else:
@@ -99,21 +102,21 @@ def check_model(case: Case, report: CaseReport) -> None:
         report.add(f"loss_{given}", loss, scalar, case.tolerance(f"{given}.loss"))
 
     model.double()
-    for given, images in case.images.items():
-        levels = dict(zip(model.pyramid.names, model.pyramid(model.net(images.double())), strict=True))
+    for given, images in case.named_batches.items():
+        levels = dict(zip(pyramid.names, pyramid(net(images.double())), strict=True))
         name = f"loss_fp64_{given}"
         report.add_relative(name, probe_loss(case, given, levels).item(), case.scalars[name])
 
 
 def probe_loss(case: Case, given: str, levels: dict[str, Tensor]) -> Tensor:
     """Sum over the levels (B, C, H, W) of the mean of level * channel * row * column; the vectors are the case's."""
-    total = 0.0
+    parts = []
     for name, level in levels.items():
         channel, row, column = (
             case.tensors[f"probe.{given}.{name}.{axis}"].to(level) for axis in ("channel", "row", "column")
         )
-        total = total + (level * channel[:, None, None] * row[:, None] * column).mean()
-    return total
+        parts.append((level * channel[:, None, None] * row[:, None] * column).mean())
+    return torch.stack(parts).sum()
 
 
 def check_layer_decay(case: Case, report: CaseReport) -> None:

@@ -52,13 +52,12 @@ class Cost:
         return None if self.images is None or self.rate is None else self.images / self.rate / 3600
 
     def __str__(self) -> str:
-        processes = self.stage.gpus * self.stage.nodes
+        processes, hours = self.stage.gpus * self.stage.nodes, self.gpu_hours
         if self.images is None:
             time = self.counted
-        elif self.rate is None:
+        elif self.rate is None or hours is None:
             time = f"{self.counted}; rate unknown: give --rate {self.stage.name}=N"
         else:
-            hours = self.gpu_hours
             time = f"{self.counted}; / {self.rate:g} images/s ({self.source}) / 3600 = {hours:,.2f} GPU-hours"
             time += f", {hours / processes:,.2f} h on {processes} GPUs" if processes > 1 else ""
         return f"{time}; {self.kept}"
@@ -92,21 +91,23 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
     cfg = load_config(own_config(stage.config), stage.options, check=False)
     given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
     rate, source = (given, "--rate") if given else measured_rate(stage)
+    batch, length = stage.batch or 0, stage.length or 0  # set where a stage trains
+    images: int | None
     if stage.unit == "iterations":
-        images = stage.batch * stage.length
-        counted = f"{stage.batch:,} images x {stage.length:,} steps = {images:,} images"
+        images = batch * length
+        counted = f"{batch:,} images x {length:,} steps = {images:,} images"
     elif stage.images is None:
         images, counted = None, "images not counted: name the data"
     elif stage.unit == "epochs":
-        images = stage.images * stage.length
-        counted = f"{stage.images:,} images x {stage.length:,} epochs = {images:,} images"
+        images = stage.images * length
+        counted = f"{stage.images:,} images x {length:,} epochs = {images:,} images"
     else:
         images, counted = stage.images, f"{stage.images:,} images once"
     if not stage.trains:
         disk = (stage.images or 0) * sizes_of(stage.config)[2] * 2  # half precision
         return Cost(stage, images, counted, rate, source, disk, f"features: {in_bytes(disk)}")
     one = checkpoint_bytes(cfg, stage.config)
-    files = checkpoints_kept(cfg, stage.length)
+    files = checkpoints_kept(cfg, length)
     kept = f"checkpoints: {files} x {in_bytes(one)} = {in_bytes(files * one)}"
     return Cost(stage, images, counted, rate, source, files * one, kept)
 

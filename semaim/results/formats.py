@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import re
+from collections.abc import Iterable, Sequence
 
 from semaim.results.table import HEADER, ORIGIN, Table, at_a_glance, print_form
 
@@ -30,11 +31,11 @@ def glance(table: Table) -> str:
     return "".join(line + "\n" for line in pipes(at_a_glance(table)))
 
 
-def pipes(rows: list[list[str]]) -> list[str]:
+def pipes(rows: Iterable[Sequence[str]]) -> list[str]:
     """Header and rows as lines of a Markdown table."""
-    rows = [[escaped(cell) for cell in row] for row in rows]
-    rows[1:1] = [["---"] * len(row) for row in rows[:1]]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [[escaped(cell) for cell in row] for row in rows]
+    lines[1:1] = [["---"] * len(row) for row in lines[:1]]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def escaped(text: str) -> str:
@@ -53,7 +54,9 @@ def comma_separated(table: Table) -> str:
     writer.writerow([name.replace(" ", "_") for name in (*labels, *columns, *origin)])
     for row in table.rows:
         figure, cell = row.published, row.cell
-        words = [""] * 4 if figure is None else [figure.value, figure.value_to, figure.status, figure.source]
+        words: list[object] = (
+            [""] * 4 if figure is None else [figure.value, figure.value_to, figure.status, figure.source]
+        )
         words += [""] * 3 if cell is None else [number(cell.mean), number(cell.spread), len(cell.runs)]
         words += [number(row.difference), "; ".join(cell.remarks) if cell else ""]
         words.append(" ".join(figure.notes) if figure else "")

@@ -135,8 +135,9 @@ def place_of(run: Run, catalogue: Catalogue) -> Place:
     """Where a run is compared."""
     options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
     kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.record.partly_loaded)
-    recorded = (getattr(run.record, key) for key in ("val_images", "train_images", "data", "stage"))
-    return Place(run.task, run.metric, data_of(run, catalogue), run.backbone, run.config, *recorded, kept)
+    val, train, folder, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "data", "stage"))
+    data = data_of(run, catalogue)
+    return Place(run.task, run.metric, data, run.backbone, run.config, val, train, folder, stage, kept)
 
 
 def encoder_of(run: Run) -> tuple:
@@ -182,16 +183,16 @@ def judge(ours: list[Cell], random: list[Cell]) -> Judged:
         return Judged()
     if len(ours) > 1 or len(random) > 1:
         return Judged("not averaged: one seed more than once")
-    (ours,), (random,) = ours, random
-    points = f"{ours.mean - random.mean:+.1f}"
-    images = ours.runs[0].record.val_images  # the same of both
-    if not ours.runs[0].metric.startswith("top-1"):
-        several = max(len(ours.runs), len(random.runs)) > 1
+    (mine,), (theirs,) = ours, random
+    points = f"{mine.mean - theirs.mean:+.1f}"
+    images = mine.runs[0].record.val_images  # the same of both
+    if not mine.runs[0].metric.startswith("top-1"):
+        several = max(len(mine.runs), len(theirs.runs)) > 1
         return Judged(f"{points} ({'mean over seeds' if several else 'one run'}: no interval)")
     if not images:
         return Judged(f"{points} (validation images not recorded: no interval)")
     try:
-        found = difference(ours.mean, int(images), random.mean, int(images))
+        found = difference(mine.mean, int(images), theirs.mean, int(images))
     except ValueError:  # a file from elsewhere may hold anything
         return Judged(f"{points} (no shares: no interval)")
     return Judged(interval_words(found), found.side)
@@ -207,8 +208,9 @@ def verdict(name: str, place: int, lines: list[Line]) -> str:
     """A sentence on the accuracies of an encoder."""
     sides: dict[int, list[str]] = {}
     for line in lines:
-        if line.differences[place].side is not None:
-            sides.setdefault(line.differences[place].side, []).append(line.name)
+        side = line.differences[place].side
+        if side is not None:
+            sides.setdefault(side, []).append(line.name)
     words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
     parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
     return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(parts)}." if parts else ""
@@ -248,20 +250,19 @@ def centres_of(name: str, cells: list[Cell]) -> list[str]:
             judged = difference(on, int(row["images"]), fixed, int(row["images"]))
         except (OSError, ValueError, KeyError, TypeError):  # a report is made of what can be read
             continue
-        judged = {1: "", 0: "; cannot tell it from that place", -1: "; that place does better"}[judged.side]
+        sure = {1: "", 0: "; cannot tell it from that place", -1: "; that place does better"}[judged.side]
         whose = f"{name}, seed {seed}" if len(found) > 1 else name
         lines.append(
             f"{whose}: the centre lies on an object in {on:.0f} % of {row['images']} validation scenes (chance"
-            f" {chance:.0f} %, best fixed place {fixed:.0f} %{judged})."
+            f" {chance:.0f} %, best fixed place {fixed:.0f} %{sure})."
         )
     return lines
 
 
 def pictures_of(name: str, cells: list[Cell]) -> list[tuple[str, Path]]:
     """Pictures of an encoder's first pretraining, detector and segmentor that have one: words and file."""
-    found = []
-    files = [(words, folder / look) for folder in pretrainings_of(cells) for look, words in LOOKS.items()]
-    found += [(f"{name}: {words}", file) for words, file in files if file.is_file()][:1]
+    looks = [(words, folder / look) for folder in pretrainings_of(cells) for look, words in LOOKS.items()]
+    found = [(f"{name}: {words}", file) for words, file in looks if file.is_file()][:1]
     for task in (task for task in tasks() if task.shows):
         folders = [Path(run.folder) for cell in cells for run in cell.runs if run.task == task.title]
         files = [folder / "predictions.png" for folder in folders if (folder / "predictions.png").is_file()]

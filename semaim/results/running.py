@@ -8,6 +8,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -104,7 +105,12 @@ class Children:
             return 128 + self.stopped[0]
         # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this
         # process, which may be killed before it can pass anything on.
-        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        piped: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "errors": "replace",
+        }
         child = subprocess.Popen(
             line,
             start_new_session=True,
@@ -140,14 +146,17 @@ def follow(line: list[str]) -> tuple[int, bool]:
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
     """Options that give a run another length, at whose end it is validated; none where no length is given."""
-    if iters is None and epochs is None:
+    if iters is not None:
+        unit, length = "max_iters", iters
+    elif epochs is not None:
+        unit, length = "max_epochs", epochs
+    else:
         return {}
-    unit, length = ("max_epochs", epochs) if iters is None else ("max_iters", iters)
     if unit not in cfg.train_cfg:
         raise UserError(f"the config has no {unit}: give {'--iters' if iters is None else '--epochs'} N")
     if length < 1:
         raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
-    options = {f"train_cfg.{unit}": length}
+    options: dict[str, object] = {f"train_cfg.{unit}": length}
     if cfg.model.type != "Pretraining":  # which validates nothing
         options["train_cfg.val_interval"] = length
     return options

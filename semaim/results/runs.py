@@ -76,7 +76,7 @@ class Run:
 
 def find_results(folders: Iterable[str | Path]) -> list[Path]:
     """All results.json in the folders, however deep, each once."""
-    found = {}
+    found: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
@@ -198,17 +198,17 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
     imagenet = catalogue.datasets["fine-tuning"]
     whole = catalogue.datasets.get(run.task, imagenet)
     images, validated, pretrained = (getattr(run.record, f"{name}_images") for name in ("train", "val", "pretrain"))
-    asked = run.recipe and run.length and getattr(run.recipe, run.length[0])
-    other_length = bool(asked) and run.length[1] != asked
+    asked: int | None = getattr(run.recipe, run.length[0]) if run.recipe and run.length else None
+    more_of_it = run.length[1] - asked if run.length and asked else 0
     other_validation = validated not in (None, whole.val_images)
     other_pretraining = pretrained is not None and pretrained not in imagenet.train_images
-    if not (other_length or other_validation or other_pretraining or images not in (None, *whole.train_images)):
+    if not (more_of_it or other_validation or other_pretraining or images not in (None, *whole.train_images)):
         return ""
     parts = [f"{images:,} images"] if images is not None else []
     parts += [f"{run.length[1]:,} {run.length[0]}"] if run.length else []
     parts += [f"validated on {validated:,}"] if other_validation else []
     parts += [f"pretrained on {pretrained:,} images"] if other_pretraining else []
-    more = (images or 0) > max(whole.train_images) or other_length and run.length[1] > asked
+    more = (images or 0) > max(whole.train_images) or more_of_it > 0
     return f"{'other than published' if more else 'reduced'}: {', '.join(parts)}"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -210,7 +211,12 @@ def plan(
     if scale == "quick":
         scenes = roots.get("scenes") or work / "scenes"
         roots = {"images": scenes / "classes", "coco": scenes / "coco", "ade": scenes / "ade"}
-        drawn = {**{name: lengths[name] for name in SCENES}, "level": LEVEL, "unlabelled_size": 64, "seed": 0}
+        drawn: dict[str, Any] = {
+            **{name: lengths[name] for name in SCENES},
+            "level": LEVEL,
+            "unlabelled_size": 64,
+            "seed": 0,
+        }
         stages = [Stage("scenes", "", 0, "", scenes, options=drawn)]
         val = min(drawn["images"] - 1, max(1, round(0.2 * drawn["images"])))  # as semaim.data.scenes splits
         images = (drawn["images"] - val, val)
@@ -255,7 +261,9 @@ def plan_stage(
         raise UserError(f"--methods {method}: it has no pretraining at scale {scale}")
     cfg = load_config(own_config(config), check=False)
     unit, own = length_of(cfg)
-    options = {} if length in (None, own) else shortened(cfg, **{"iters" if unit == "iterations" else unit: length})
+    options: dict[str, object] = {}
+    if length not in (None, own):
+        options |= shortened(cfg, iters=length) if unit == "iterations" else shortened(cfg, epochs=length)
     options |= {} if seed == cfg.seed else {"seed": seed}
     options |= OPTIONS[scale]
     if name == PRETRAIN:
@@ -274,7 +282,7 @@ def plan_stage(
         pretrained=pretraining.result if pretraining else None if unit else "random",
         data_root=root,
         options=options,
-        needs=pretraining and pretraining.title,
+        needs=pretraining.title if pretraining else None,
         unit=unit,
         length=length or own,
         images=passing,

@@ -16,8 +16,10 @@ from semaim.errors import UserError
 from semaim.results import Catalogue, Published
 from semaim.results.runs import Run, find_results, read_runs, remarks_of
 
-HEADER = ("Method", "Backbone", "Pretraining epochs", "Task", "Metric", "Recipe", "Published", "Ours", "Difference")
-HEADER += ("Remark", "Origin")
+HEADER = (
+    *("Method", "Backbone", "Pretraining epochs", "Task", "Metric", "Recipe", "Published", "Ours", "Difference"),
+    *("Remark", "Origin"),
+)
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
 SPREAD = "Ours: mean ± sample standard deviation over n runs that differ by their seed alone; percent."
 PRETRAINING = "pretraining's "  #: before a changed option, in `Run.changes`
@@ -77,24 +79,35 @@ class Row:
     @property
     def difference(self) -> float | None:
         """Ours less the published."""
-        return self.cell.mean - self.published.value if self.published and self.cell else None
+        if not self.published or not self.cell or self.published.value is None:
+            return None
+        return self.cell.mean - self.published.value
+
+    @property
+    def first(self) -> Run:
+        """The first of our runs."""
+        if self.cell is None:
+            raise ValueError("a row of a published figure alone has no run of ours")
+        return self.cell.runs[0]
 
     @property
     def section(self) -> tuple[str, str]:
         """Task and metric."""
-        it = self.published or self.cell.runs[0]
+        it = self.published or self.first
         return it.task, it.metric
 
     def labels(self) -> dict[str, str]:
         """The words of the row, by the columns of `HEADER` up to the recipe, and the data."""
         if self.published:
-            it, data, recipe = self.published, self.published.data, self.published.recipe or "not stated"
-            epochs = "not stated" if it.pretrain_epochs is None else str(it.pretrain_epochs)
+            data, recipe = self.published.data, self.published.recipe or "not stated"
+            pretrained = self.published.pretrain_epochs
+            epochs = "not stated" if pretrained is None else str(pretrained)
         else:
-            it, data = self.cell.runs[0], self.cell.data
-            recipe = it.recipe.name if it.recipe else it.config or "not recorded"
-            unknown = "not recorded" if it.record.checkpoint or it.record.method else "none"
-            epochs = str(it.record.pretrain_epochs) if it.record.pretrain_epochs is not None else unknown
+            run, data = self.first, self.cell.data if self.cell else ""
+            recipe = run.recipe.name if run.recipe else run.config or "not recorded"
+            unknown = "not recorded" if run.record.checkpoint or run.record.method else "none"
+            epochs = str(run.record.pretrain_epochs) if run.record.pretrain_epochs is not None else unknown
+        it = self.published or self.first
         words = (it.method, it.backbone or "not recorded", epochs, it.task, it.metric, recipe)
         return dict(zip(HEADER, words, strict=False)) | {"Data": data}
 
@@ -119,13 +132,15 @@ def make_table(folders: Iterable[str | Path], catalogue: Catalogue, published: b
         raise UserError("the results found hold no figure that the table has, such as top1, mIoU or coco/bbox_mAP")
     cells = make_cells(runs, catalogue)
     figures = [f for f in catalogue.figures if published and any(f.task == run.task for run in runs)]
-    pairs = [(figure, [cell for cell in cells if comparable(cell, figure)] or [None]) for figure in figures]
-    rows = [Row(figure, cell) for figure, beside in pairs for cell in beside]
+    rows = []
+    for figure in figures:
+        rows += [Row(figure, cell) for cell in cells if comparable(cell, figure)] or [Row(figure, None)]
     alone = [cell for cell in cells if not any(cell is row.cell for row in rows)]
     if published:
         alone = [replace(cell, remarks=cell.remarks or (NOTHING,)) for cell in alone]
     rows += [Row(None, cell) for cell in alone]
-    sections = list(dict.fromkeys((it.task, it.metric) for it in [*figures, *runs]))
+    measures = [(figure.task, figure.metric) for figure in figures] + [(run.task, run.metric) for run in runs]
+    sections = list(dict.fromkeys(measures))
     tasks = list(dict.fromkeys(task for task, _ in sections))
     rows.sort(key=lambda row: (tasks.index(row.section[0]), sections.index(row.section)))
     return Table(rows, list(dict.fromkeys(note for figure in figures for note in figure.notes)))

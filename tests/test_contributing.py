@@ -1,0 +1,106 @@
+"""The examples of CONTRIBUTING.md, run as they stand there."""
+
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import semaim.results
+from semaim.models import PixelTarget, SemAIM, ordering
+from semaim.models.ordering import ORDERS, make_order
+from semaim.results import load_published
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(heading: str, language: str) -> list[str]:
+    """The code of a section."""
+    section = TEXT.split(f"### {heading}\n")[1].split("\n### ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.M | re.S)
+
+
+def test_an_order(monkeypatch):
+    (code,) = blocks("An order", "python")
+    names = set(ORDERS)
+    monkeypatch.setattr(ordering, "ORDERS", ORDERS.copy())
+    exec(compile(code, "CONTRIBUTING.md", "exec"), {})
+    assert set(ordering.ORDERS) - names == {"columns"}
+    # 2 rows of 3: patches 0 1 2 / 3 4 5.
+    order = make_order("columns", None, (2, 3), torch.rand(4, 6))
+    assert order.tolist() == [[0, 3, 1, 4, 2, 5]] * 4
+    sizes = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    model = SemAIM(PixelTarget((4, 4)), "columns", **sizes)
+    out = model(torch.randn(2, 3, 8, 12))
+    out.loss.backward()
+    assert out.order.tolist() == [[0, 3, 1, 4, 2, 5]] * 2 and model.cls_token.grad.abs().sum() > 0
+
+
+def test_orders_are_as_before():
+    assert "columns" not in ORDERS
+
+
+@pytest.mark.skipif(find_spec("mmseg") is None, reason="mmsegmentation is not installed: tools/setup.sh --extras seg")
+def test_a_data_set(tmp_path, monkeypatch):
+    from mmengine.registry import DATASETS, MODELS
+
+    from semaim.engine.config import load_config
+    from semaim.engine.dense import enter
+
+    (code,) = blocks("A data set", "python")
+    (name,) = re.findall(r"`mmseg_configs/(semaim_upernet_\w+\.py)` is:", TEXT)
+    shutil.copytree(ROOT / "mmseg_configs", tmp_path / "mmseg_configs")
+    (tmp_path / "mmseg_configs" / name).write_text(code)
+    for split in ("training", "validation"):
+        for kind, picture in (
+            ("images", np.zeros((40, 60, 3), np.uint8)),
+            ("annotations", np.ones((40, 60), np.uint8)),
+        ):
+            folder = tmp_path / "data/roads" / kind / split
+            folder.mkdir(parents=True)
+            Image.fromarray(picture).save(folder / ("1.jpg" if kind == "images" else "1.png"))
+    monkeypatch.chdir(tmp_path)  # data/roads is found from here
+    cfg = load_config(tmp_path / "mmseg_configs" / name)
+    enter(cfg)
+    for given in (cfg.train_dataset, cfg.val_dataset):
+        data = DATASETS.build(given)
+        assert len(data) == 1 and data.metainfo["classes"] == ["road", "rest"]
+        labels = data[0]["data_samples"].gt_sem_seg.data
+        assert labels.unique().tolist() in ([0], [0, 255])  # road; 255 is the padding of a crop
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 2
+    assert model.decode_head.conv_seg.out_channels == 2
+
+
+def test_a_published_figure(tmp_path, monkeypatch):
+    source, figure = blocks("A published figure", "yaml")
+    text = (ROOT / "semaim/results/published.yaml").read_text()
+    before = load_published()
+    text = text.replace("\nsources:\n", f"\nsources:\n{source}", 1)
+    head, group = text.split("  - task: fine-tuning\n    data: ", 1)
+    group = group.replace("    figures:\n", f"    figures:\n{figure}", 1)
+    (tmp_path / "published.yaml").write_text(f"{head}  - task: fine-tuning\n    data: {group}")
+    monkeypatch.setattr(semaim.results, "__file__", str(tmp_path / "__init__.py"))
+    (new,) = [it for it in load_published().figures if it not in before.figures]
+    assert (new.method, new.task, new.metric, new.value, new.status) == (
+        "Example",
+        "fine-tuning",
+        "top-1",
+        83.0,
+        "read",
+    )
+    assert new.source == next(iter(yaml.safe_load(source).values()))
+
+
+def test_the_files_that_are_named_are_there():
+    named = set(re.findall(r"`((?:tools|tests|semaim|mmdet_configs|mmseg_configs|docs)/[\w./]+)`", TEXT))
+    named |= set(re.findall(r"\]\(([\w./]+)\)", TEXT))
+    missing = [name for name in named if not (ROOT / name).exists() and name != "mmseg_configs/semaim_upernet_roads.py"]
+    assert len(named) > 8 and not missing

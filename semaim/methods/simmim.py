@@ -7,8 +7,8 @@ One training step, top to bottom (Xie et al., CVPR 2022; official code microsoft
 3. *Predict.* A linear layer predicts the pixels of every patch; the L1 loss falls on the masked ones.
 
 Differences from the official ViT: positions are the suite's fixed sine-cosine table, where theirs are a bias table that
-all blocks share; blocks have no layer scale; weights start as MAE's; the class token decays. So the encoder is the plain
-ViT that every task of the suite reads.
+all blocks share; blocks have no layer scale; weights start as in MAE; the class token decays. So the encoder is the
+plain ViT that every task of the suite reads.
 """
 
 import math

@@ -4,9 +4,10 @@ Shapes: B images, L patches, D channels; tokens are (B, prefix + L, D), the clas
 """
 
 import os
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import buildable
@@ -94,7 +95,7 @@ def load_encoder(file: str | os.PathLike, partial: bool = False) -> Encoder:
 
 @torch.no_grad()
 def order_of(
-    encoder: nn.Module, images: Tensor, order: str = "semantic", similarity: str = "cls", seed: int = 0
+    encoder: Any, images: Tensor, order: str = "semantic", similarity: str = "cls", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """In which order pretraining would predict the patches of images.
 

@@ -122,14 +122,13 @@ class Task:
     source: ClassVar[str] = "images"
     weight: ClassVar[int] = 1
 
+    def enter(self, cfg: Any) -> None:
+        """Make the types of a config known by their names."""
+
     def reported(self, names: Iterable[str]) -> dict[str, Metric]:
         """The metrics that the table has, of these keys of results.json."""
         names = set(names)
         return {name: metric for name, metric in self.metrics.items() if name in names and metric.tabled}
-
-    def metric(self, name: str) -> Metric | None:
-        """The metric of a key, or None."""
-        return self.metrics.get(name)
 
     def matches(self, cfg: Mapping) -> bool:
         """Whether a config from before configs had a `task` is one of this task; read from checkpoints alone."""
@@ -151,6 +150,11 @@ def charted() -> dict[str, dict[str, str]]:
             title = task.chart or f"{task.title}, {metric.unit}"
             found.setdefault(title, {})[key] = metric.label.removeprefix(f"{title} ")
     return found
+
+
+def task_for(cfg: Mapping) -> Task:
+    """The task of a config; `UserError` where it has none."""
+    return task_named(cfg.get("task"), "the config's task")
 
 
 def task_named(name: object, where: str = "task") -> Task:
@@ -225,8 +229,10 @@ class Method:
     words: ClassVar[Mapping[frozenset, str]] = {}
 
     @classmethod
-    def build(cls, **arguments):
+    def build(cls, **arguments: Any) -> Any:
         """The network from plain values, as a config has them; ValueError or TypeError for wrong ones."""
+        if cls.network is None:
+            raise ValueError(f"{cls.__name__} has no network")
         return cls.network(**arguments)
 
     @staticmethod

@@ -27,6 +27,7 @@ MOMENTUM = 0.9
 INIT_STD = 0.01  #: of the probe's weights, as in MAE and DINO
 
 Rows = np.ndarray | Tensor
+Split = tuple[Rows, Rows]  #: features (N, D) and labels (N,)
 
 
 def processes() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Pretraining networks of any method under mmengine's runner, built from a config."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -22,7 +23,7 @@ MODELS.register_module(module=PixelTarget)
 MODELS.register_module(module=FeatureTarget)
 
 
-def build_target(target: dict, patch_size: int | tuple[int, int], guide_width: int | None = None) -> nn.Module:
+def build_target(target: dict, patch_size: int | tuple[int, int], guide_width: int | None = None) -> Any:
     """A target from dict(type=..., ...): what patches it cuts, and how wide the guide's tokens are, is filled in."""
     target = dict(target)
     kind = MODELS.get(target.pop("type"))

@@ -1,5 +1,7 @@
 """MAE, the baseline: the network is `semaim.models.mae`."""
 
+from typing import Any
+
 from semaim.engine.pretraining import build_target
 from semaim.models import MAE
 from semaim.registry import METHODS, Method, Variant
@@ -29,7 +31,7 @@ class MAEMethod(Method):
     words = {frozenset({"mae"}): "MAE"}
 
     @classmethod
-    def build(cls, target: dict, **arguments) -> MAE:
+    def build(cls, *, target: dict, **arguments: Any) -> MAE:
         """Target as dict(type="PixelTarget", ...)."""
         return MAE(build_target(target, arguments.get("patch_size", 16)), **arguments)
 

@@ -4,6 +4,7 @@ The network is `semaim.models.semaim`: start there.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from semaim.engine.pretraining import build_target
 from semaim.engine.teachers import build_teacher
@@ -63,13 +64,12 @@ class SemAIMMethod(Method):
     }
 
     @classmethod
-    def build(cls, target: dict, guide: str | dict = "online", **arguments) -> SemAIM:
+    def build(cls, *, target: dict, guide: str | dict = "online", **arguments: Any) -> SemAIM:
         """Target and guide as dict(type=..., ...); guide also "online" or "ema"."""
-        if isinstance(guide, dict):
-            guide = build_teacher(**{key: value for key, value in guide.items() if key != "type"})
-        width = guide.width if isinstance(guide, Teacher) else None
-        patches = build_target(target, arguments.get("patch_size", 16), width)
-        return SemAIM(patches, guide=guide, **arguments)
+        settings = {} if isinstance(guide, str) else {key: value for key, value in guide.items() if key != "type"}
+        by: str | Teacher = guide if isinstance(guide, str) else build_teacher(**settings)
+        width = by.width if isinstance(by, Teacher) else None
+        return SemAIM(build_target(target, arguments.get("patch_size", 16), width), guide=by, **arguments)
 
     @staticmethod
     def describe(network: SemAIM) -> str:
@@ -83,7 +83,7 @@ class SemAIMMethod(Method):
         order, guide = config.get("order", "semantic"), config.get("guide", "online")
         settings = guide if isinstance(guide, Mapping) else {}
         teacher = str(settings.get("name", ""))
-        features = {"online": "own", "ema": "EMA"}.get(guide if isinstance(guide, str) else None, teacher)
+        features = {"online": "own", "ema": "EMA"}.get(guide, teacher) if isinstance(guide, str) else teacher
         features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
         # Published is CLIP as OpenAI built it, on images with ImageNet's statistics. Earlier versions did neither.
         official = "_quickgelu_" in teacher and settings.get("normalisation") == "student"

@@ -12,8 +12,7 @@ plain ViT that every task of the suite reads.
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import to_2tuple
@@ -118,7 +117,7 @@ class SimMIMMethod(Method):
     words = {frozenset({"simmim"}): "SimMIM"}
 
     @classmethod
-    def build(cls, target: Mapping, **arguments) -> SimMIM:
+    def build(cls, *, target: dict, **arguments: Any) -> SimMIM:
         """Target as dict(type="PixelTarget", ...)."""
         return SimMIM(build_target(target, arguments.get("patch_size", 16)), **arguments)
 

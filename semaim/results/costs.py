@@ -16,7 +16,7 @@ from mmengine.registry import MODELS
 
 from semaim.errors import UserError, nearest
 from semaim.places import own_config
-from semaim.registry import task_of, variants
+from semaim.registry import task_for, variants
 from semaim.results.logs import read_scalars
 from semaim.results.running import read
 from semaim.results.stages import Stage, stage_names
@@ -143,7 +143,7 @@ def sizes_of(config: str) -> tuple[int, int, int]:
 
     cfg = load_config(own_config(config), check=False)
     with silence(), torch.device("meta"):
-        task_of(cfg).enter(cfg)
+        task_for(cfg).enter(cfg)
         if cfg.model.get("network", {}).get("num_classes", 0) is None:
             cfg.model.network.num_classes = CLASSES
         model = MODELS.build({**cfg.model, "_scope_": cfg.default_scope})

@@ -84,7 +84,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
         return None
     encoders = [it for it in dict.fromkeys(it for cells in places.values() for it in cells) if it != random]
     names = [*names_of(encoders), RANDOM]
-    order = sorted(places, key=lambda place: measure_of(place.task, place.metric)[0])
+    order = sorted(places, key=lambda place: named_measure(place)[0])
     lines = []
     for place in order:
         cells = places[place]
@@ -111,7 +111,7 @@ def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
         task = task_titled(run.task)
         for name, metric in (task.metrics if task else {}).items():
             value = run.record.metrics.get(name)
-            if metric.short and not metric.tabled and metric.measured(value):
+            if value is not None and metric.short and not metric.tabled and metric.measured(value):
                 found.append(replace(run, metric=metric.label, value=metric.factor * float(value)))
     first: dict[str, Run] = {}  # of one short name, the first: numbers of neighbours are by rising k
     for run in found:
@@ -158,9 +158,14 @@ def names_of(encoders: list[tuple]) -> list[str]:
     return names
 
 
+def named_measure(place: Place) -> tuple[int, str]:
+    """As `measure_of`, of a place that has one."""
+    return measure_of(place.task, place.metric) or (0, place.metric)
+
+
 def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
     """The measure's name, and in full; both with data, backbone and config where another line is of the same."""
-    name = measure_of(place.task, place.metric)[1]
+    name = named_measure(place)[1]
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
     where = ""
     if sum(other[:2] == place[:2] for other in all_places) > 1:
@@ -224,9 +229,9 @@ def listed(names: list[str]) -> str:
 # Of its pretraining
 
 
-def pretrainings_of(cells: list[Cell]) -> dict[Path, int | None]:
+def pretrainings_of(cells: list[Cell]) -> dict[Path, float | None]:
     """Folders of the pretrainings that the runs started from, and the seeds, as far as they are there."""
-    found: dict[Path, int | None] = {}
+    found: dict[Path, float | None] = {}
     for run in (run for cell in cells for run in cell.runs):
         named = Path(run.record.checkpoint or "").parent
         beside = Path(run.folder).resolve().parent / named.name  # also where all runs were moved together

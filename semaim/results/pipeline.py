@@ -33,9 +33,10 @@ def count_images(root: Path | None) -> tuple[int, int] | None:
     """Training and validation images in class folders, or None where there are none."""
     if root is None or not (root / "train").is_dir():
         return None
-    return tuple(
+    train, val = (
         sum(path.suffix.lower() in PICTURES for path in (root / split).rglob("*")) for split in ("train", "val")
     )
+    return train, val
 
 
 def check(stages: list[Stage], chosen: list[Stage]) -> None:
@@ -54,7 +55,7 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
             refuse_changes(stage.folder, had, stage.settings)
     by_title = {stage.title: stage for stage in stages}
     for stage in chosen:
-        needed = by_title.get(stage.needs)
+        needed = by_title.get(stage.needs or "")
         if needed and needed not in chosen and not needed.result.exists():
             raise UserError(f"{stage.title} needs {needed.result}, which is not there: let {needed.title} run first")
         package = stage.task and stage.task.needs
@@ -87,7 +88,8 @@ def show(chosen: list[Stage], rates: dict[str, float]) -> None:
 
 def work_through(chosen: list[Stage], jobs: int = 1) -> int:
     """Run what has not finished, `jobs` stages at a time; the exit status."""
-    left, running, code = list(chosen), {}, 0
+    left, code = list(chosen), 0
+    running: dict[str, Stage] = {}
     ended: queue.Queue[tuple[Stage, int | BaseException]] = queue.Queue()
     with Children() as children:
 

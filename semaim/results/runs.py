@@ -178,7 +178,7 @@ def backbone_of(record: Record, recipe: Recipe | None) -> str | None:
     """The recorded backbone, that of the config, or what names suggest; None without."""
     config, checkpoint = Path(record.config or "").name, Path(record.checkpoint or "")
     if record.backbone or recipe:
-        return record.backbone or recipe.configs[config]
+        return record.backbone or (recipe.configs[config] if recipe else None)
     names = words_of(config), words_of(*checkpoint.parts[-2:])
     return next((backbone for words in names for size, backbone in SIZES.items() if size in words), None)
 

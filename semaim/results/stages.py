@@ -228,7 +228,7 @@ def plan(
                 if name == PRETRAIN and not variants()[method][1].pretrains:
                     continue
                 root, count = roots.get(task.source), images
-                if scale == "quick" and name == PRETRAIN:
+                if scenes and name == PRETRAIN:
                     root, count = scenes / "unlabelled", (lengths["unlabelled"], 0)
                 if root is None and scale != "paper":
                     continue

@@ -123,7 +123,8 @@ def metrics_of(results: dict) -> dict[str, Metric]:
 
 def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:
     """The runs in a folder, the best first, and the metrics to show, the deciding one first."""
-    rows, known_metrics = [], {}
+    rows: list[dict] = []
+    known_metrics: dict[str, Metric] = {}
     for path in sorted(work.glob("*/sweep.json")):
         results = read(path.with_name("results.json"))
         rows.append({"run": path.parent.name, "metrics": results.get("metrics", {}), **read(path)})

@@ -1,13 +1,14 @@
 """A linear probe in a minute: on features that are extracted once, without augmentation."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
 from mmengine.registry import LOOPS
 
 from semaim.engine.evaluation import FeatureTask
-from semaim.engine.features import fast_probe
+from semaim.engine.features import Split, fast_probe
 from semaim.registry import TASKS, Metric
 
 
@@ -27,9 +28,10 @@ class FastProbe:
     def __init__(
         self, lrs: tuple[float, ...] | None = None, epochs: int = 50, batch: int = 1024, held_out: float = 0.1
     ):
-        self.options = {"epochs": epochs, "batch": batch, "held_out": held_out} | ({"lrs": tuple(lrs)} if lrs else {})
+        self.options: dict[str, Any] = {"epochs": epochs, "batch": batch, "held_out": held_out}
+        self.options |= {"lrs": tuple(lrs)} if lrs else {}
 
-    def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
+    def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
         """(features, labels) of both splits -> metrics; the main process computes, the others get none."""
         if not is_main_process():
             return {}

@@ -34,5 +34,6 @@ class Finetune(ImageTask):
 def classifies(cfg: Mapping) -> bool:
     """Whether a config trains a classifier."""
     model = cfg.get("model")
-    classifier = isinstance(model, Mapping) and model.get("type") == "Classification" and not cfg.get("evaluation")
-    return classifier and isinstance(model.get("network"), Mapping)
+    if not isinstance(model, Mapping) or model.get("type") != "Classification" or cfg.get("evaluation"):
+        return False
+    return isinstance(model.get("network"), Mapping)

@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import LOOPS
 
 from semaim.engine.evaluation import FeatureTask
-from semaim.engine.features import knn_accuracy
+from semaim.engine.features import Split, knn_accuracy
 from semaim.registry import TASKS, Metric
 
 KEY = re.compile(r"knn([1-9]\d*)_top([15])")  #: in results.json, of any number of neighbours
@@ -28,7 +28,7 @@ class NearestNeighbours:
     def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
         self.ks, self.temperature = tuple(ks), temperature
 
-    def run(self, train: tuple, val: tuple, classes: int, device: torch.device, log) -> dict[str, float]:
+    def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
         """(features, labels) of both splits -> metrics; `UserError` where no k is left."""
         images = len(train[0])
         # With none left the smallest is asked for, and refused.
@@ -61,16 +61,11 @@ class KNN(FeatureTask):
         "paper": "semaim/configs/knn/vit_base.py",
     }
 
-    def metric(self, name: str) -> Metric | None:
-        """That of any number of neighbours."""
-        found = KEY.fullmatch(name)
-        return Metric(f"top-{found[2]}, k = {found[1]}", "k-NN") if found else None
-
     def reported(self, names: Iterable[str]) -> dict[str, Metric]:
         """The usual k, or all where that is not there, by rising k."""
         found = {name: int(match[1]) for name in names if (match := KEY.fullmatch(name)) and match[2] == "1"}
-        kept = [USUAL] if USUAL in found else sorted(found, key=found.get)
-        return {name: self.metric(name) for name in kept}
+        kept = [USUAL] if USUAL in found else sorted(found, key=lambda name: found[name])
+        return {name: Metric(f"top-1, k = {found[name]}", "k-NN") for name in kept}
 
     def matches(self, cfg: Mapping) -> bool:
         """See `Task.matches`."""

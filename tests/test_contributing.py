@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import results, tool
 from PIL import Image
 
 import semaim.results
+from semaim.checkpoints.files import read_checkpoint
 from semaim.models import PixelTarget, SemAIM, ordering
 from semaim.models.ordering import ORDERS, make_order
 from semaim.results import load_published
@@ -55,7 +57,8 @@ def test_a_data_set(tmp_path, monkeypatch):
 
     (code,) = blocks("A data set", "python")
     (name,) = re.findall(r"`mmseg_configs/(semaim_upernet_\w+\.py)` is:", TEXT)
-    shutil.copytree(ROOT / "mmseg_configs", tmp_path / "mmseg_configs")
+    for folder in ("mmseg_configs", "semaim/configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "mmseg_configs" / name).write_text(code)
     for split in ("training", "validation"):
         for kind, picture in (
@@ -70,13 +73,47 @@ def test_a_data_set(tmp_path, monkeypatch):
     enter(cfg)
     for given in (cfg.train_dataset, cfg.val_dataset):
         data = DATASETS.build(given)
-        assert len(data) == 1 and data.metainfo["classes"] == ["road", "rest"]
+        assert len(data) == 1 and list(data.metainfo["classes"]) == ["road", "rest"]
         labels = data[0]["data_samples"].gt_sem_seg.data
         assert labels.unique().tolist() in ([0], [0, 255])  # road; 255 is the padding of a crop
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 2
     assert model.decode_head.conv_seg.out_channels == 2
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Runs a tool with a section's module, and its config beside the suite's."""
+    shutil.copytree(ROOT / "semaim/configs", tmp_path / "configs")
+
+    def run(heading, folder, name, *words):
+        module, config = blocks(heading, "python")
+        (tmp_path / "mine.py").write_text(module)
+        file = tmp_path / f"configs/{folder}/mine.py"
+        file.write_text(f'{config}\ncustom_imports = dict(imports=["mine"])\n')
+        done = tool(name, file, *words, PYTHONPATH=f"{ROOT}:{tmp_path}")
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_a_pretraining_method(own, labelled, tmp_path):
+    words = ["--data-root", labelled / "train", "--work-dir", tmp_path / "run"]
+    small = ["total_batch_size=8", "num_workers=0", "train_cfg.max_epochs=1", "model.network.depth=2"]
+    done = own("A pretraining method", "pretrain", "train.py", *words, "--cfg-options", *small)
+    assert "Copy: target PixelTarget" in done.stdout + done.stderr
+    assert read_checkpoint(tmp_path / "run/latest.pth")["config"]["origin"]["method"] == "Copy"
+
+
+def test_a_task(own, labelled, tmp_path):
+    words = ["random", "--data-root", labelled, "--work-dir", tmp_path / "run"]
+    own("A task", "knn", "test.py", *words, "--cfg-options", "num_workers=0")
+    found = results(tmp_path / "run")
+    assert found["task"] == "hubs of neighbours" and 0 <= found["metrics"]["hubs"] <= 100
+    table = tool("results_table.py", tmp_path / "run", "--format", "csv")
+    assert table.returncode == 0 and "shared neighbours" in table.stdout, table.stderr
 
 
 def test_a_published_figure(tmp_path, monkeypatch):
@@ -102,5 +139,6 @@ def test_a_published_figure(tmp_path, monkeypatch):
 def test_the_files_that_are_named_are_there():
     named = set(re.findall(r"`((?:tools|tests|semaim|mmdet_configs|mmseg_configs|docs)/[\w./]+)`", TEXT))
     named |= set(re.findall(r"\]\(([\w./]+)\)", TEXT))
-    missing = [name for name in named if not (ROOT / name).exists() and name != "mmseg_configs/semaim_upernet_roads.py"]
+    examples = ("mmseg_configs/semaim_upernet_roads.py", "semaim/configs/knn/hubs_vit_tiny_cifar10.py")
+    missing = [name for name in named if not (ROOT / name).exists() and name not in examples]
     assert len(named) > 8 and not missing

@@ -185,3 +185,9 @@ def test_importing_the_package_imports_no_torch():
     with pytest.raises(AttributeError, match="module 'semaim' has no attribute 'load_encodre'"):
         semaim.load_encodre  # noqa: B018
     assert semaim.load_encoder is semaim.library.load_encoder
+
+
+def test_tasks_and_methods_are_listed():
+    assert [task.name for task in semaim.tasks()][:2] == ["pretrain", "knn"]
+    assert {"SemAIM", "MAE", "SimMIM"} <= set(semaim.methods())
+    assert {"tasks", "methods", "load_encoder"} <= set(dir(semaim))

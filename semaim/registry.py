@@ -80,7 +80,8 @@ class Task:
     """A way to train or measure an encoder; the config's `task` names it.
 
     Subclasses that train or test by mmengine's runner derive from one of the families in `semaim.engine`:
-    `images.ImageTask` (class folders), `evaluation.FeatureTask` (frozen features), `dense.DenseTask` (mmdet, mmseg).
+    `images.ImageTask` (class folders), `evaluation.FeatureTask` (frozen features), `dense_task.DenseTask` (mmdet and
+    mmseg).
 
     Attributes:
         name: what a config's `task` says.

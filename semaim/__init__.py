@@ -5,7 +5,7 @@ The library is imported when it is used, so that `import semaim` takes no time a
 * `open_checkpoint(file)`: what a checkpoint of any dialect holds.
 * `load_encoder(file)`: its encoder, a module from images to tokens.
 * `order_of(encoder, images)`: similarity map and order of the patches.
-* `tasks()`, `methods()`: what can be trained and measured, and how encoders are pretrained; see `semaim.registry`.
+* `list_tasks()`, `list_methods()`: names of what can be trained and measured, and of how encoders are pretrained.
 """
 
 from importlib import import_module
@@ -18,8 +18,8 @@ LAZY = {
     "open_checkpoint": "semaim.library",
     "load_encoder": "semaim.library",
     "order_of": "semaim.library",
-    "tasks": "semaim.registry",
-    "methods": "semaim.registry",
+    "list_tasks": "semaim.registry",
+    "list_methods": "semaim.registry",
 }
 
 __all__ = ["__version__", *LAZY]

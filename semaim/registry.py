@@ -142,6 +142,11 @@ def tasks() -> list[type[Task]]:
     return sorted(TASKS.module_dict.values(), key=lambda task: task.place)
 
 
+def list_tasks() -> list[str]:
+    """Names of all tasks, as configs give them."""
+    return [task.name for task in tasks()]
+
+
 def charted() -> dict[str, dict[str, str]]:
     """Title of a chart -> key of a metric that validations log -> words for its curve; of all tasks that train."""
     found: dict[str, dict[str, str]] = {}
@@ -251,6 +256,11 @@ def methods() -> dict[str, type[Method]]:
     """All methods by the name that configs give."""
     importlib.import_module("semaim.methods")
     return dict(sorted(METHODS.module_dict.items(), key=lambda item: item[1].place))
+
+
+def list_methods() -> list[str]:
+    """Names of all pretraining methods, as configs give them."""
+    return [name for name, method in methods().items() if method.network]
 
 
 def method_of(network: Mapping) -> type[Method] | None:

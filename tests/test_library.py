@@ -188,6 +188,6 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_tasks_and_methods_are_listed():
-    assert [task.name for task in semaim.tasks()][:2] == ["pretrain", "knn"]
-    assert {"SemAIM", "MAE", "SimMIM"} <= set(semaim.methods())
-    assert {"tasks", "methods", "load_encoder"} <= set(dir(semaim))
+    assert semaim.list_tasks()[:2] == ["pretrain", "knn"] == semaim.list_tasks()[:2]
+    assert semaim.list_methods()[:3] == ["SemAIM", "MAE", "SimMIM"]
+    assert {"list_tasks", "list_methods", "load_encoder"} <= set(dir(semaim))

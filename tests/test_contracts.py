@@ -166,7 +166,7 @@ def test_a_method_and_a_task_of_ones_own_go_through_every_tool(mine, labelled, t
     assert done.returncode == 0 and str(mine / "pretrain.py") in done.stdout, done.stderr
 
     picture = ["reconstruction", work / "latest.pth", next(labelled.glob("val/*/*.jpg")), "--out", tmp_path / "a.png"]
-    one_line(run(mine, "visualize.py", *picture), "no pretraining by SemAIM or MAE or SimMIM")
+    one_line(run(mine, "visualize.py", *picture), "not pretraining by SemAIM or MAE or SimMIM")
     done = run(mine, "visualize.py", *picture, "--import", "mine.guess")
     assert done.returncode == 0 and (tmp_path / "a.png").is_file(), done.stderr
 

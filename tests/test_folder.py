@@ -53,7 +53,7 @@ def test_bad_roots_are_named(tmp_path):
     with pytest.raises(UserError, match="empty list"):
         find_images(tmp_path / "empty.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(UserError, match="not a text file"):
+    with pytest.raises(UserError, match="no text file"):
         find_images(tmp_path / "binary.txt")
 
 

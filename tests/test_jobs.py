@@ -139,12 +139,12 @@ def test_each_signal_is_passed_on_once(monkeypatch):
     child = Child()
     children.running[child] = 0
     children.stop(signal.SIGTERM)
-    children.tell(child)  # as the thread does that has just started it
+    children.pass_on(child)  # as the thread does that has just started it
     assert told == [(7, signal.SIGTERM)]
     children.stop(signal.SIGINT)
     assert told[1:] == [(7, signal.SIGINT)]
     children.running.clear()
-    children.tell(child)  # it has ended
+    children.pass_on(child)  # it has ended
     assert len(told) == 2 and not children.running
 
 

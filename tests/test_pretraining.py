@@ -361,7 +361,7 @@ def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path, tiny_conf
     # A config inside a checkpoint names sizes, never what to build.
     call = {"type": "pathlib.Path.touch", "self": str(tmp_path / "executed")}
     for model in (call, {"type": "Pretraining", "network": call}):
-        with pytest.raises(UserError, match="not SemAIM pretraining"):
+        with pytest.raises(UserError, match="not pretraining by SemAIM"):
             model_from_checkpoint({"config": {"model": model}, "model": {}})
     assert not (tmp_path / "executed").exists()
 

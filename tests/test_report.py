@@ -152,7 +152,10 @@ def test_hostile_names_and_contents_are_only_text(tmp_path):
 def test_missing_parts_are_left_out(tmp_path):
     works = tmp_path / "works"
     put(works / "measured", {"results.json": MEASURED})
-    put(works / "started", {"1/vis_data/config.py": "model = dict(type='Pretraining')", "1/1.log": ""})
+    put(
+        works / "started",
+        {"1/vis_data/config.py": "task = 'pretrain'\nmodel = dict(type='Pretraining')", "1/1.log": ""},
+    )
     put(works / "odd", {"1/vis_data/scalars.json": '{"loss": NaN, "iter": 1}\n[3]\n{"loss": 1.0, "it'})
     (works / "odd/orders").mkdir()
     (works / "odd/orders/epoch_0001.png").write_bytes(b"no picture")

@@ -39,9 +39,11 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def read_json(path: StrPath) -> Any:
-    """The content of a JSON file, which nobody may change; `UserError` where it is none."""
+    """The content of a JSON file, which nobody may change; `UserError` where it is none, FileNotFoundError without."""
     try:
         return once(path, lambda it: json.loads(Path(it).read_bytes()), "json")
+    except FileNotFoundError:
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable JSON: {error}") from None
 

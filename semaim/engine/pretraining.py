@@ -98,7 +98,7 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
     kind, network = model.pop("type", None), model.get("network", {})
     if kind != "Pretraining" or method_of(network) is None:
         known = " or ".join(name for name, method in methods().items() if method.network)
-        raise UserError(f"the checkpoint's config builds {kind} of {network.get('type')}, no pretraining by {known}")
+        raise UserError(f"the checkpoint's config builds {kind} of {network.get('type')}, not pretraining by {known}")
     statistics = of_run(checkpoint["config"]) or Statistics()
     try:
         built = Pretraining(**{**model, "compile": False, "mean": statistics.mean, "std": statistics.std})

@@ -50,7 +50,7 @@ def write_results(
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "method": origin.pop("method", None),
         "backbone": backbone_of(cfg),
-        "task": task.title,
+        "task": None if task.pretrains else task.title,  # whose figures are those of other tasks
         "reported": {name: asdict(metric) for name, metric in task.reported(metrics).items()},
         "checkpoint": checkpoint,
         **origin,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from semaim.engine.config import load_config
 from semaim.errors import Diverged, UserError, check_work_dir
-from semaim.registry import Metric, task_titled
+from semaim.registry import Metric, task_titled, tasks
 from semaim.results.running import as_words, follow, read, refuse_changes, shortened, tool
 from semaim.results.runs import metrics_in
 
@@ -116,9 +116,10 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
 def metrics_of(results: dict) -> dict[str, Metric]:
     """The metrics of a run's task that are shown, the deciding one first."""
     task = task_titled(results.get("task"))
-    if task:
-        return {name: metric for name, metric in task.metrics.items() if metric.tabled or name == "loss"}
-    return metrics_in(results.get("reported") or {})
+    if task is None and results.get("reported"):
+        return metrics_in(results["reported"])
+    found = [(name, metric) for it in ([task] if task else tasks()) for name, metric in it.metrics.items()]
+    return {name: metric for name, metric in found if metric.tabled or name == "loss"}
 
 
 def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:

@@ -229,7 +229,7 @@ def test_what_is_no_mae_of_mmsegs_or_an_older_file_of_ours_is_refused(released, 
 
     index = "backbone.layers.3.attn.relative_position_index"
     refused({**state, index: state[index].flip(1)}, "layers.3.* is not that of square crops")
-    refused({**state, "backbone.layers.0.attn.q_bias": torch.zeros(24)}, "computes with backbone.layers.0.attn.q_bias")
+    refused({**state, "backbone.layers.0.attn.q_bias": torch.zeros(24)}, "does not have backbone.layers.0.attn.q_bias")
     refused({**state, "backbone.ln1.weight": torch.zeros(24)}, "backbone.norm.weight")
     refused({n: t for n, t in state.items() if "gamma_2" not in n}, "12 weights are missing")
     old = {**model.state_dict(), "backbone.pos_embed": torch.zeros(1, 5, 24)}

@@ -48,7 +48,9 @@ def test_orders_are_as_before():
     assert "columns" not in ORDERS
 
 
-@pytest.mark.skipif(find_spec("mmseg") is None, reason="mmsegmentation is not installed: tools/setup.sh --extras seg")
+@pytest.mark.skipif(
+    find_spec("mmseg") is None, reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all"
+)
 def test_a_data_set(tmp_path, monkeypatch):
     from mmengine.registry import DATASETS, MODELS
 

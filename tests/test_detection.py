@@ -1,5 +1,6 @@
 """Detectors: every config builds and is what it says; they train, resume and are measured through the tools."""
 
+import copy
 import json
 import re
 import shutil
@@ -247,6 +248,15 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
     # The checkpoint flows on: into another detector, and into the other tools.
     found = checkpoints.read(whole / "latest.pth")
     assert found.sizes["depth"] == 2 and "blocks.0.attn.rel_pos_h" in found.state
+
+
+def test_a_check_leaves_the_model_of_the_config_as_it_is(coco):
+    # mmdet writes a detector's train_cfg into the config of its heads. A checkpoint with that cannot be resumed.
+    cfg = load_config(ROOT / SCENES, SMALL)
+    set_data_root(cfg, str(coco))
+    before = copy.deepcopy(cfg.model.to_dict())
+    prepare_training(cfg, 1)
+    assert cfg.model.to_dict() == before
 
 
 def test_schedules_count_optimizer_steps():

@@ -177,7 +177,7 @@ def build(network):
 def test_a_perfect_prediction_rebuilds_the_image(norm_pix):
     target = {"type": "PixelTarget", "blur_kernel": 0, "norm_pix": norm_pix}
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    network = build({**size, "target": target})
+    network = build({"type": "SemAIM", **size, "target": target})
     images = torch.randn(2, 3, 32, 48)
     prediction = network.target.prepare(images)
     assert prediction.shape == patchify(images, (8, 8)).shape

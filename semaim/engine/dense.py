@@ -1,5 +1,6 @@
 """What detectors and segmentors share: mmdet's and mmseg's models and data, built so that runs resume exactly."""
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -134,9 +135,12 @@ def check_fit(cfg: Config, images: Dataset) -> None:
 
 
 def build(config: dict, registry, what: str):
-    """Build from a registry; a wrong key is a `UserError`."""
+    """Build from a registry; a wrong key is a `UserError`.
+
+    The config stays as it is: mmdet's two-stage detectors write into theirs, which a checkpoint would record.
+    """
     try:
-        return registry.build(config)
+        return registry.build(copy.deepcopy(config))
     except (TypeError, KeyError, ValueError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{what}: {reason or 'an assertion of its code does not hold: look at its sizes'}") from None

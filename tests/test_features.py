@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from semaim.engine import features as module
-from semaim.engine.features import (
-    extract_features,
-    knn_accuracy,
-    reduce_sum,
-)
+from semaim.engine import extraction
+from semaim.engine.extraction import extract_features, reduce_sum
+from semaim.engine.features import knn_accuracy
 from semaim.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,13 +199,13 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
 def test_rows_lost_by_the_file_system_are_noticed(tmp_path, monkeypatch):
     opened = []
 
-    def forgetful(cache, mode, real=module._open):
+    def forgetful(cache, mode, real=extraction._open):
         opened.append(mode)
         if mode == "r" and opened.count("r+"):
             np.load(cache / "features.npy", mmap_mode="r+")[3] = 0
         return real(cache, mode)
 
-    monkeypatch.setattr(module, "_open", forgetful)
+    monkeypatch.setattr(extraction, "_open", forgetful)
     with pytest.raises(UserError, match="does not hold what the processes wrote"):
         extract(cache=tmp_path, key="one")
     assert not (tmp_path / "done.json").exists()

@@ -12,7 +12,7 @@ from mmengine.registry import LOOPS
 from torch import Tensor, nn
 
 from semaim.checkpoints.normalisation import settle
-from semaim.engine.features import extract_features
+from semaim.engine.extraction import extract_features
 from semaim.engine.images import ImageTask, build_datasets, empty_model, fit_encoder
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results

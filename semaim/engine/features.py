@@ -1,25 +1,22 @@
-"""Features of a frozen encoder: extracted once, then judged by k-NN and by a linear probe of many learning rates.
+"""Features of a frozen encoder judged: by k-NN, and by a linear probe of many learning rates.
 
 Shapes: N images of the bank (the training images), M queries (the validation images), D channels, C classes, R learning
-rates. Features are fp16 where they are kept and fp32 where they are computed with. Accuracies are in per cent. Where
-several classes score the same, the one of lower number comes first.
+rates. Features are computed with in fp32. Accuracies are in per cent. Where several classes score the same, the one of
+lower number comes first.
 """
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from semaim.data.folder import seed_of
+from semaim.engine.extraction import processes, reduce_sum
 from semaim.errors import UserError
 
 NORM_EPS = 1e-6  #: of the probe's batch normalisation, as in MAE
@@ -28,154 +25,6 @@ INIT_STD = 0.01  #: of the probe's weights, as in MAE and DINO
 
 Rows = np.ndarray | Tensor
 Split = tuple[Rows, Rows]  #: features (N, D) and labels (N,)
-
-
-def processes() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def reduce_sum(values: Tensor) -> Tensor:
-    """Sum over the processes, the same on each; `values` itself where there is one. It waits for all of them."""
-    if processes()[1] == 1:
-        return values
-    total = values.cuda() if dist.get_backend() == "nccl" else values
-    total = total.clone()
-    dist.all_reduce(total)
-    return total.to(values.device)
-
-
-# Extraction
-
-
-def extract_features(
-    encode: Callable[[Tensor], Tensor],
-    loader: Iterable[dict[str, Tensor]],
-    length: int,
-    width: int,
-    device: torch.device | str,
-    cache: str | os.PathLike | None = None,
-    key: str = "",
-    log: Callable[[str], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of a whole data set, on every process.
-
-    Args:
-        encode: images (B, 3, H, W) -> features (B, D), of a network in eval mode; runs without gradient.
-        loader: gives this process's share of the images, each once: dicts of `image`, float (B, 3, H, W), and `label`
-            and `index`, int64 (B,).
-        length, width: N and D.
-        device: where the images go before `encode`.
-        cache: folder of `features.npy`, `labels.npy` and `done.json`, on a file system that all processes share; None
-            keeps the features in memory, of one process only.
-        key: names the weights, data, transform and pooling. Finished files of the same key are read, not made again.
-        log: gets lines of progress.
-
-    Returns:
-        features: (N, D) fp16, with a cache a read-only memory map. labels: (N,) int64.
-    """
-    rank, world = processes()
-    stamp = {"key": key, "length": length, "width": width}
-    if cache is None:
-        if world > 1:
-            raise UserError(f"{world} processes hand each other features in files: name a folder for them (cache)")
-        features, labels = np.zeros((length, width), np.float16), np.zeros(length, np.int64)
-    else:
-        if not key:
-            raise ValueError("a cache needs a key that names what is in it")
-        cache = Path(cache)
-        reuse = rank == 0 and _is_finished(cache, stamp)
-        if rank == 0 and not reuse:
-            _allocate(cache, length, width)
-        # Rank 0 decides for all; and no other process opens the files before they are there.
-        if reduce_sum(torch.tensor(int(reuse))):
-            if log:
-                log(f"{length} features read from {cache}")
-            opened = _open(cache, "r")
-            reduce_sum(torch.tensor(0))  # a quick process must not write anew what another has yet to open
-            return opened
-        features, labels = _open(cache, "r+")
-
-    count, broken, written, done = torch.zeros(length, dtype=torch.int32), 0, 0, 0
-    for step, batch in enumerate(loader):
-        with torch.no_grad():
-            encoded = encode(batch["image"].to(device, non_blocking=True))
-        index = batch["index"].cpu()
-        if encoded.shape != (len(index), width):
-            raise ValueError(f"encode gave {tuple(encoded.shape)} in place of {(len(index), width)}")
-        if len(outside := index[(index < 0) | (index >= length)]):
-            raise UserError(f"the loader's image {int(outside[0])} is none of 0 to {length - 1}")
-        half = encoded.half().cpu()
-        broken += int((~half.isfinite()).any(dim=1).sum())
-        features[index.numpy()] = half.numpy()
-        labels[index.numpy()] = batch["label"].cpu().numpy()
-        count.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
-        written += _checksum(half.numpy())
-        done += len(index)
-        if log and step % 100 == 99:
-            log(f"features of {min(done * world, length)} of {length} images")
-
-    if cache is not None:
-        features.flush()
-        labels.flush()
-    # From here on all processes know the same, so that all raise or none.
-    count, (broken, written) = reduce_sum(count), reduce_sum(torch.tensor([broken, written])).tolist()
-    if missing := int((count == 0).sum()):
-        raise UserError(f"{missing} of {length} images were not loaded: the first is image {int(count.argmin())}")
-    if int(count.max()) > 1:
-        again, first = int((count > 1).sum()), int((count > 1).int().argmax())
-        raise UserError(f"{again} of {length} images were loaded more than once: the first is image {first}")
-    if broken:
-        raise UserError(f"the features of {broken} of {length} images are not finite, or beyond fp16's 65504")
-    if cache is None:
-        return features, labels
-
-    # Nodes that do not share their files, or write back whole pages of them (NFS), lose one another's rows.
-    features, labels = _open(cache, "r")
-    if reduce_sum(torch.tensor(int(_checksum(features) != written))):
-        raise UserError(f"{cache} does not hold what the processes wrote: name a folder that all nodes share")
-    if rank == 0:
-        partial = cache / f".done.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(stamp))
-        os.replace(partial, cache / "done.json")
-    if log:
-        log(f"{length} features written to {cache}")
-    return features, labels
-
-
-def _is_finished(cache: Path, stamp: dict) -> bool:
-    try:
-        features, labels = _open(cache, "r")
-        finished = json.loads((cache / "done.json").read_text())
-    except (OSError, ValueError, UserError):
-        return False
-    return finished == stamp and features.shape == (stamp["length"], stamp["width"]) and len(labels) == len(features)
-
-
-def _allocate(cache: Path, length: int, width: int) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / "done.json").unlink(missing_ok=True)  # before anything else: what follows is unfinished
-        for name, shape, dtype in (("features", (length, width), np.float16), ("labels", (length,), np.int64)):
-            path = cache / f"{name}.npy"
-            path.unlink(missing_ok=True)  # a new file: to cut the old one would kill whoever still has it mapped
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a memory map
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        raise UserError(f"cannot write features to {cache}: {error.strerror}") from None
-
-
-def _open(cache: Path, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return tuple(np.load(cache / f"{name}.npy", mmap_mode=mode) for name in ("features", "labels"))
-    except FileNotFoundError as error:
-        raise UserError(f"no {error.filename}: the processes need a folder that all nodes share") from None
-
-
-def _checksum(features: np.ndarray) -> int:
-    return int(features.view(np.uint16).sum(dtype=np.int64))
 
 
 def _tensor(rows: Rows, device: torch.device | str) -> Tensor:

@@ -5,7 +5,8 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 #: What the system refuses where a folder or file is not the user's to write, or the disk is full.
@@ -59,6 +60,16 @@ def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error
         raise UserError(f"cannot write to the work folder {folder}: {reason}; name another --work-dir") from None
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Makes the folder of the file that --out names; a `UserError` where the folder or the file cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror or error}") from None
 
 
 def run(main: Callable[[], int | None]) -> int:

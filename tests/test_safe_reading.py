@@ -16,6 +16,8 @@ import torch
 from dialect_files import Call, random_states
 
 from semaim import checkpoints
+from semaim.checkpoints.files import plain, read_checkpoint, write_checkpoint
+from semaim.engine.pretraining import model_from_checkpoint
 from semaim.errors import UserError
 
 
@@ -142,3 +144,42 @@ def test_records_of_the_fields_tools_are_read_as_inert(states, tmp_path, monkeyp
     held = checkpoints.read_file(tmp_path / "x.pth")
     assert not isinstance(held["args"], argparse.Namespace) and not isinstance(held["path"], Path)
     assert type(held["message_hub"]["loss"]).__name__ == "StandIn"
+
+
+# Our own files.
+
+
+class Hostile:
+    """Pickles to a call that makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_foreign_and_hostile_files_are_refused_and_never_run(tmp_path):
+    torch.save({"format": "semaim", "model": Hostile(tmp_path / "executed")}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match="hostile.pth is not a semaim checkpoint: no file of tensors"):
+        read_checkpoint(tmp_path / "hostile.pth")
+    assert not (tmp_path / "executed").exists()
+    torch.save({"model": {"pos_embed": torch.zeros(1)}, "epoch": 3}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="mae.pth is not a semaim checkpoint: it holds model, epoch"):
+        read_checkpoint(tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    # A config inside a checkpoint names sizes, never what to build.
+    call = {"type": "pathlib.Path.touch", "self": str(tmp_path / "executed")}
+    for model in (call, {"type": "Pretraining", "network": call}):
+        with pytest.raises(UserError, match="not pretraining by SemAIM"):
+            model_from_checkpoint({"config": {"model": model}, "model": {}})
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_hold_plain_containers_only(tmp_path):
+    with pytest.raises(TypeError, match="a checkpoint holds no Hostile"):
+        plain({"a": [Hostile(tmp_path)]})
+    write_checkpoint({"format": "semaim", "model": {"w": torch.ones(2)}, "list": (1, "a", None)}, tmp_path / "a.pth")
+    again = read_checkpoint(tmp_path / "a.pth")
+    assert again["list"] == (1, "a", None) and again["model"]["w"].equal(torch.ones(2))

@@ -23,7 +23,7 @@ from semaim.benchmarks.look import random_again
 from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
 from semaim.engine.pretraining import Pretraining, model_from_checkpoint
-from semaim.errors import UserError, run
+from semaim.errors import UserError, run, writing
 from semaim.models import SemAIM
 from semaim.models.ordering import SEMANTIC_ORDERS, Grid
 
@@ -158,11 +158,8 @@ def main() -> int:
             apart = rows[-1]["rank_difference"]
             print(f"{'none' if apart is None else f'{apart:+.3f}':>12}{rows[-1]['places']:8}", flush=True)
     if args.out:
-        try:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
+        with writing(args.out):
             args.out.write_text(json.dumps({"scenes": str(args.scenes), "rows": rows}, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write --out {args.out}: {error.strerror}") from None
     return 0
 
 

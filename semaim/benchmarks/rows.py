@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from semaim.engine.results import commit
-from semaim.errors import UserError
+from semaim.errors import writing
 
 
 @dataclass
@@ -91,11 +91,8 @@ def write(path: Path, name: str, rows: list[Row], **more) -> None:
         "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
         **more,
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write --out {path}: {error.strerror or error}") from None
 
 
 def show(rows: list[Row]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semaim.cli.options import ConfigOptions
-from semaim.errors import UserError
+from semaim.errors import UserError, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,10 +104,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if maps:
         shares = shares_of(np.concatenate([classes.ravel() for classes in maps]), len(images.classes))
         picture = add_legend(picture, shares, images.classes)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
         picture.save(out)
-    except OSError as error:
-        raise UserError(f"cannot write --out {out}: {error.strerror or error}") from None
     print(f"wrote {out}: {len(items)} of {len(images)} images")
     return 0

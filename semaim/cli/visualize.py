@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semaim.cli.options import ConfigOptions
-from semaim.errors import UserError
+from semaim.errors import UserError, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,10 +122,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
         paths = [path for given in args.images for path in (find_images(given) if Path(given).is_dir() else [given])]
         picture = (predictions if args.command == "predictions" else look)(args, paths)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
         picture.save(out)
-    except OSError as error:
-        raise UserError(f"cannot write --out {out}: {error.strerror or error}") from None
     print(f"wrote {out}")
     return 0

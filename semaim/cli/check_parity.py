@@ -29,13 +29,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             continue
         passed, failed = passed + report.passed, failed + (not report.passed)
         worst, verdict = report.worst, "pass" if report.passed else "FAIL"
+        assert worst is not None, "a case without a comparison is not covered"
         shown = report.checks if args.verbose else [c for c in report.checks if not c.passed and c is not worst]
         print(f"{report.case:34} {worst.name:34} {worst.error:9.2e} {worst.tolerance:9.2e}  {verdict}")
         for check in shown:
             mark = "" if check.passed else "  FAIL"
             print(f"{'':34} {check.name:34} {check.error:9.2e} {check.tolerance:9.2e}{mark}")
-        for deviation in report.deviations:
-            print(f"    deviation: {deviation}")
+        for text in report.deviations:
+            print(f"    deviation: {text}")
     print("differences from the references on purpose, besides those above (docs/recipes.md):")
     for deviation in read_deviations():
         print(f"    {deviation.stage}: {deviation}")

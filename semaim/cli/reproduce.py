@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 class ListAction(argparse.Action):
     """Prints what --methods, --only and --skip take."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, nargs=0, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
         """Print, and end the command."""

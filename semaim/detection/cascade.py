@@ -1,6 +1,7 @@
 """Cascade R-CNN as in ViTDet: three box heads in sequence, and one mask head."""
 
 import torch
+from mmdet.models import BBoxHead
 from mmdet.models.task_modules import SamplingResult
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS, TASK_UTILS
@@ -43,6 +44,10 @@ class ViTDetCascade(ViTDetRoIHead):
             coder = dict(bbox_head["bbox_coder"], stds=stage["stds"])
             self.bbox_head.append(MODELS.build(dict(bbox_head, bbox_coder=coder, reg_class_agnostic=True)))
 
+    def head_of(self, stage: int) -> BBoxHead:
+        """The box head of a stage."""
+        return self.bbox_head[stage]
+
     def init_assigner_sampler(self) -> None:
         """Build one assigner per stage, and the sampler of the first stage."""
         if self.train_cfg is not None:
@@ -57,12 +62,12 @@ class ViTDetCascade(ViTDetRoIHead):
         pooled = self.bbox_roi_extractor(x[: self.bbox_roi_extractor.num_inputs], rois)
         if pooled.requires_grad:
             pooled.register_hook(lambda gradient: gradient / len(self.stages))
-        return self.bbox_head[stage](pooled)
+        return self.head_of(stage)(pooled)
 
     def move(self, stage: int, boxes: list[Tensor], deltas: Tensor, metas: list[dict]) -> list[Tensor]:
         """Each image's boxes (N, 4), moved by a stage's deltas (of all images, (N, 4)) and clipped to the image."""
         parts = deltas.detach().split([len(part) for part in boxes])
-        decode = self.bbox_head[stage].bbox_coder.decode
+        decode = self.head_of(stage).bbox_coder.decode
         return [
             decode(part, moves, max_shape=meta["img_shape"])
             for part, moves, meta in zip(boxes, parts, metas, strict=True)
@@ -77,7 +82,7 @@ class ViTDetCascade(ViTDetRoIHead):
 
     def targets(self, stage: int, boxes: Tensor, objects: InstanceData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For boxes (N, 4): labels (N,), the last for background, their weights, deltas (N, 4), their weights."""
-        head = self.bbox_head[stage]
+        head = self.head_of(stage)
         index = self.bbox_assigners[stage].assign(InstanceData(priors=boxes), objects).gt_inds - 1
         found = index >= 0
         labels, deltas = torch.full_like(index, head.num_classes), torch.zeros_like(boxes)
@@ -90,12 +95,14 @@ class ViTDetCascade(ViTDetRoIHead):
         images, _, metas = unpack_gt_instances(batch_data_samples)
         proposals = with_objects(rpn_results_list, batch_data_samples)
         sampled = [self.sample(found, objects) for found, objects in zip(proposals, images, strict=True)]
-        boxes, losses = [result.priors for result in sampled], {}
-        for stage, head in enumerate(self.bbox_head):
+        boxes = [result.priors for result in sampled]
+        losses: dict[str, Tensor] = {}
+        for stage in range(len(self.stages)):
             rois = bbox2roi(boxes)
             logits, deltas = self.run(stage, x, rois)
             targets = [self.targets(stage, part, objects) for part, objects in zip(boxes, images, strict=True)]
-            found = head.loss(logits, deltas, rois, *(torch.cat(parts) for parts in zip(*targets, strict=True)))
+            matched = (torch.cat(parts) for parts in zip(*targets, strict=True))
+            found = self.head_of(stage).loss(logits, deltas, rois, *matched)
             losses |= {f"s{stage}.{name}": value for name, value in found.items()}
             boxes = [part[nonempty(part)] for part in self.move(stage, boxes, deltas, metas)]
         return losses | self.mask_loss(x, sampled, None, images)["loss_mask"]
@@ -120,7 +127,7 @@ class ViTDetCascade(ViTDetRoIHead):
         counts = [len(part) for part in boxes]
         # The head applies a softmax; that of the logarithms of probabilities is the probabilities.
         parts = (t.split(counts) for t in (rois, torch.stack(probabilities).mean(0).log(), deltas))
-        results = self.bbox_head[-1].predict_by_feat(
+        results = self.head_of(-1).predict_by_feat(
             *parts, batch_img_metas=batch_img_metas, rcnn_test_cfg=rcnn_test_cfg, rescale=rescale
         )
         return [found[nonempty(found.bboxes)] for found in results]

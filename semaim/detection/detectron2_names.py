@@ -63,7 +63,7 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {name: our_name(name) for name in state if not INERT.fullmatch(name)}
     if unknown := [name for name, renamed in ours.items() if renamed is None]:
         raise UserError(f"no weight of detectron2's ViTDet detectors: {', '.join(unknown[:3])}")
-    renamed = {ours[name]: tensor for name, tensor in state.items() if name in ours}
+    renamed = {new: state[name] for name, new in ours.items() if new}
     table = renamed.get("backbone.pos_embed")
     if table is not None and math.isqrt(table.shape[1]) ** 2 != table.shape[1]:  # 1 + 14 x 14
         renamed["backbone.pos_embed"] = table[:, 1:]

@@ -18,6 +18,10 @@ class FasterCocoMetric(CocoMetric):
     Takes `CocoMetric`'s arguments; supports its metrics bbox and segm, without the table by class.
     """
 
+    # mmdet's, None until the first evaluation.
+    cat_ids: list[int] | None
+    img_ids: list[int] | None
+
     def __init__(self, *arguments, **options):
         try:
             import faster_coco_eval
@@ -31,7 +35,8 @@ class FasterCocoMetric(CocoMetric):
         api = self._coco_api
         self.cat_ids = self.cat_ids or api.get_cat_ids(cat_names=self.dataset_meta["classes"])
         self.img_ids = self.img_ids or api.get_img_ids()
-        log, found = MMLogger.get_current_instance(), {}
+        log = MMLogger.get_current_instance()
+        found: dict[str, float] = {}
         with TemporaryDirectory() as folder:
             files = self.results2json([predictions for _, predictions in results], self.outfile_prefix or f"{folder}/r")
             predicted = {metric: load(files[metric]) for metric in self.metrics}

@@ -41,16 +41,17 @@ class ResizeScale(PillowResize):
 
     def __init__(self, scale: tuple[int, int], ratio_range: tuple[float, float] = (0.1, 2.0)):
         super().__init__(scale)
-        self.target, self.ratio_range = tuple(scale), tuple(ratio_range)
+        self.target, self.ratio_range = scale, ratio_range
 
     def size(self, height: int, width: int, ratio: float) -> tuple[int, int]:
         """(width, height) in pixels of a photo at that multiple, rounded to the nearest, halves to even."""
         factor = min(self.target[0] * ratio / width, self.target[1] * ratio / height)
-        return tuple(max(1, round(side * factor)) for side in (width, height))
+        return max(1, round(width * factor)), max(1, round(height * factor))
 
     def transform(self, results: dict) -> dict:
         """Resize photo, boxes and masks by one random multiple."""
-        self.scale = self.size(*results["img"].shape[:2], np.random.uniform(*self.ratio_range))
+        height, width = results["img"].shape[:2]
+        self.scale = self.size(height, width, np.random.uniform(*self.ratio_range))
         return super().transform(results)
 
 
@@ -69,4 +70,4 @@ class FixedSizeCrop(RandomCrop):
 
     def _rand_offset(self, margin: tuple[int, int]) -> tuple[int, int]:
         share = np.random.uniform()
-        return tuple(round(share * side) for side in margin)
+        return round(share * margin[0]), round(share * margin[1])

@@ -48,6 +48,7 @@ def prediction_columns(
     """
     columns = {"image": image_panels(images)}
     if order is not None:
+        assert grid is not None, "an order needs a grid"
         columns["order"] = order_panels(order, grid)
     return {**columns, "prediction": image_panels(rebuilt)}
 

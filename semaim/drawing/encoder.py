@@ -21,10 +21,10 @@ own, made of `columns`:
     draw_network(model, images, look=look_at_mine)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,30 @@ from semaim.drawing.columns import (
 )
 from semaim.drawing.panels import Columns, lay_out
 from semaim.errors import UserError
-from semaim.models.ordering import similarity_map
+from semaim.models.ordering import Grid, similarity_map
+from semaim.models.targets import PixelTarget
 from semaim.models.vit import VisionTransformer, patchify, unpatchify
 
 SOURCES = {"cls": "the class token", "gap": "the mean patch"}  #: what a network's `similarity` compares patches with
+
+
+class Network(Protocol):
+    """An nn.Module as looks see it. Few networks have all of this: the list above says which look needs what."""
+
+    patch_size: tuple[int, int]
+    target: PixelTarget
+
+    def __call__(self, images: Tensor, draw: Tensor) -> Any:
+        """One step's output, any object with some of the fields of the list above."""
+
+    def grid_of(self, image_size: Sequence[int]) -> Grid:
+        """(rows, columns) of patches of an image of (height, width) pixels."""
+
+    def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + L, D), and the class token's attention on the patches (B, L)."""
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + L, width), and the similarity map (B, L)."""
 
 
 class Normaliser(Protocol):
@@ -68,7 +88,7 @@ class Model(Protocol):
 
 
 #: (network, images uint8 (B, 3, H, W), draw (B, L) of uniform numbers, normaliser) -> columns, all on one device.
-Look = Callable[[nn.Module, Tensor, Tensor, Normaliser], Columns]
+Look = Callable[[Network, Tensor, Tensor, Normaliser], Columns]
 
 
 def draw_network(model: Model, images: Tensor, title: str = "", across: bool = False, *, look: Look) -> Image.Image:
@@ -89,7 +109,7 @@ def draw_network(model: Model, images: Tensor, title: str = "", across: bool = F
 
 
 @contextmanager
-def inference(model: Model) -> Iterator[tuple[nn.Module, torch.device]]:
+def inference(model: Model) -> Iterator[tuple[Network, torch.device]]:
     """The model's network in eval mode, without gradient and in the model's precision, and the device it is on."""
     network = model.network
     device = next(network.parameters()).device
@@ -97,7 +117,7 @@ def inference(model: Model) -> Iterator[tuple[nn.Module, torch.device]]:
     network.eval()
     try:
         with torch.no_grad(), model.autocast(device):
-            yield network, device
+            yield cast(Network, network), device  # nn.Module does not say what a network has besides
     finally:
         for module in training:
             module.training = True
@@ -106,7 +126,7 @@ def inference(model: Model) -> Iterator[tuple[nn.Module, torch.device]]:
 # Looks
 
 
-def look_at_order(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+def look_at_order(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """Image, similarity map where the order uses one, order, and with pixel targets the reconstruction.
 
     Every patch is predicted from the true patches before it and given the true patch's mean and variance, as these
@@ -122,19 +142,19 @@ def look_at_order(network: nn.Module, images: Tensor, draw: Tensor, normaliser: 
     return order_columns(images, output.similarity, output.order, grid, rebuilt)
 
 
-def look_at_comparison(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+def look_at_comparison(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """The orders `columns.COMPARED` of the same images, the last two by this network's similarity map."""
     similarity = similarities(network, normaliser.normalise(images))[0]
     return comparison_columns(images, similarity, network.grid_of(images.shape[-2:]), draw)
 
 
-def look_at_attention(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+def look_at_attention(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """The class token's attention on the patches in the encoder's last block, mean over heads."""
     attention = network.forward_with_attention(normaliser.normalise(images))[1]
     return attention_columns(images, attention, network.grid_of(images.shape[-2:]))
 
 
-def look_at_similarity(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+def look_at_similarity(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """Similarity of the patches to the class token, whose highest is the centre of the order, and to the centre."""
     similarity, centre, to_centre = similarities(network, normaliser.normalise(images))
     source = getattr(network, "similarity", "cls")
@@ -143,7 +163,7 @@ def look_at_similarity(network: nn.Module, images: Tensor, draw: Tensor, normali
     return similarity_columns(images, similarity, to_centre, centre, grid, compared)
 
 
-def look_at_reconstruction(network: nn.Module, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+def look_at_reconstruction(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """The predicted pixels: of the removed patches where the network removes some, else of all, with their order.
 
     `UserError` where it does not predict pixels.
@@ -173,7 +193,7 @@ DRAWN = {"order": draw_orders, "reconstruction": draw_reconstruction}
 # What looks share
 
 
-def similarities(network: nn.Module, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def similarities(network: Network, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How alike patches are.
 
     Args:
@@ -188,23 +208,24 @@ def similarities(network: nn.Module, seen: Tensor) -> tuple[Tensor, Tensor, Tens
     if hasattr(network, "look"):
         tokens, similarity = network.look(seen)
     else:
+        assert isinstance(network, VisionTransformer), "a network without `look` is a plain encoder"
         tokens = VisionTransformer.forward(network, seen)  # the network's own forward is its training step
         similarity = similarity_map(tokens)
     centre, patches = similarity.argmax(dim=-1), tokens[:, 1:].float()
     return similarity, centre, F.cosine_similarity(patches[torch.arange(len(seen)), centre, None], patches, dim=-1)
 
 
-def predicts_pixels(network: nn.Module) -> bool:
+def predicts_pixels(network: Network) -> bool:
     """Whether its target is the pixels of patches, which can be drawn."""
     return hasattr(getattr(network, "target", None), "norm_pix")
 
 
-def predicted_pixels(network: nn.Module, seen: Tensor, prediction: Tensor, normaliser: Normaliser) -> Tensor:
+def predicted_pixels(network: Network, seen: Tensor, prediction: Tensor, normaliser: Normaliser) -> Tensor:
     """Predicted patches (B, L, width) of normalised images `seen` as floats in [0, 1] on the CPU (B, 3, H, W)."""
     return normaliser.denormalise(reconstruct(network, seen, prediction.float())).cpu()
 
 
-def reconstruct(network: nn.Module, images: Tensor, prediction: Tensor) -> Tensor:
+def reconstruct(network: Network, images: Tensor, prediction: Tensor) -> Tensor:
     """Predicted patches as images, given the true mean and variance of each patch where the target normalises them.
 
     Args:

@@ -41,8 +41,10 @@ class Instances(NamedTuple):
 
     def above(self, threshold: float) -> "Instances":
         """Those that score at least `threshold`."""
+        assert self.scores is not None, "annotated objects have no scores"
         kept = self.scores >= threshold
-        return Instances(*(None if part is None else part[kept] for part in self))
+        masks = None if self.masks is None else self.masks[kept]
+        return Instances(self.boxes[kept], self.labels[kept], self.scores[kept], masks)
 
 
 # Colours, names, text
@@ -52,7 +54,8 @@ def colour_of(label: int) -> tuple[int, int, int]:
     """The colour of a class, the same in every picture."""
     # Hues in steps of the golden ratio come near one another after 8, 13 and 21 labels: those differ in shade.
     saturation, value = ((0.9, 1.0), (0.5, 1.0), (0.85, 0.6), (0.55, 0.8))[label // 8 % 4]
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618034 % 1, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def name_of(names: Sequence[str], label: int) -> str:

@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -53,7 +55,11 @@ def lay_out(columns: Columns, title: str = "", across: bool = False) -> Image.Im
 
 def image_panels(images: Tensor) -> list[Panel]:
     """Images (B, 3, H, W), uint8 or floats in [0, 1]."""
-    return [lambda axis, image=image: axis.imshow(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def draw(image: np.ndarray, axis: Axes) -> None:
+        axis.imshow(image)
+
+    return [partial(draw, image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def map_panels(values: Tensor, grid: Grid, colours: str = "viridis", marked: Tensor | None = None) -> list[Panel]:
@@ -66,13 +72,13 @@ def map_panels(values: Tensor, grid: Grid, colours: str = "viridis", marked: Ten
         marked: int64 (B,), the patch of each image that gets a cross.
     """
 
-    def draw(axis: Axes, row: int) -> None:
+    def draw(row: int, axis: Axes) -> None:
         axis.imshow(values[row].view(grid).float().cpu().numpy(), cmap=colours)
         if marked is not None:
             y, x = divmod(int(marked[row]), grid[1])
             axis.plot(x, y, "+", color="black", markersize=7)
 
-    return [lambda axis, row=row: draw(axis, row) for row in range(len(values))]
+    return [partial(draw, row) for row in range(len(values))]
 
 
 def lit_image_panels(images: Tensor, values: Tensor, grid: Grid) -> list[Panel]:

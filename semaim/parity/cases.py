@@ -7,7 +7,7 @@ from the reference are computed, too, and listed as deviations.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def run_case(case: Case, checks: Callable[[Case, CaseReport], None]) -> CaseRepo
     return report
 
 
-def run_folder(folder: Path, families: dict[str, Callable[[Case, CaseReport], None]]) -> Iterator[CaseReport]:
+def run_folder(folder: Path, families: Mapping[str, Callable[[Case, CaseReport], None]]) -> Iterator[CaseReport]:
     """Run all cases in a folder, or in a family's folder, one after another."""
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")

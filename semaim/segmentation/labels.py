@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
+from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
-from torch.utils.data import Dataset
 
 from semaim.data.label_maps import count_values
 from semaim.data.label_rules import IGNORED, Found, Labels, errors, warnings
@@ -13,7 +13,7 @@ from semaim.errors import UserError
 TRAIN = "train_dataset"
 
 
-def check_labels(cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+def check_labels(cfg: Config, sets: Mapping[str, BaseSegDataset]) -> list[str]:
     """Lines about the label maps of these splits, and warnings; `UserError` for the errors of docs/labels.md.
 
     Args:
@@ -39,7 +39,7 @@ def refuse(found: Iterator[Found]) -> None:
         raise UserError(f"{kind}: {text} (docs/labels.md)")
 
 
-def labels_of(cfg: Config, split: str, images: Dataset) -> Labels:
+def labels_of(cfg: Config, split: str, images: BaseSegDataset) -> Labels:
     """The values of a data set's label maps."""
     infos = [images.get_data_info(index) for index in range(len(images))]
     if "seg_map_path" not in infos[0]:
@@ -60,7 +60,7 @@ def heads(model: Mapping) -> Iterator[tuple[str, Mapping]]:
                 yield f"model.{key}" + (f"[{index}]" if isinstance(found, list | tuple) else ""), head
 
 
-def disagreements(cfg: Config, split: str, images: Dataset) -> Iterator[Found]:
+def disagreements(cfg: Config, split: str, images: BaseSegDataset) -> Iterator[Found]:
     """Where the config contradicts itself about classes and labels, before any label map is read."""
     classes = images.metainfo.get("classes")
     if not classes:

@@ -56,7 +56,8 @@ def foreign_weights(content: Any, model: nn.Module, path: str | os.PathLike) -> 
     Raises:
         UserError: the file is of another model, or one of ours with the position table of the pretraining.
     """
-    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), {})
+    held = (content.get(key) for key in ("model", "state_dict"))
+    state: Mapping[str, Tensor] = next((weights for weights in held if isinstance(weights, Mapping)), {})
     try:
         if "backbone.patch_embed.projection.weight" in state:
             return to_ours(state)

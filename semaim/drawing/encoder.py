@@ -207,10 +207,11 @@ def similarities(network: Network, seen: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     if hasattr(network, "look"):
         tokens, similarity = network.look(seen)
-    else:
-        assert isinstance(network, VisionTransformer), "a network without `look` is a plain encoder"
+    elif isinstance(network, VisionTransformer):
         tokens = VisionTransformer.forward(network, seen)  # the network's own forward is its training step
         similarity = similarity_map(tokens)
+    else:
+        raise UserError(f"{type(network).__name__} is no VisionTransformer and has no `look`: no similarity to draw")
     centre, patches = similarity.argmax(dim=-1), tokens[:, 1:].float()
     return similarity, centre, F.cosine_similarity(patches[torch.arange(len(seen)), centre, None], patches, dim=-1)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import UserError, writing
 
 if TYPE_CHECKING:
@@ -23,13 +23,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     parser.add_argument("config", help="config file")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where to write the picture")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
     parser.add_argument(
         "--images", type=int, default=8, metavar="N", help="so many, spread over the data (default: %(default)s)"
     )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
+    add_flags(parser, "--data-root", "--cfg-options")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--score-thr", type=float, default=0.3, metavar="S", help="least score of an object (default: %(default)s)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
+    add_flags(parser, "--cfg-options")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import UserError
 
 
@@ -27,10 +27,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--table", action="store_true", help="train nothing, tabulate what is there")
     parser.add_argument("--work-dir", metavar="DIR", help="folder of the runs (default: work_dirs/CONFIG_sweep)")
     common = parser.add_argument_group("as for tools/train.py")
-    common.add_argument("--data-root", metavar="DIR")
-    common.add_argument("--pretrained", metavar="FILE")
-    common.add_argument("--gpus", default="1", metavar="N")
-    common.add_argument("--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE")
+    add_flags(common, "--data-root", "--pretrained", "--gpus", "--cfg-options")
     return parser.parse_args(argv)
 
 

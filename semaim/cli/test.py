@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import check_work_dir
 
 
@@ -17,19 +17,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
     parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
-    parser.add_argument(
-        "--allow-partial", action="store_true",
-        help="load what fits of an encoder that is another network; results.json and the table say so",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
-    )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
+    add_flags(parser, "--data-root", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser.parse_args(argv)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import check_work_dir
 
 
@@ -14,9 +14,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
-    parser.add_argument("--pretrained", metavar="FILE", help="checkpoint, of any dialect, whose encoder to start from")
-    parser.add_argument("--work-dir", metavar="DIR", help="where to write (default: work_dirs/CONFIG)")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -27,16 +24,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--override", action="store_true", help="with --resume: what is given here changes what the run had"
     )
-    parser.add_argument(
-        "--allow-partial", action="store_true",
-        help="load what fits of an encoder that is another network; results.json and the table say so",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpus", default="1", metavar="N", help="GPUs of this machine, or CPU processes where it has none; all for all"
-    )
-    parser.add_argument(
-        "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-    )
+    add_flags(parser, "--data-root", "--pretrained", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser
 
 

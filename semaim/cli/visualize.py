@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semaim.cli.options import ConfigOptions
+from semaim.cli.options import add_flags
 from semaim.errors import UserError, writing
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "images", nargs="*", help="image files of the validation set, or folders (default: spread over it)"
     )
     predictions.add_argument("--config", required=True, help="config file of the training")
-    predictions.add_argument("--data-root", metavar="DIR", help="folder of the data, in place of the config's")
+    add_flags(predictions, "--data-root")
     predictions.add_argument(
         "--score-thr", type=float, default=0.3, metavar="S", help="least score of an object (default: %(default)s)"
     )
@@ -57,9 +57,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     for command in (*(commands.choices[name] for name in LOOKS), predictions):
         command.add_argument("--most", type=int, default=8, help="show at most so many images (default: %(default)s)")
-        command.add_argument(
-            "--cfg-options", nargs="+", action=ConfigOptions, metavar="KEY=VALUE", help="change keys of the config"
-        )
+        add_flags(command, "--cfg-options")
     curve = commands.add_parser("curve", help="loss and learning rate over the iterations")
     curve.add_argument("work_dir", help="work folder of a run")
     for command in commands.choices.values():

@@ -6,6 +6,15 @@ from semaim.engine.images import ImageTask
 from semaim.registry import TASKS, Metric
 
 
+def accuracies(short: str) -> dict[str, Metric]:
+    """What a classifier is measured by; `short` names the task in a line of several."""
+    return {
+        "top1": Metric("top-1", short),
+        "top5": Metric("top-5"),
+        "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
+    }
+
+
 @TASKS.register_module()
 class Finetune(ImageTask):
     """Top-1 of a classifier on the mean of the patches, or on the class token."""
@@ -13,11 +22,7 @@ class Finetune(ImageTask):
     name = "finetune"
     title = "fine-tuning"
     place = 4
-    metrics = {
-        "top1": Metric("top-1", "fine-tuning"),
-        "top5": Metric("top-5"),
-        "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
-    }
+    metrics = accuracies(title)
     configs = {
         "quick": "semaim/configs/finetune/vit_tiny_scenes_easy.py",
         "study": "semaim/configs/finetune/vit_tiny_cifar10.py",

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from semaim.engine.images import ImageTask
-from semaim.registry import TASKS, Metric
-from semaim.tasks.finetune import classifies
+from semaim.registry import TASKS
+from semaim.tasks.finetune import accuracies, classifies
 
 
 @TASKS.register_module()
@@ -14,11 +14,7 @@ class Linear(ImageTask):
     name = "linear"
     title = "linear probing"
     place = 3
-    metrics = {
-        "top1": Metric("top-1", "linear probing"),
-        "top5": Metric("top-5"),
-        "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
-    }
+    metrics = accuracies(title)
     chart = "accuracy, %"
     configs = {"paper": "semaim/configs/linear/vit_base_90e.py"}
 

@@ -109,7 +109,7 @@ def from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str, 
     probe = "neck.bn.running_mean" in foreign.values()
     heads = [pair for pair in MMPRETRAIN_HEADS if (pair[1] == "head.1") == probe]
     own = {name: rename(short, (*MMPRETRAIN, *heads)) for name, short in foreign.items()}
-    state = {own[name]: tensor for name, tensor in weights.items() if own.get(name)}
+    state = {ours: tensor for name, tensor in weights.items() if (ours := own.get(name))}
     return state, [name for name in weights if not own.get(name) and not name.endswith(INERT)]
 
 

@@ -28,7 +28,7 @@ MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_bloc
 #: What `convert` writes: the parts that each holds besides the encoder and the classifier ("*": all).
 WRITTEN = {"semaim": "*", "timm": (), "mae": MAE_DECODER, "mmpretrain": MAE_DECODER}
 DIALECTS = tuple(WRITTEN)
-#: timm's plain ViTs.
+#: timm's plain ViTs, by the published size and the patch.
 TIMM = {(size, (16, 16)): f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {
     ("huge", (14, 14)): "vit_huge_patch14_224"
 }
@@ -56,16 +56,18 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: b
         report.refuse()
     parts = (*ENCODER, *CLASSIFIER, *WRITTEN[to])
     state = {name: t.contiguous() for name, t in found.state.items() if "*" in parts or name.split(".")[0] in parts}
+    content: dict[str, object]
     if to == "semaim":
         content = {"format": FORMAT, "version": __version__, "epoch": found.epoch, "classes": found.classes}
         content |= {"config": found.config, "model": state}
     elif to == "mae":
         content = {"model": state}
     elif to == "mmpretrain":
-        content = {"meta": {"epoch": found.epoch}, "state_dict": to_mmpretrain(state)}
-        state = from_mmpretrain(content["state_dict"], "backbone.")[0]
+        foreign = to_mmpretrain(state)
+        content = {"meta": {"epoch": found.epoch}, "state_dict": foreign}
+        state = from_mmpretrain(foreign, "backbone.")[0]
     else:
-        content = state
+        content = {**state}
     if to != "timm" and found.statistics:  # a bare dict of weights has no place for them
         content["pretrained_cfg"] = {"mean": found.statistics.mean, "std": found.statistics.std}
     if out.suffix == ".safetensors":
@@ -143,7 +145,7 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = F
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     average = "norm.weight" not in state
     classes = len(state["head.weight"]) if "head.weight" in state else 0
-    preset = preset_of(sizes)
+    preset = preset_of(sizes) or ""  # which no table here has
     architecture = TIMM.get((preset, sizes["patch_size"]))
     model_args = {"img_size": sizes["img_size"], "global_pool": "avg" if average else "token"}
     if not architecture or sizes["mlp_ratio"] != 4 or sizes["num_heads"] != SIZES[preset]["num_heads"]:

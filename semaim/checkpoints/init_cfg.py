@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.logging import print_log
+from torch import nn
 
 from semaim.checkpoints.consumers import load_backbone
 from semaim.checkpoints.reading import read
@@ -12,7 +13,7 @@ from semaim.errors import UserError
 KEYS = {"type", "checkpoint", "allow_partial"}
 
 
-class InitFromCheckpoint:
+class InitFromCheckpoint(nn.Module):
     """Mixin before a backbone's class: takes `init_cfg`, and loads its checkpoint when mm initialises the weights.
 
     Args:

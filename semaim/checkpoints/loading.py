@@ -146,7 +146,7 @@ def fit(
             and grid
             and (tensor.shape != own[name].shape or _recorded_grid(found) not in (None, grid))
         ):
-            fitted = _fit_positions(tensor, own[name], model, found, partial)
+            fitted = _fit_positions(tensor, own[name], model, grid, found, partial)
         elif tensor.shape == own[name].shape:
             continue
         elif name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and tensor.shape[1:] == own[name].shape[1:]:
@@ -219,12 +219,14 @@ def _recorded_grid(found: Checkpoint) -> tuple[int, int] | None:
     return grid_of(found.sizes) if found.network.get("img_size") else None
 
 
-def _fit_positions(table: Tensor, own: Tensor, model: nn.Module, found: Checkpoint, partial: bool = False) -> Tensor:
+def _fit_positions(
+    table: Tensor, own: Tensor, model: nn.Module, grid: tuple[int, int], found: Checkpoint, partial: bool = False
+) -> Tensor:
     """A position table (1, [1 +] L, D) on the model's grid, with or without the class token's row as `own` has it.
 
     With `partial`, rows of other tokens between the class token's and the patches' are left out.
     """
-    old, grid = grid_of(found.sizes), model.grid
+    old = grid_of(found.sizes)
     resample = getattr(model, "resample_positions", VisionTransformer.resample_positions)
     length, prefix = old[0] * old[1], own.shape[1] - grid[0] * grid[1]
     if table.ndim != 3 or table.shape[1] not in (length, length + 1) and not (partial and table.shape[1] > length):

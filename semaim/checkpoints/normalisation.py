@@ -52,14 +52,15 @@ class Statistics:
         """From numbers of anywhere, of pixels from 0 to `scale`; `UserError` where they are no statistics."""
         least = scale / 255  # a spread of less than a grey level is one of pixels of another range
         kinds = (("mean", mean, 0, f"from 0 to {scale}"), ("std", std, least, f"above 0, for pixels from 0 to {scale}"))
-        found = []
+        found: dict[str, Triple] = {}
         for name, values, smallest, range_ in kinds:
             listed = list(values) if isinstance(values, list | tuple) else []
             right = [isinstance(v, int | float) and not isinstance(v, bool) and smallest <= v <= scale for v in listed]
             if len(listed) != 3 or not all(right):
                 raise UserError(f"{where}.{name} is {values!r}: give three numbers {range_}")
-            found.append(tuple(float(v) if scale == 1 else round(v / scale, DIGITS) for v in listed))
-        return cls(*found, origin)
+            red, green, blue = (float(v) if scale == 1 else round(v / scale, DIGITS) for v in listed)
+            found[name] = red, green, blue
+        return cls(**found, origin=origin)
 
 
 def of_file(path: str | os.PathLike) -> Statistics | None:

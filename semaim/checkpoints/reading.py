@@ -42,7 +42,7 @@ class Checkpoint:
     @cached_property
     def recorded_network(self) -> nn.Module | str | None:
         """timm's network of `recorded`, on the meta device, or why it cannot be built; None where none is recorded."""
-        return self.recorded and same_network.timm_model(self.recorded)
+        return same_network.timm_model(self.recorded) if self.recorded else None
 
     @property
     def network(self) -> dict:
@@ -57,7 +57,7 @@ class Checkpoint:
         """Sizes of the encoder, as `VisionTransformer` takes them; see `sizes_of`."""
         recorded = self.recorded_network
         heads = same_network.heads_of(recorded) if isinstance(recorded, nn.Module) else None
-        return sizes_of(self.state, self.network or (heads and {"size": None, "num_heads": heads}))
+        return sizes_of(self.state, self.network or ({"size": None, "num_heads": heads} if heads else None))
 
     @property
     def heads_guessed(self) -> bool:
@@ -96,8 +96,8 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
     unsupported = []
     if "patch_embed.projection.weight" in state:
         state, skipped = from_mmpretrain(weights, prefix)
-        named = [(name, name[len(prefix) :].partition(".")[0]) for name in skipped if name.startswith(prefix)]
-        unsupported = [name for name, first in named if first != "neck" and not same_network.APART.fullmatch(first)]
+        firsts = {name: name[len(prefix) :].partition(".")[0] for name in skipped if name.startswith(prefix)}
+        unsupported = [n for n, first in firsts.items() if first != "neck" and not same_network.APART.fullmatch(first)]
     skipped += [name for name in state if name.startswith("ema.")]
     state = {name: tensor for name, tensor in state.items() if not name.startswith("ema.")}
     for name, dimensions in (("patch_embed.proj", 4), ("blocks.0.attn.qkv", 2), ("blocks.0.mlp.fc1", 2)):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -92,9 +92,11 @@ def _globals_in(path: Path) -> list[str]:
     names = []  # torch's format before 1.6, which mm's publishing tools still write: five pickles, then the storages
     with open(path, "rb") as file:
         for _ in range(5):
-            found = [tuple(arg.split(" ")) for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"]
-            # Protocol 2 writes the modules' names of Python 2.
-            names += [NAME_MAPPING.get(pair, (IMPORT_MAPPING.get(pair[0], pair[0]), pair[1])) for pair in found]
+            for code, arg, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    module, name = str(arg).split(" ")[:2]
+                    # Protocol 2 writes the modules' names of Python 2.
+                    names.append(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
     # The unpickler itself allows or refuses what is torch's own.
     return sorted({f"{module}.{name}" for module, name in names if module.partition(".")[0] != "torch"})
 
@@ -106,7 +108,7 @@ def _refusal(path: Path | str, name: str) -> UserError:
 class _Inert(list):
     """Stands for an object that is not wanted: takes any arguments, items and state, and does nothing."""
 
-    __hash__ = object.__hash__  # it may be a key
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key; a list's is None
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -152,7 +154,7 @@ class _Array:
         self.array = _from_buffer(data, dtype, shape, "F" if by_column else "C").array
 
 
-def _from_buffer(data: bytes | bytearray | str, dtype: _DType, shape: tuple, order: str = "C") -> _Array:
+def _from_buffer(data: bytes | bytearray | str, dtype: _DType, shape: tuple, order: Literal["C", "F"] = "C") -> _Array:
     found = _Array()
     data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
     # A copy: it is writable, and lies as its type wants.

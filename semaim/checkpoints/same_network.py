@@ -30,8 +30,10 @@ APART = re.compile(
 #: Parts of the dense backbones' blocks, under names that other families use for more (BEiT, EVA).
 DENSE = ("rel_bias", "gamma_1", "gamma_2")
 #: Modules of timm's plain ViT that computes as ours does.
-PLAIN = (VisionTransformer, Block, Attention, Mlp, PatchEmbed, LayerNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU)
-PLAIN += (nn.Identity, nn.Sequential, nn.Dropout, DropPath, PatchDropout)
+PLAIN = (
+    VisionTransformer, Block, Attention, Mlp, PatchEmbed, LayerNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU,
+    nn.Identity, nn.Sequential, nn.Dropout, DropPath, PatchDropout,
+)  # fmt: skip
 NORMS = re.compile(r"norm|blocks\.\d+\.norm[12]")  #: the places of its norms
 
 

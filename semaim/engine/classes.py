@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -10,10 +11,11 @@ from mmengine.registry import DATASETS, Registry
 
 from semaim.data.categories import Categories, check_categories
 from semaim.data.verify import check_coco_file
+from semaim.engine.config_keys import initialisers
 from semaim.errors import UserError
 
 
-def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> type:
+def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> type[Any]:
     """The class of a type in a config; `UserError` where there is none."""
     with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
         found = kind if isinstance(kind, type) else scoped.get(kind)
@@ -24,7 +26,7 @@ def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> 
 
 def takes(kind: type, argument: str) -> bool:
     """Whether a class, or one that it is derived from, has an argument of that name."""
-    return any(argument in inspect.signature(base.__init__).parameters for base in kind.__mro__)
+    return any(argument in inspect.signature(function).parameters for function in initialisers(kind))
 
 
 def reads_coco(kind: type) -> bool:
@@ -87,7 +89,8 @@ def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
     """What `keep_classes` leaves out of the splits, for results.json and the log of the main process."""
     if not cfg.get("keep_classes") or not is_main_process():
         return {}
-    return {"left_out": {split: read_categories(cfg, split).left_out(classes_of(cfg, split)) for split in splits}}
+    found = ((split, read_categories(cfg, split)) for split in splits)  # COCO's, as `keep_classes` takes no others
+    return {"left_out": {split: part.left_out(classes_of(cfg, split)) for split, part in found if part is not None}}
 
 
 def left_out_lines(counts: Mapping[str, dict]) -> list[str]:

@@ -25,7 +25,7 @@ def build_classifier(**kwargs) -> Classifier:
         raise UserError(f"model.network: {error}") from None
 
 
-build_classifier.arguments_of = Classifier
+setattr(build_classifier, "arguments_of", Classifier)  # noqa: B010  # for the check of config keys
 MODELS.register_module(name="Classifier", module=build_classifier)
 
 
@@ -40,6 +40,8 @@ class Classification(NetworkModel):
             both are above 0.
         label_smoothing: share of the target that all classes divide equally.
     """
+
+    network: Classifier
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from semaim.engine.config_keys import FOREIGN, Types, check_numbers, check_optio
 from semaim.engine.schedule import check_schedule
 from semaim.errors import UserError, close, nearest
 from semaim.places import config_folder, own_configs
-from semaim.registry import task_named, task_of
+from semaim.registry import task_for, task_named, task_of
 
 CONFIGS = config_folder("semaim/configs")
 
@@ -111,7 +111,7 @@ def check_task(cfg: Config, path: Path) -> None:
 
 def data_roots(cfg: Config, root: str) -> dict[str, str]:
     """What --data-root sets, as options."""
-    return dict.fromkeys(task_of(cfg).roots, root)
+    return dict.fromkeys(task_for(cfg).roots, root)
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -126,7 +126,7 @@ def set_data_root(cfg: Config, root: str) -> None:
 
 def types_of(cfg: Config) -> Types | None:
     """What the types of a config name; None where its task's package is missing, which is said later."""
-    task = task_of(cfg)
+    task = task_for(cfg)
     importlib.import_module("semaim.methods")
     try:
         importlib.import_module(task.package or "semaim.tasks")

@@ -5,7 +5,8 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import Registry
@@ -13,6 +14,8 @@ from torch import nn
 
 from semaim.errors import UserError, close, nearest
 from semaim.registry import SCOPE, TASKS, Method
+
+Built = Callable[..., Any]  #: what a `type` names: a class, or a function that builds
 
 #: Keys beside a `type` that its builder takes, not the class itself: of optimizers, hooks, norms, deconvolutions,
 #: initialisations, and of the suppression of boxes.
@@ -126,7 +129,7 @@ class Types:
         """All that can be named."""
         return {name for registry in self.registries for name in registry.module_dict}
 
-    def find(self, name: object) -> object | None:
+    def find(self, name: str | Built | None) -> Built | None:
         """The class or function that a `type` names, or None."""
         if not isinstance(name, str):
             return name  # a config in Python may name the class itself
@@ -153,18 +156,25 @@ class Types:
         if not closed:  # what is left goes on to a type that another argument names, as RandomResize's to Resize
             defaults = {name: p.default for name, p in inspect.signature(built_by(built)).parameters.items()}
             others = [self.find(node.get(name, value)) for name, value in defaults.items() if isinstance(value, str)]
-            others = [arguments(other) for other in others if other is not None]
-            if not others:
+            passed = [arguments(other)[0] for other in others if other is not None]
+            if not passed:
                 return None
-            known = known.union(*(names for names, _ in others))
+            known = known.union(*passed)
         return known | BUILDER_KEYS
 
 
-def arguments(built: object) -> tuple[set[str], bool]:
+def initialisers(kind: type) -> list[Built]:
+    """The `__init__` of a class and of all that it is derived from."""
+    # Any: mypy lets nobody look at the `__init__` of a class that it does not know, as a call of it may be wrong.
+    bases: tuple[Any, ...] = inspect.getmro(kind)
+    return [base.__init__ for base in bases if base is not object]
+
+
+def arguments(built: Built) -> tuple[set[str], bool]:
     """Names of the arguments a class or builder takes, base classes included, and whether these are all."""
     names: set[str] = set()
     built = built_by(built)
-    pending = [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else [built]
+    pending = initialisers(built) if inspect.isclass(built) else [built]
     for function in pending:
         if function is nn.Module.__init__:
             break  # has **kwargs, to refuse them
@@ -185,7 +195,7 @@ def arguments(built: object) -> tuple[set[str], bool]:
     return names - {"self"}, True
 
 
-def built_by(built: object) -> object:
+def built_by(built: Built) -> Built:
     """A class or builder itself; of a pretraining method its network, whose arguments a config gives."""
     return built.network if inspect.isclass(built) and issubclass(built, Method) and built.network else built
 
@@ -238,7 +248,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
             _check(item, f"{path}.{key}" if path else str(key), types, free)
 
 
-def _check_type(name: object, path: str, types: Types) -> None:
+def _check_type(name: str | Built, path: str, types: Types) -> None:
     built = types.find(name)
     if built is None and not (isinstance(name, str) and "." in name):  # of another package: it will say
         near = close(str(name), types.names(), cutoff=0.8 if types.scope != SCOPE else 0.5)
@@ -327,7 +337,7 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
         found = [place for place in places if place.rpartition(".")[2] in names]
         return sorted(found, key=lambda place: (place.count("."), place))[:3]
 
-    found = named([leaf], there) or named([MEANT.get(leaf)], there) or named([leaf], possible)
+    found = named([leaf], there) or named([MEANT.get(leaf, leaf)], there) or named([leaf], possible)
     if not found and not close(part, known, cutoff=0.75):
         names = {place.rpartition(".")[2] for place in there}
         found = named(close(leaf, names, cutoff=0.63)[:1], there)
@@ -336,8 +346,9 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
 
 def _default(node: Mapping, name: str, types: Types | None) -> object:
     """What an argument of a type is where it is not given."""
-    built = built_by(types.find(node["type"])) if types and "type" in node else None
-    for function in [c.__init__ for c in inspect.getmro(built) if c is not object] if inspect.isclass(built) else ():
+    named = types.find(node["type"]) if types and "type" in node else None
+    built = built_by(named) if named is not None else None
+    for function in initialisers(built) if inspect.isclass(built) else ():
         found = inspect.signature(function).parameters.get(name)
         if found is not None:
             if found.default in (None, found.empty) and found.annotation in (int, float, int | None, float | None):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from semaim import checkpoints
@@ -23,7 +23,7 @@ from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import DeferredOptimWrapper
 from semaim.errors import UserError
 from semaim.places import to_install
-from semaim.registry import SCOPE, task_of, tasks
+from semaim.registry import SCOPE, task_for, task_of, tasks
 
 #: A long side in pixels that no image reaches.
 UNLIMITED = 10**6
@@ -41,17 +41,18 @@ class BFloat16OptimWrapper(DeferredOptimWrapper):
                 yield
 
 
-class NamedImages(Dataset):
+class DenseImages(Dataset):
     """A data set that names the file it cannot read or prepare, as a `UserError`."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: BaseDataset):
         self.dataset, self.metainfo = dataset, dataset.metainfo
         self.classes = list(dataset.metainfo["classes"])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict:
+    def load(self, index: int) -> dict:
+        """An image of the data set, prepared."""
         info = self.dataset.get_data_info(index)
         files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
         try:
@@ -67,17 +68,24 @@ class NamedImages(Dataset):
             raise UserError(f"cannot prepare image {files[0] if files else index}: {reason}") from None
 
 
-class SeededImages(NamedImages):
+class NamedImages(DenseImages):
+    """Takes samples as the data set gives them, by their index."""
+
+    def __getitem__(self, index: int) -> dict:
+        return self.load(index)
+
+
+class SeededImages(DenseImages):
     """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: BaseDataset, seed: int):
         super().__init__(dataset)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            return super().__getitem__(index)
+            return self.load(index)
 
 
 def is_dense(cfg: Config) -> bool:
@@ -94,9 +102,9 @@ def check_dense(cfg: Config) -> None:
 
 def enter(cfg: Config) -> None:
     """Register what configs of the task name, and keep the chosen classes; `UserError` where packages are missing."""
-    task = task_of(cfg)
+    task = task_for(cfg)
     try:
-        importlib.import_module(task.package)
+        importlib.import_module(task.package or "semaim.tasks")
     except ImportError as error:
         raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
@@ -122,7 +130,7 @@ def check_positions(model: nn.Module) -> None:
         )
 
 
-def check_fit(cfg: Config, images: Dataset) -> None:
+def check_fit(cfg: Config, images: BaseDataset) -> None:
     """`UserError` where the model does not take what the validation makes of an image, hours into a training."""
     preprocess = build(cfg.model.data_preprocessor, MODELS, "model.data_preprocessor")
     preprocess(pseudo_collate([images[0]]), False)
@@ -159,7 +167,7 @@ def check_classes_of(cfg: Config, splits: tuple[str, ...]) -> None:
     build(evaluator_of(cfg), METRICS, "val_evaluator")
 
 
-def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[Dataset, ...]:
+def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dataset")) -> tuple[BaseDataset, ...]:
     """Training and validation images."""
     sets = []
     for split in splits:
@@ -208,7 +216,7 @@ def averaged(cfg: Config) -> None:
     cfg.model = {"type": "SegTTAModel", "module": cfg.model}
 
 
-def check_names(weights: str, images: Dataset) -> None:
+def check_names(weights: str, images: BaseDataset) -> None:
     """`UserError` where a checkpoint was trained on other classes than these images have, or in another order."""
     trained, own = checkpoints.classes_of(checkpoints.read_file(weights)), list(images.metainfo["classes"])
     if trained and trained != own:
@@ -257,7 +265,9 @@ def load_whole(
         partial: leave in the file what the model does not read; None where the command has no --allow-partial.
     """
     content = checkpoints.read_file(path)
-    weights = next((content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {})
+    weights: Mapping[str, Tensor] = next(
+        (content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)), {}
+    )
     scope = DefaultScope.get_current_instance()
     for package in dict.fromkeys(task.package for task in tasks() if scope and task.scope == scope.scope_name):
         rename = getattr(importlib.import_module(package), "foreign_weights", None) if package else None

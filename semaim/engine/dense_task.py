@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.dist import is_main_process
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import load_backbone
@@ -18,7 +19,7 @@ from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
-from semaim.engine.training import Prepared, make_runner
+from semaim.engine.training import Prepared, PreparedTraining, make_runner
 from semaim.errors import UserError
 from semaim.registry import Task
 
@@ -50,11 +51,13 @@ class DenseTask(Task):
     def check_plan(self, cfg: Config, plan: BatchPlan, processes: int) -> None:
         """`UserError` for a batch that the model cannot train with."""
 
-    def describe_data(self, cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
+    def describe_data(self, cfg: Config, sets: Mapping[str, BaseDataset]) -> list[str]:
         """What the labels of these splits hold, for the log; `UserError` where they are no good for this config."""
         return []
 
-    def data(self, cfg: Config, splits: tuple[str, ...], check: bool = True) -> tuple[tuple[Dataset, ...], list[str]]:
+    def data(
+        self, cfg: Config, splits: tuple[str, ...], check: bool = True
+    ) -> tuple[tuple[BaseDataset, ...], list[str]]:
         """The images of these splits, and lines about their labels; `UserError` for what would spoil a training."""
         if check:
             dense.check_classes_of(cfg, splits)
@@ -63,7 +66,7 @@ class DenseTask(Task):
 
     # Training
 
-    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> Prepared:
+    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> PreparedTraining:
         """See `semaim.engine.training.prepare_training`."""
         self.enter(cfg)
         plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
@@ -85,9 +88,10 @@ class DenseTask(Task):
                 self.load_encoder(cfg, model, cfg.pretrained)
         counts = left_out(cfg, *SPLITS)
         recorded = {"data": cfg.train_dataset.data_root, "iterations": cfg.train_cfg.max_iters, **counts}
-        return Prepared(self, statistics, plan, train, val, [*left_out_lines(counts), *described], recorded)
+        lines = [*left_out_lines(counts), *described]
+        return PreparedTraining(self, statistics, train, val, lines, recorded, plan=plan)
 
-    def training_loader(self, cfg: Config, run: Prepared) -> DataLoader:
+    def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
         """Shuffled batches of this process, epoch after epoch."""
         images = dense.SeededImages(run.train, cfg.seed)
         return endless_loader(images, run.plan, cfg.seed, cfg.num_workers, pseudo_collate)
@@ -96,7 +100,7 @@ class DenseTask(Task):
         """The model as the runner builds it."""
         return cfg.model
 
-    def schedule(self, cfg: Config, run: Prepared, loader: DataLoader) -> dict:
+    def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
         """mmengine's arguments that say how long and at which rates, in iterations."""
         accumulation = run.plan.accumulation
         scaled = {key: cfg.train_cfg[key] * accumulation for key in ("max_iters", "val_interval")}
@@ -118,7 +122,7 @@ class DenseTask(Task):
         loop = {"type": "ValLoop" if mode == "val" else "TestLoop"}
         return {f"{mode}_dataloader": loader, f"{mode}_cfg": loop, f"{mode}_evaluator": dense.evaluator_of(cfg)}
 
-    def describe(self, cfg: Config, run: Prepared, loader: DataLoader, model: nn.Module) -> list[str]:
+    def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: nn.Module) -> list[str]:
         """The run in lines of the log."""
         steps, images = cfg.train_cfg.max_iters, len(run.train)
         epochs = steps * run.plan.total / images
@@ -128,12 +132,12 @@ class DenseTask(Task):
             f"images normalised with {run.statistics}",
         ]
 
-    def cautions(self, run: Prepared, model: nn.Module) -> list[str]:
+    def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
         """What to warn of."""
         caution = batch_norm_note(model, run.plan)
         return [caution] if caution else []
 
-    def load_encoder(self, cfg: Config, model: nn.Module, path: str) -> checkpoints.LoadReport:
+    def load_encoder(self, cfg: Config, model: BaseModel, path: str) -> checkpoints.LoadReport:
         """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
         return load_backbone(model.backbone, path, cfg.default_scope, cfg.get("allow_partial", False))
 

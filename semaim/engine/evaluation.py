@@ -12,9 +12,9 @@ from mmengine.registry import LOOPS
 from torch import Tensor, nn
 
 from semaim.checkpoints.normalisation import settle
+from semaim.engine.classification import Classification
 from semaim.engine.extraction import extract_features
 from semaim.engine.images import ImageTask, build_datasets, empty_model, fit_encoder
-from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import evaluation_loader
 from semaim.engine.training import Prepared
@@ -47,7 +47,7 @@ class FeatureTask(ImageTask):
         log = logger_of(cfg).info
         path = None if weights == RANDOM else weights
         record_origin(cfg, path)
-        model: NetworkModel = build_model({**cfg.model, "compile": cfg.compile})
+        model: Classification = build_model({**cfg.model, "compile": cfg.compile})
         if path is None:
             log("random weights: the encoder as it is initialised")
         else:
@@ -61,7 +61,7 @@ class FeatureTask(ImageTask):
         return metrics
 
 
-def extract_both(cfg: Config, run: Prepared, model: NetworkModel, device: torch.device, log) -> list[tuple]:
+def extract_both(cfg: Config, run: Prepared, model: Classification, device: torch.device, log) -> list[tuple]:
     """(features, labels) of the training and of the validation images, from the work folder where they are there."""
 
     def encode(images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -98,9 +99,9 @@ def extract_features(
         if log and step % 100 == 99:
             log(f"features of {min(done * world, length)} of {length} images")
 
-    if cache is not None:
-        features.flush()
-        labels.flush()
+    for rows in (features, labels):
+        if isinstance(rows, np.memmap):
+            rows.flush()
     # From here on all processes know the same, so that all raise or none.
     count, (broken, written) = reduce_sum(count), reduce_sum(torch.tensor([broken, written])).tolist()
     if missing := int((count == 0).sum()):
@@ -150,7 +151,7 @@ def _allocate(cache: Path, length: int, width: int) -> None:
         raise UserError(f"cannot write features to {cache}: {error.strerror}") from None
 
 
-def _open(cache: Path, mode: str) -> tuple[np.ndarray, np.ndarray]:
+def _open(cache: Path, mode: Literal["r", "r+"]) -> tuple[np.ndarray, np.ndarray]:
     try:
         return tuple(np.load(cache / f"{name}.npy", mmap_mode=mode) for name in ("features", "labels"))
     except FileNotFoundError as error:

@@ -89,6 +89,8 @@ class UpdateEma(Hook):
 class TrainLog(LogProcessor):
     """One line: place in the run, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
 
+    mean_pattern: re.Pattern[str]  #: mmengine's: of which values a line gives the mean
+
     def get_log_after_iter(self, runner, batch_idx: int, mode: str) -> tuple[dict, str]:
         """Scalars for the writers and the line for the terminal."""
         if mode != "train":

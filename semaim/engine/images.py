@@ -6,20 +6,20 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import semaim.engine.classification  # noqa: F401  registers what configs name
 import semaim.engine.pretraining  # noqa: F401
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
 from semaim.checkpoints.normalisation import settle
-from semaim.data.folder import ResumableBatches
-from semaim.data.labelled import check_classes
+from semaim.data.folder import PretrainImages, ResumableBatches
+from semaim.data.labelled import LabelledImages, check_classes
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
 from semaim.engine.schedule import describe, plan_batch, schedule_of
-from semaim.engine.training import Prepared, make_runner
+from semaim.engine.training import Prepared, PreparedTraining, make_runner
 from semaim.errors import UserError
 from semaim.registry import Task, build_model
 
@@ -44,7 +44,7 @@ class ImageTask(Task):
 
     # Training
 
-    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> Prepared:
+    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> PreparedTraining:
         """See `semaim.engine.training.prepare_training`."""
         self.enter(cfg)
         model = empty_model(cfg) if check else None
@@ -53,15 +53,15 @@ class ImageTask(Task):
             raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
         statistics = settle(cfg, resume_from or cfg.get("pretrained"))
         train, val = build_datasets(cfg, self.labelled)
-        if check:
+        if model is not None:  # as it is to be checked
             ResumableBatches(len(train), plan.images, plan.accumulation, processes)
             if cfg.get("pretrained") and resume_from is None:
                 if self.labelled:  # its head has as many classes as the data now
                     model = empty_model(cfg)
                 fit_encoder(cfg, model.network, cfg.pretrained)
-        return Prepared(self, statistics, plan, train, val)
+        return PreparedTraining(self, statistics, train, val, plan=plan)
 
-    def training_loader(self, cfg: Config, run: Prepared) -> DataLoader:
+    def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
         """Shuffled batches of this process."""
         return training_loader(run.train, run.plan, cfg.seed, cfg.num_workers)
 
@@ -69,21 +69,21 @@ class ImageTask(Task):
         """The model as the runner builds it."""
         return {**cfg.model, "compile": cfg.compile}
 
-    def schedule(self, cfg: Config, run: Prepared, loader: DataLoader) -> dict:
+    def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
         """mmengine's arguments that say how long and at which rates."""
         steps = cfg.train_cfg.max_epochs * (len(loader) // run.plan.accumulation)
         return {"train_cfg": cfg.train_cfg, "param_scheduler": schedule_of(cfg.param_scheduler, run.plan, steps)}
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
         """mmengine's arguments of a validation ("val") or test ("test")."""
-        batch = run.plan.images if run.plan else cfg.images_per_gpu
+        batch = run.plan.images if isinstance(run, PreparedTraining) else cfg.images_per_gpu
         return {
             f"{mode}_dataloader": evaluation_loader(run.val, batch, cfg.num_workers),
             f"{mode}_cfg": {"type": "ValLoop" if mode == "val" else "TestLoop"},
             f"{mode}_evaluator": {"type": "ClassAccuracy"},
         }
 
-    def describe(self, cfg: Config, run: Prepared, loader: DataLoader, model: NetworkModel) -> list[str]:
+    def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: NetworkModel) -> list[str]:
         """The run in lines of the log."""
         epochs, steps = cfg.train_cfg.max_epochs, len(loader) // run.plan.accumulation
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -96,7 +96,7 @@ class ImageTask(Task):
             + (f", {len(run.val):,} to validate on" if run.val is not None else ""),
         ]
 
-    def cautions(self, run: Prepared, model: nn.Module) -> list[str]:
+    def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
         """What to warn of."""
         return []
 
@@ -154,13 +154,15 @@ class ImageTask(Task):
         return metrics
 
 
-def build_datasets(cfg: Config, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
+def build_datasets(cfg: Config, labelled: bool = True) -> tuple[PretrainImages | LabelledImages, LabelledImages | None]:
     """The training images, and for labelled data the validation images; fills in the number of classes."""
     network = cfg.model.network
     if not labelled:
         sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
         return DATASETS.build({**cfg.dataset, **sizes, "seed": cfg.seed}), None
-    train = DATASETS.build({**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"})
+    train: LabelledImages = DATASETS.build(
+        {**cfg.dataset, "img_size": network.img_size, "seed": cfg.seed, "split": "train"}
+    )
     val = build_validation(cfg)
     check_classes(train.classes, val.classes, cfg.dataset.root)
     if network.num_classes is None:
@@ -173,7 +175,7 @@ def build_datasets(cfg: Config, labelled: bool = True) -> tuple[Dataset, Dataset
     return train, val
 
 
-def build_validation(cfg: Config) -> Dataset:
+def build_validation(cfg: Config) -> LabelledImages:
     """The validation images of labelled data, as they are measured on."""
     img_size = cfg.model.network.img_size
     return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 def end_with_parent(number: int = signal.SIGTERM) -> bool:
     """Have a signal sent to this process when the one that started it ends, however it does; False where not Linux."""
-    return bool(_LIBC) and _LIBC.prctl(_PR_SET_PDEATHSIG, int(number)) == 0
+    return _LIBC is not None and _LIBC.prctl(_PR_SET_PDEATHSIG, int(number)) == 0
 
 
 def check_processes(processes: int | str) -> int:

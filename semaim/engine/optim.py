@@ -60,6 +60,7 @@ def group_parameters(
         decayed = 0.0 if left_out[decay] or last in undecayed else weight_decay
         scale = 1.0
         if layer_decay != 1:
+            assert depth_of is not None  # it is needed here, see above
             layer, layers = depth_of(name)
             scale = layer_decay ** (layers - 1 - layer)
         group = groups.setdefault(
@@ -113,7 +114,8 @@ def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: f
     return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
 
 
-group_model.arguments_of = group_parameters  # a config's paramwise_cfg may have those that no model gives
+# A config's paramwise_cfg may have those that no model gives.
+setattr(group_model, "arguments_of", group_parameters)  # noqa: B010
 
 
 def fuse(optimizer: dict) -> dict:

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
-from torch import nn
 
 from semaim import checkpoints
 from semaim.checkpoints.normalisation import settle
@@ -48,7 +48,7 @@ def class_names(cfg: Config, weights: str) -> list[str]:
     return list(kind._load_metainfo(cfg.val_dataset.get("metainfo")).get("classes", ()))
 
 
-def _dataset_class(cfg: Config, name: str) -> type | None:
+def _dataset_class(cfg: Config, name: str) -> type[Any] | None:
     """The data set of this name among those of the config's scope; None where it has none."""
     with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
         return registry.get(name)
@@ -85,13 +85,14 @@ def _transform(step: dict) -> Callable[[dict], dict]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
+def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
     """An image as the pipeline read it, turned as its camera says, and the model's data sample of it.
 
     `UserError` for an image that cannot be read, prepared or predicted.
     """
     width, height = load_image(path).size  # raises for a truncated file, of which OpenCV reads a part
-    image, data = None, {"img_path": path, "img_id": 0}
+    image = None
+    data: dict[str, Any] = {"img_path": path, "img_id": 0}
     try:
         for step in pipeline:
             data = step(data)
@@ -101,6 +102,7 @@ def predict(model: nn.Module, pipeline: Iterable[Callable[[dict], dict]], path: 
     except Exception as error:  # OpenCV and the transforms raise many types
         reason = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
         raise UserError(f"cannot prepare image {path} of {width} x {height} pixels: {reason}") from None
+    assert image is not None  # a pipeline loads the image, without which there is nothing to predict
     try:
         return image, model.test_step(batch)[0]
     except torch.cuda.OutOfMemoryError:
@@ -130,6 +132,7 @@ def encode(mask: np.ndarray) -> dict:
 
 def coco_results(path: str, found: Instances, ids: Sequence[int]) -> list[dict]:
     """Objects of an image as COCO results; `image_id` is its path, as the path's number in a data set is not known."""
+    assert found.scores is not None  # of a prediction, not of an annotation
     results = []
     for i, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
         results.append(
@@ -178,8 +181,8 @@ def compare_objects(image: Image.Image, info: dict, sample: Any, names: Sequence
     """Annotated and predicted objects; arguments as for `compare`."""
     annotated, found = annotated_objects(info), Instances.of(sample.pred_instances).above(threshold)
     scale = READABLE / max(image.size)
-    pictures = [draw_instances(image, objects, names, scale) for objects in (annotated, found)]
-    return Comparison(*pictures, f"{len(annotated.labels)} there, {len(found.labels)} found")
+    there, predicted = (draw_instances(image, objects, names, scale) for objects in (annotated, found))
+    return Comparison(there, predicted, f"{len(annotated.labels)} there, {len(found.labels)} found")
 
 
 def compare_classes(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
@@ -188,8 +191,8 @@ def compare_classes(image: Image.Image, info: dict, sample: Any, names: Sequence
     known = annotated < len(names)
     right = f"{percent((annotated == found)[known].mean())} of the pixels right" if known.any() else "unlabelled"
     scale = READABLE / max(image.size)
-    pictures = [draw_classes(image, classes, len(names), scale) for classes in (annotated, found)]
-    return Comparison(*pictures, right, (annotated.ravel(), found.ravel()))
+    there, predicted = (draw_classes(image, classes, len(names), scale) for classes in (annotated, found))
+    return Comparison(there, predicted, right, (annotated.ravel(), found.ravel()))
 
 
 #: What a predicted data sample may hold -> how it is compared; the first that it holds counts.
@@ -250,11 +253,11 @@ def draw_predictions(
     picture = join_left_to_right([draw_pairs(pairs[first : first + rows]) for first in range(0, len(pairs), rows)])
     if not classes:
         return picture
-    annotated, found = (shares_of(np.concatenate(maps), len(names)) for maps in zip(*classes, strict=True))
-    return add_legend(picture, annotated | {label: 0.0 for label in found if label not in annotated}, names)
+    there, predicted = (shares_of(np.concatenate(maps), len(names)) for maps in zip(*classes, strict=True))
+    return add_legend(picture, there | {label: 0.0 for label in predicted if label not in there}, names)
 
 
-def choose_images(images, paths: Sequence[str], most: int) -> list[int]:
+def choose_images(images: BaseDataset, paths: Sequence[str], most: int) -> list[int]:
     """Indices of these paths in a data set, or of images spread over it; `UserError` for a path that is not in it."""
     if not paths:
         return np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()

@@ -67,7 +67,9 @@ class Pretraining(NetworkModel):
             network = {**network, "guide": {**network["guide"], **statistics}}
         preprocessor = {"type": "NormaliseImages", **statistics}
         super().__init__(build_network(network), precision, compile, data_preprocessor=preprocessor)
-        self.method = method_of(network)
+        method = method_of(network)
+        assert method is not None  # `build_network` has refused others
+        self.method = method
 
     def describe(self) -> str:
         """What is predicted, and how, in a line."""

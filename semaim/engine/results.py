@@ -45,6 +45,7 @@ def write_results(
     trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     task = task_of(cfg)
+    assert task is not None  # what has run is of a task
     values = {
         "config": origin.pop("config", None) or config_name(cfg),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
@@ -137,7 +138,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
             "pretrain_images": _whole(content.get("images")),
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
-    names = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
+    names: tuple[str, ...] = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
     if same and not trained:  # a run that goes on: its own load too
         names += ("load_report", "allow_partial")
     origin = {name: known[name] for name in names if known.get(name) is not None} | partly
@@ -155,9 +156,11 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
 
 def config_name(cfg: Config) -> str | None:
     """The name of a config's file; with its folder's where it is none of the suite, whose recipes are known."""
-    path = cfg.filename and Path(cfg.filename).resolve()
-    if not path or any(path.is_relative_to(ROOT / folder) for folder in CODE):
-        return path and path.name
+    if not cfg.filename:
+        return None
+    path = Path(cfg.filename).resolve()
+    if any(path.is_relative_to(ROOT / folder) for folder in CODE):
+        return path.name
     return "/".join(path.parts[-2:])
 
 

@@ -114,7 +114,7 @@ def _saved(config: Mapping, cfg: Config) -> dict:
             raise UserError(f"the checkpoint's config holds a {type(value).__name__} in {key}, where values are plain")
     network = _mapping(_mapping(saved.get("model")).get("network"))
     if "num_classes" in network and _mapping(_mapping(cfg.get("model")).get("network")).get("num_classes") is None:
-        network["num_classes"] = None  # the data has said how many, and will again
+        saved["model"]["network"]["num_classes"] = None  # the data has said how many, and will again
     now = cfg.to_dict()
     for key, value in now.items():
         if key not in saved and FREE.fullmatch(key):

@@ -2,42 +2,49 @@
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import mmengine.device.utils
 import numpy as np
 import torch
 from mmengine.device import get_device
 from mmengine.dist import get_rank, get_world_size, is_main_process
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import BaseModel, MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from semaim.checkpoints.files import CannotSave, read_checkpoint
-from semaim.data.folder import EndlessBatches, ResumableBatches, seed_of
+from semaim.data.folder import EndlessBatches, PretrainImages, ResumableBatches, seed_of
+from semaim.data.labelled import LabelledImages
 from semaim.engine.launcher import SPAWNED, end_with_parent
 from semaim.engine.saving import SaveCheckpoints, restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import Diverged, UserError
 
+if TYPE_CHECKING:  # it registers types, which other tasks than the dense ones do without
+    from semaim.engine.dense import SeededImages
+
 if get_device() == "mps":  # mmengine's choice on Apple's machines; fp64 and gloo do not go there
     mmengine.device.utils.DEVICE = "cpu"
 
 
-def training_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int) -> DataLoader:
+def training_loader(
+    images: PretrainImages | LabelledImages, plan: BatchPlan, seed: int, num_workers: int
+) -> DataLoader:
     """Shuffled batches of one process of a run."""
     batches = ResumableBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
     return _loader(images, num_workers, batch_sampler=batches)
 
 
-def endless_loader(images: Dataset, plan: BatchPlan, seed: int, num_workers: int, collate) -> DataLoader:
+def endless_loader(images: "SeededImages", plan: BatchPlan, seed: int, num_workers: int, collate) -> DataLoader:
     """Shuffled batches of one process, epoch after epoch."""
     batches = EndlessBatches(len(images), plan.images, plan.accumulation, plan.processes, get_rank(), seed)
     return _loader(images, num_workers, collate, batch_sampler=batches)
 
 
-def evaluation_loader(images: Dataset, batch: int, num_workers: int) -> DataLoader:
+def evaluation_loader(images: LabelledImages, batch: int, num_workers: int) -> DataLoader:
     """Every image once: the processes take turns through the data set."""
     share = range(get_rank(), len(images), get_world_size())
     return _loader(images, num_workers, batch_size=batch, sampler=share)
@@ -73,7 +80,7 @@ class Stopped(KeyboardInterrupt):
     """Asked to, between two iterations, all processes at the same."""
 
 
-class Resumable:
+class Resumable(BaseLoop):
     """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped.
 
     Attributes:
@@ -169,7 +176,7 @@ class ResumableLoop(Resumable, EpochBasedTrainLoop):
 
 
 @LOOPS.register_module()
-class ResumableIterations(Resumable, BaseLoop):
+class ResumableIterations(Resumable):
     """A number of iterations, over as many epochs as that takes.
 
     Args:
@@ -206,14 +213,15 @@ class ResumableIterations(Resumable, BaseLoop):
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")  # as mmengine: the whole run is one long epoch to the hooks
         self.dataloader.batch_sampler.start = self._iter
-        batches = iter(self.dataloader) if self._iter < self.max_iters else None
+        cut = self._iter >= self.max_iters
+        batches = iter(() if cut else self.dataloader)
         while self._iter < self.max_iters:
             runner.model.train()
             self.run_iter(self._iter, next(batches))
             if runner.val_loop and (self._iter % self.val_interval == 0 or self._iter == self.max_iters):
                 self.share_buffers()
                 self.metrics = runner.val_loop.run()
-        if batches is None and runner.val_loop:
+        if cut and runner.val_loop:
             self.metrics = runner.val_loop.run()
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
@@ -233,6 +241,9 @@ class DistributedModel(MMDistributedDataParallel):
 @RUNNERS.register_module()
 class SeededRunner(Runner):
     """Runner that resumes our own checkpoints and reports its set-up in a line."""
+
+    model: BaseModel  #: or its wrapper
+    _has_loaded: bool  #: mmengine's
 
     def load_or_resume(self) -> None:
         """Continue from the checkpoint that `load_from` names, if any."""

@@ -30,7 +30,8 @@ def shard(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:

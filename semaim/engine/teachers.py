@@ -73,5 +73,5 @@ def check_activation(name: str, weights: str | None = None) -> None:
         )
 
 
-build_teacher.arguments_of = None
+setattr(build_teacher, "arguments_of", None)  # noqa: B010  # for the check of config keys
 MODELS.register_module(name="Teacher", module=build_teacher)

@@ -6,10 +6,9 @@ from mmengine.config import Config
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
 from semaim.engine.launcher import join
-from semaim.engine.training import Prepared
+from semaim.engine.training import Prepared, runnable_task
 from semaim.errors import UserError
 from semaim.reading import forget
-from semaim.registry import task_named
 
 
 def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepared:
@@ -23,7 +22,7 @@ def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepar
     Raises:
         UserError: something is wrong that would end the test, or give a wrong figure.
     """
-    task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
+    task = runnable_task(cfg)
     if cfg.get("tta") and not getattr(task, "averages", False):
         raise UserError("--tta is for segmentors")
     if not weights:

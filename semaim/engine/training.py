@@ -4,13 +4,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from mmengine.config import Config
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
+from semaim.checkpoints import LoadReport
 from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
@@ -18,7 +20,7 @@ from semaim.engine.runner import SeededRunner
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 from semaim.reading import forget
-from semaim.registry import Task, task_named
+from semaim.registry import task_named
 
 
 @dataclass
@@ -28,22 +30,88 @@ class Prepared:
     Attributes:
         task: of the config.
         statistics: mean and standard deviation of its images; they stand in the config too.
-        plan: the batch arithmetic; None of a test.
-        train, val: the images; None where the task has none.
+        train, val: the images, in a data set of ours or of mm as the task built it; None where the task has none.
         lines: what the checks found, for the log.
         recorded: what is known of the run from here on, for results.json.
     """
 
-    task: Task
+    task: "RunnableTask"
     statistics: Statistics
-    plan: BatchPlan | None = None
-    train: Dataset | None = None
-    val: Dataset | None = None
+    train: Any = None
+    val: Any = None
     lines: list[str] = field(default_factory=list)
     recorded: dict = field(default_factory=dict)
 
 
-def prepare_training(cfg: Config, processes: int, resume_from: str | None = None, check: bool = True) -> Prepared:
+@dataclass(kw_only=True)
+class PreparedTraining(Prepared):
+    """What a training needs besides.
+
+    Attributes:
+        plan: the batch arithmetic.
+    """
+
+    plan: BatchPlan
+
+
+@runtime_checkable
+class RunnableTask(Protocol):
+    """What `train` and `semaim.engine.testing.test` ask of a task; `ImageTask` and `DenseTask` have it.
+
+    Attributes:
+        title, trains: as of `semaim.registry.Task`.
+        instead: what may be measured in place of a checkpoint, in words.
+    """
+
+    title: ClassVar[str]
+    trains: ClassVar[bool]
+    instead: str
+
+    def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> PreparedTraining:
+        """See `prepare_training`."""
+
+    def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
+        """Shuffled batches of this process."""
+
+    def model_config(self, cfg: Config) -> dict:
+        """The model as the runner builds it."""
+
+    def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
+        """mmengine's arguments that say how long and at which rates."""
+
+    def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
+        """mmengine's arguments of a validation ("val") or test ("test")."""
+
+    def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: Any) -> list[str]:
+        """The run in lines of the log."""
+
+    def cautions(self, run: PreparedTraining, model: Any) -> list[str]:
+        """What to warn of."""
+
+    def load_encoder(self, cfg: Config, model: Any, path: str) -> LoadReport:
+        """The pretrained encoder of a checkpoint into the model."""
+
+    def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
+        """What the last validation measured, and what else results.json has."""
+
+    def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
+        """See `semaim.engine.testing.prepare_test`."""
+
+    def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
+        """The metrics of a checkpoint, written to results.json too."""
+
+
+def runnable_task(cfg: Config) -> RunnableTask:
+    """The task of a config; `UserError` where there is none of that name, or it has no way to run."""
+    task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
+    if not isinstance(task, RunnableTask):
+        raise UserError(f"task {task.name}: derive {type(task).__name__} from ImageTask, FeatureTask or DenseTask")
+    return task
+
+
+def prepare_training(
+    cfg: Config, processes: int, resume_from: str | None = None, check: bool = True
+) -> PreparedTraining:
     """Build the data of a run and check what can be checked; the config is completed in place.
 
     Args:
@@ -55,14 +123,14 @@ def prepare_training(cfg: Config, processes: int, resume_from: str | None = None
     Raises:
         UserError: something is wrong that would end the run, or silently spoil it.
     """
-    task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
+    task = runnable_task(cfg)
     if not task.trains:
         raise UserError(f"{cfg.filename} measures a checkpoint ({task.title}): tools/test.py {cfg.filename} FILE")
     return task.prepare_training(cfg, processes, resume_from, check)
 
 
 def train(
-    cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: Prepared | None = None
+    cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: PreparedTraining | None = None
 ) -> SeededRunner:
     """Train as the config says, in this process and, where launched so, in step with its siblings.
 

@@ -6,18 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from warm import Warm
+
 from semaim.registry import task_of
 from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+fork = Warm(**CPU)
+
+
 def tool(name, *arguments, **environment):
     """A tool's whole run, on the CPU."""
     line = [str(ROOT / "tools" / name), *map(str, arguments)]
+    env = {**os.environ, **CPU, **environment}
+    if name.endswith(".py") and not environment:
+        return fork(line, env, ROOT, timeout=1800)
     if name.endswith(".py"):
         line.insert(0, sys.executable)
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(line, capture_output=True, text=True, timeout=1800, env=env, cwd=ROOT)
 
 

@@ -2,14 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -51,9 +50,7 @@ OPTIONS = ["--cfg-options", *(f"{key}={value}" for key, value in SMALL.items())]
 
 def tool(name, *arguments):
     """A command-line tool, run for real on the CPU."""
-    line = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    done = commands.tool(name, *arguments)
     return SimpleNamespace(returncode=done.returncode, out=done.stdout, err=done.stderr)
 
 

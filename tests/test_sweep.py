@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from schedules import rates
 
@@ -48,7 +49,7 @@ def line(*arguments):
 
 def tool(*arguments):
     """The tool, run for real on the CPU."""
-    return subprocess.run(line(*arguments), capture_output=True, text=True, timeout=1800, env=ENV, cwd=ROOT)
+    return commands.tool("sweep.py", *arguments)
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 import csv
 import io
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import tool
 from test_results import CATALOGUE, DETECTOR, NEIGHBOURS, WARNING, WHOLE, cells, only, works, write  # noqa: F401
 
 from semaim.errors import UserError
@@ -176,9 +173,7 @@ def test_only_tasks_that_were_measured_are_shown(works):
 
 def command(*arguments):
     """The tool's whole run."""
-    line = [sys.executable, str(ROOT / "tools/results_table.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+    return tool("results_table.py", *arguments)
 
 
 def test_command_prints_and_writes(works, tmp_path):

@@ -1,14 +1,12 @@
 """Checks of data sets: the scenes are clean, and each kind of damage is found alone and named."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import tool
 from PIL import Image
 
 from semaim.data.findings import Report
@@ -54,9 +52,7 @@ def edit(folder, change):
 
 
 def run(*arguments):
-    line = [sys.executable, str(ROOT / "tools/verify_dataset.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+    return tool("verify_dataset.py", *arguments)
 
 
 def test_scenes_are_clean(clean):

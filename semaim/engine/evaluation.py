@@ -1,4 +1,4 @@
-"""What the tasks on frozen features share: k-NN, the fast linear probe."""
+"""Shared by the tasks on frozen features: k-NN, the fast linear probe."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ class FeatureTask(ImageTask):
 
 
 def extract_both(cfg: Config, run: Prepared, model: Classification, device: torch.device, log) -> list[tuple]:
-    """(features, labels) of the training and of the validation images, from the work folder where they are there."""
+    """(features, labels) of the training and of the validation images; read from the work folder if they are there."""
 
     def encode(images: Tensor) -> Tensor:
         with model.autocast(device):

@@ -163,7 +163,7 @@ def carry_out(stage: Stage, children: Children, jobs: int) -> int:
             continue
         print(shlex.join(line), flush=True)
         if children.follow(line, title, shared) and not children.stopped:
-            print(f"{stage.title}: {file.name} could not be made: it will be missing in the report", file=sys.stderr)
+            print(f"{stage.title}: {file.name} could not be made: it will be missing from the report", file=sys.stderr)
     return 0
 
 

@@ -91,7 +91,7 @@ class LoadReport:
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
         if self.differs:
-            lines.append(f"OTHERWISE in the encoder of the file: {'; '.join(self.differs)}")
+            lines.append(f"DIFFERENT in the encoder of the file: {'; '.join(self.differs)}")
         return "\n    ".join(lines)
 
 
@@ -183,7 +183,7 @@ def differences_of(found: Checkpoint, heads: int | None, reads_norm: bool) -> li
         if not found.native and not any(name.endswith(("rel_pos_h", "rel_pos_w")) for name in found.state):
             differences.append(
                 "it does not tell its activation, and encoders without a class token have GELU (SigLIP) or its tanh"
-                " form (SigLIP 2): put timm's config.json beside a .safetensors"
+                " form (SigLIP 2): put timm's config.json next to a .safetensors"
             )
     if heads and not found.heads_guessed and heads != found.sizes["num_heads"]:
         differences.append(f"it has {found.sizes['num_heads']} heads, ours {heads}")

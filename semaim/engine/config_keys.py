@@ -76,13 +76,13 @@ WHOLE = {
 }
 
 #: Keys that a run sets itself -> what to set instead.
-FOLLOWING = {
-    "optim_wrapper.optimizer.lr": "base_lr, the rate of a batch of a base size,",
+SET_BY_RUN = {
+    "optim_wrapper.optimizer.lr": "base_lr, the rate for the base batch size,",
     "optim_wrapper.accumulative_counts": "images_per_gpu",
 }
 
 #: Names used elsewhere, or in configs of another kind -> their names here.
-MEANT = {
+ALIASES = {
     "lr": "base_lr",
     "batch_size": "total_batch_size",
     "epochs": "max_epochs",
@@ -92,7 +92,7 @@ MEANT = {
 }
 
 #: Removed keys, as patterns of whole paths -> what replaces them.
-FORMER = {
+REMOVED = {
     r"param_scheduler\.warmup_epochs": "param_scheduler.warmup, a share of the run: 0.05 for 40 of 800 epochs",
     r"param_scheduler\.\d+(\..*)?": "param_scheduler, one dict whose warmup and milestones are shares of the run",
 }
@@ -242,7 +242,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
     known = known_keys(node, path, types, free) if path else None
     for key, item in node.items():
         if known is not None and key not in known:
-            _refuse_former(f"{path}.{key}")
+            _refuse_removed(f"{path}.{key}")
             raise UserError(f"unknown config key {path}.{key}: {nearest(str(key), known - BUILDER_KEYS)}")
         if key not in FOREIGN:
             _check(item, f"{path}.{key}" if path else str(key), types, free)
@@ -272,8 +272,8 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
     tree = cfg.to_dict()
     free = free_dicts(tree, types) if types else {}
     for path, value in options.items():
-        if path in FOLLOWING:
-            raise UserError(f"--cfg-options {path}: the run sets it: set {FOLLOWING[path]} in its place")
+        if path in SET_BY_RUN:
+            raise UserError(f"--cfg-options {path}: the run sets it: set {SET_BY_RUN[path]} in its place")
         node, at, parts = tree, "", path.split(".")
         for part in parts:
             known = set(top) - FOREIGN if not at else None
@@ -290,7 +290,7 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 if known is None and "type" not in node:
                     known = set(node)
             if part not in node and known is not None and part not in known:
-                _refuse_former(path)
+                _refuse_removed(path)
                 hint = _hint(path, part, at, known - BUILDER_KEYS, tree, types)
                 raise UserError(f"unknown config key {path}: {hint}")
             if part not in node:
@@ -301,9 +301,9 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
             _check_kind(path, value, node)
 
 
-def _refuse_former(path: str) -> None:
+def _refuse_removed(path: str) -> None:
     """`UserError` for a removed key."""
-    for pattern, now in FORMER.items():
+    for pattern, now in REMOVED.items():
         if re.fullmatch(pattern, path):
             raise UserError(f"unknown config key {path}: there is no such key any more: set {now}")
 
@@ -337,7 +337,7 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
         found = [place for place in places if place.rpartition(".")[2] in names]
         return sorted(found, key=lambda place: (place.count("."), place))[:3]
 
-    found = named([leaf], there) or named([MEANT.get(leaf, leaf)], there) or named([leaf], possible)
+    found = named([leaf], there) or named([ALIASES.get(leaf, leaf)], there) or named([leaf], possible)
     if not found and not close(part, known, cutoff=0.75):
         names = {place.rpartition(".")[2] for place in there}
         found = named(close(leaf, names, cutoff=0.63)[:1], there)

@@ -127,7 +127,7 @@ class DenseTask(Task):
         steps, images = cfg.train_cfg.max_iters, len(run.train)
         epochs = steps * run.plan.total / images
         return [
-            f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} to validate on",
+            f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} for validation",
             f"learning rate: {describe(cfg.param_scheduler, steps)}",
             f"images normalised with {run.statistics}",
         ]

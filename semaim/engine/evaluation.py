@@ -21,7 +21,7 @@ from semaim.engine.training import Prepared
 from semaim.reading import forget
 from semaim.registry import build_model
 
-RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
+RANDOM = "random"  #: instead of a checkpoint: the encoder with its initial weights
 
 
 class FeatureTask(ImageTask):
@@ -49,7 +49,7 @@ class FeatureTask(ImageTask):
         record_origin(cfg, path)
         model: Classification = build_model({**cfg.model, "compile": cfg.compile})
         if path is None:
-            log("random weights: the encoder as it is initialised")
+            log("random weights: the encoder as initialised")
         else:
             log(str(record_load(self.load_encoder(cfg, model, path), cfg)))
         log(f"images normalised with {run.statistics}")

@@ -93,7 +93,7 @@ class ImageTask(Task):
             model.describe(),
             f"images normalised with {run.statistics}",
             f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"
-            + (f", {len(run.val):,} to validate on" if run.val is not None else ""),
+            + (f", {len(run.val):,} for validation" if run.val is not None else ""),
         ]
 
     def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
@@ -130,7 +130,7 @@ class ImageTask(Task):
             raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(val.classes)}")
         if found.classes and list(found.classes) != val.classes:
             other = next(name for name, ours in zip(found.classes, val.classes, strict=True) if name != ours)
-            raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} has not, or in another place")
+            raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} lacks or has elsewhere")
         return Prepared(self, statistics, val=val)
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ FREE = re.compile(
 )
 
 #: Keys that are not settings but records that the run itself has added.
-NOTED = re.compile(
+RECORDED = re.compile(
     r"(origin|cfg_options|overrides)(\..*)?|statistics_from|allow_partial|work_dir|optim_wrapper\.optimizer\.lr|optim_wrapper\.accumulative_counts"
 )
 
@@ -146,7 +146,7 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[object, object]]:
     found = {}
     for key in dict.fromkeys((*before, *after)):
         pair = before.get(key, ABSENT), after.get(key, ABSENT)
-        if not NOTED.fullmatch(key) and not _same(key, *pair):
+        if not RECORDED.fullmatch(key) and not _same(key, *pair):
             found[key] = pair
     # If a dict replaces None, its keys are reported.
     return {key: pair for key, pair in found.items() if ABSENT not in pair or not _inside(key, found)}
@@ -214,7 +214,7 @@ def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
     changes = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     raise UserError(
-        f"--resume: {path} has {'; '.join(changes[:SHOWN])}{more}: leave it out to go on as the run was, or add"
+        f"--resume: {path} has {'; '.join(changes[:SHOWN])}{more}: leave it out to keep the run's value, or add"
         " --override"
     )
 

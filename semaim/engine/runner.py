@@ -252,7 +252,7 @@ class SeededRunner(Runner):
         checkpoint = read_checkpoint(self._load_from)
         restore_training_state(self, checkpoint, self._load_from)
         self._has_loaded = True
-        self.logger.info(f"resumed from {self._load_from}: {self.epoch} epochs, {checkpoint['step']} steps behind it")
+        self.logger.info(f"resumed from {self._load_from}, after {self.epoch} epochs and {checkpoint['step']} steps")
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """As mmengine does, but None removes any hook, not only mmengine's own."""

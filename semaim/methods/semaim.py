@@ -32,7 +32,7 @@ def _variant(name: str, configs: Mapping[str, str], **more) -> Variant:
     option = {"model.network.order": ORDERS[name]}
     changed = {scale: option for scale, path in configs.items() if ORDERS[name] != "semantic"}
     own = {"saim": "saim_vit_base_800e.py", "raster": "raster_vit_base_800e.py"}.get(name)
-    if own and configs is PIXELS:  # a config of its own, which names the order
+    if own and configs is PIXELS:  # it has its own config, which sets the order
         configs, changed = {**configs, "paper": f"{CONFIGS}/{own}"}, {**changed, "paper": {}}
     return Variant({"pretrain": configs}, changed, centre=name in ("semaim", "similarity"), **more)
 

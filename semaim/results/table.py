@@ -21,7 +21,7 @@ HEADER = (
     *("Remark", "Origin"),
 )
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
-SPREAD = "Ours: mean ± sample standard deviation over n runs that differ by their seed alone; percent."
+SPREAD = "Ours: mean ± sample standard deviation over n runs that differ only in their seed; percent."
 PRETRAINING = "pretraining's "  #: prefix of a changed option in `Run.changes`
 NOTHING = "nothing published to compare with"
 

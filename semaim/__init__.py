@@ -1,6 +1,6 @@
 """SemAIM: autoregressive self-supervised pretraining of plain vision transformers, and downstream tasks.
 
-The library is imported when it is used, so that `import semaim` takes no time and needs no torch:
+Its parts are imported on first use, so that `import semaim` takes no time and needs no torch:
 
 * `open_checkpoint(file)`: what a checkpoint of any dialect holds.
 * `load_encoder(file)`: its encoder, a module from images to tokens.

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line and a non-zero exit, no traceback."""
+"""Errors that the user can fix: one clear line and a non-zero exit status, no traceback."""
 
 import difflib
 import errno
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: What the system refuses where a folder or file is not the user's to write, or the disk is full.
+#: System errors where the user may not write a folder or file, or the disk is full.
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENAMETOOLONG,
@@ -17,7 +17,7 @@ REFUSALS = (
 
 
 class UserError(Exception):
-    """Something given is wrong: the message says what, where, and what to do."""
+    """An input is wrong: the message says what, where, and what to do."""
 
     status = 2  #: a command's exit status
 
@@ -25,7 +25,7 @@ class UserError(Exception):
 class Diverged(UserError):
     """The loss is NaN or infinite."""
 
-    status = 3  # a search of learning rates goes on with the next
+    status = 3  # a learning rate sweep continues with the next run
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -36,18 +36,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
-    """At most three known names that look like this one, or of which it is a part; the nearest first."""
+    """At most three known names that look like this one or contain it as a part; the nearest first."""
     known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return near or [other for other in known if name and name in other.split("_")][:3]
 
 
 def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
-    """`UserError` where a run could not write into its work folder.
+    """`UserError` if a run could not write to its work folder.
 
     Args:
-        folder: it and those above it may not be there yet.
-        make: make it; else the nearest folder above it that is there is looked at.
+        folder: it and its parents need not exist yet.
+        make: create it; else its nearest existing parent is checked.
     """
     there = Path(folder).absolute()
     try:
@@ -64,7 +64,7 @@ def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Makes the folder of the file that --out names; a `UserError` where the folder or the file cannot be written."""
+    """Create the folder of the --out file; `UserError` if the folder or the file cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -78,14 +78,14 @@ def run(main: Callable[[], int | None]) -> int:
         code = main() or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read, as `head` does, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at its end
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
         return 141
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return error.status
-    except OSError as error:  # a folder that nothing had looked at before
+    except OSError as error:  # of a folder that no check has covered
         if error.errno not in REFUSALS or not error.filename:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

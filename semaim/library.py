@@ -1,4 +1,4 @@
-"""The public library: checkpoints, encoders and orders for programs that are no run of the suite.
+"""The public library: checkpoints, encoders and orders for use outside the suite's own commands.
 
 Shapes: B images, L patches, D channels; tokens are (B, prefix + L, D), the class token first.
 """
@@ -39,7 +39,7 @@ class Encoder(VisionTransformer):
     load_report: checkpoints.LoadReport
 
     def embed(self, images: Tensor) -> Tensor:
-        """As `VisionTransformer.embed`; `UserError` for what is no batch of images of whole patches."""
+        """As `VisionTransformer.embed`; `UserError` unless given a batch of images of whole patches."""
         check_images(images, self.in_chans)
         try:
             return super().embed(images)
@@ -60,11 +60,11 @@ def open_checkpoint(file: str | os.PathLike) -> checkpoints.Checkpoint:
     """What a checkpoint of any dialect holds: dialect, weights, sizes, epoch, classes, statistics of its images.
 
     Args:
-        file: of SemAIM, MAE, timm (.pth or .safetensors), DINO, mmpretrain, mmdet, mmseg or detectron2. No code in it
-            is run.
+        file: of SemAIM, MAE, timm (.pth or .safetensors), DINO, mmpretrain, mmdet, mmseg or detectron2. No code from
+            it is run.
 
     Raises:
-        UserError: it cannot be read, or holds no plain ViT.
+        UserError: the file cannot be read, or holds no plain ViT.
     """
     return checkpoints.read(file)
 
@@ -73,12 +73,12 @@ def load_encoder(file: str | os.PathLike, partial: bool = False) -> Encoder:
     """The encoder of a checkpoint of any dialect, in eval mode, on the CPU; its sizes are those of the file.
 
     Args:
-        file: as for `open_checkpoint`; a config.json of timm beside it is read too.
-        partial: load what fits of an encoder that computes with more, less or otherwise than a plain ViT; the
-            `load_report` of the encoder says what was left out.
+        file: as for `open_checkpoint`; a timm config.json next to it is read too.
+        partial: load what fits of an encoder that differs from a plain ViT; the encoder's `load_report` says what was
+            left out.
 
     Raises:
-        UserError: the file cannot be read, holds no plain ViT or, without `partial`, one that computes something else.
+        UserError: the file cannot be read, holds no plain ViT or, without `partial`, one that differs from ours.
     """
     found = checkpoints.read(file)
     try:
@@ -97,22 +97,22 @@ def load_encoder(file: str | os.PathLike, partial: bool = False) -> Encoder:
 def order_of(
     encoder: Any, images: Tensor, order: str = "semantic", similarity: str = "cls", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """In which order pretraining would predict the patches of images.
+    """The order in which pretraining would predict the patches of images.
 
     Args:
-        encoder: of `load_encoder`, or any module from images to tokens with `num_prefix_tokens` and `patch_size`.
+        encoder: from `load_encoder`, or any module from images to tokens with `num_prefix_tokens` and `patch_size`.
         images: (B, 3, H, W), normalised with the encoder's `mean` and `std`.
         order: a name of `semaim.models.ordering.ORDERS`: semantic, similarity, semantic_rings, raster, snake and more.
         similarity: what patches are compared with: "cls" token, "gap" (the mean of the patches), or "self" (attention
             of the class token in the last block).
-        seed: of the numbers that break ties and shuffle.
+        seed: of the random numbers that break ties and shuffle.
 
     Returns:
-        The similarity map, float32 (B, L), and the order, int64 (B, L), which has at [b, k] the patch predicted k-th;
-        patches are numbered row by row.
+        The similarity map, float32 (B, L), and the order, int64 (B, L): at [b, k] the patch predicted k-th. Patches
+        are numbered row by row.
 
     Raises:
-        UserError: there is no such order or similarity, or the images are no whole number of patches.
+        UserError: there is no such order or similarity, or the images are not a whole number of patches.
     """
     check_images(images)
     try:

@@ -1,6 +1,6 @@
-"""Where the suite's own files lie: in a checkout, or installed from a wheel, which holds the configs too."""
+"""Paths of the suite's own files, in a checkout or installed from a wheel, which contains the configs too."""
 
-from __future__ import annotations  # `semaim env` names a Python that is too old, so it starts there
+from __future__ import annotations  # `semaim env` has to start on a Python that is too old, to report it
 
 import os
 from pathlib import Path
@@ -12,12 +12,12 @@ CONFIG_FOLDERS = ("semaim/configs", "mmdet_configs", "mmseg_configs")
 
 
 def config_folder(name: str) -> Path:
-    """A folder of `CONFIG_FOLDERS`: in a checkout as it is named there; a wheel holds all of them in the package."""
+    """A folder of `CONFIG_FOLDERS`: in a checkout at its own path; a wheel has all of them inside the package."""
     return (ROOT if IN_CHECKOUT else PACKAGE / "installed") / name
 
 
 def own_configs() -> dict[str, Path]:
-    """All configs of the suite, recipes in _base_ too: name, such as mmdet_configs/semaim_mask_rcnn.py -> file."""
+    """All configs of the suite, including _base_: name, such as mmdet_configs/semaim_mask_rcnn.py -> file."""
     folders = {name: config_folder(name) for name in CONFIG_FOLDERS}
     return {
         f"{name}/{file.relative_to(folder).as_posix()}": file
@@ -27,18 +27,18 @@ def own_configs() -> dict[str, Path]:
 
 
 def own_config(name: str) -> Path:
-    """The file of a config of the suite by its name; any other name is a path."""
+    """The file of one of the suite's configs, by name; any other name is taken as a path."""
     folder = next((folder for folder in CONFIG_FOLDERS if name.startswith(f"{folder}/")), None)
     return config_folder(folder) / name.removeprefix(f"{folder}/") if folder else Path(name)
 
 
 def here(path: Path) -> str:
-    """A path as one would type it in the current folder."""
+    """A path as it would be typed in the current folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def typed_config(name: str) -> str:
-    """A config of the suite as one would type it in the current folder: by its name, where that finds it."""
+    """A config of the suite as it would be typed in the current folder: its name, if that finds it."""
     return name if not (IN_CHECKOUT or os.path.exists(name)) else here(own_config(name))
 
 

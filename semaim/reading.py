@@ -1,4 +1,4 @@
-"""Reading a file once: a command looks at its checkpoint and annotations for several things before it starts."""
+"""Reading a file once: before it starts, a command checks its checkpoint and annotations for several things."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ _depth = 0
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Within it, what `once` reads is kept until `forget` or the end. Whoever gets the content must not change it."""
+    """Context in which what `once` reads is kept until `forget` or the end. Callers must not change the content."""
     global _depth
     _depth += 1
     try:
@@ -23,31 +23,31 @@ def read_once() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Free what is kept, and keep nothing more: the run starts, and needs the memory."""
+    """Free what is kept and stop keeping: the run starts and needs the memory."""
     global _depth
     _kept.clear()
     _depth = 0
 
 
 def keeping() -> bool:
-    """Whether files are read once now."""
+    """Whether `read_once` is active."""
     return _depth > 0
 
 
 def once(path: str | os.PathLike, read: Callable[[Any], Any], kind: str = "checkpoint") -> Any:
-    """`read(path)`, or what was read before, within `read_once` and while the file is the same.
+    """`read(path)`, or inside `read_once` what was read before, if the file has not changed.
 
     Args:
         path: of the file.
-        read: gives its content.
-        kind: functions of one kind read the same content.
+        read: returns its content.
+        kind: functions of the same kind return the same content.
     """
     if not _depth:
         return read(path)
     try:
         status = os.stat(path)
     except OSError:
-        return read(path)  # which says what is wrong
+        return read(path)  # it reports what is wrong
     key = (kind, os.path.realpath(path), status.st_mtime_ns, status.st_size)
     if key not in _kept:
         _kept[key] = read(path)

@@ -1,4 +1,4 @@
-"""What a run measured, and what its figures depend on: `results.json`, written by the engine, read by all else."""
+"""`results.json`: what a run measured, and what the figures depend on. The engine writes it; all else reads it."""
 
 import json
 import os
@@ -15,32 +15,32 @@ FILE = "results.json"  #: in a run's work folder
 
 @dataclass(frozen=True)
 class Record:
-    """One results.json. None: not recorded, or none; `given` distinguishes the two.
+    """One results.json. None means not recorded, or recorded as none; `given` distinguishes the two.
 
     Args:
-        metrics: figure by its key; which the table has, and their units, is the task's to say.
-        config: file name of the config, its folder before it where it is none of the suite's.
-        method: of the pretraining, as published.yaml spells it; None for random weights, and for unknown ones.
+        metrics: figure by key; the task defines which of them are in the table, and their units.
+        config: file name of the config, with its folder if it is not one of the suite's.
+        method: of the pretraining, as published.yaml spells it; None for random and for unknown weights.
         backbone: such as ViT-B.
         task: title of the task.
-        reported: the task's metrics as `semaim.registry.Metric` has them, for a reader that does not know the task.
+        reported: the task's metrics as fields of `semaim.registry.Metric`, for readers that do not know the task.
         checkpoint: whose weights were measured or started from; None for random ones.
-        pretrain_config, pretrain_epochs, pretrain_images, pretrain_options: how those weights were made.
-        partly_loaded: in words, what of an encoder was left out when it was loaded.
-        load_report: numbers of tensors that were loaded, by kind.
+        pretrain_config, pretrain_epochs, pretrain_images, pretrain_options: how those weights were trained.
+        partly_loaded: in words, what was left out when an encoder was loaded.
+        load_report: numbers of loaded tensors, by kind.
         data: folder of the images.
-        train_images, val_images: how many were trained (or searched) and evaluated on.
-        mean, std, statistics_from: of the images, from 0 to 1, and whose they are.
+        train_images, val_images: number of images trained on (or searched) and evaluated on.
+        mean, std, statistics_from: of the pixels, from 0 to 1, and their origin.
         seed: of the run.
-        cfg_options: what was changed of the config. overrides: what --override changed of a resumed run.
+        cfg_options: changes to the config. overrides: what --override changed in a resumed run.
         epochs, iterations: length of the training.
-        stage: what was done, of a test. features: which of an encoder were measured.
-        scales: of the image, that a prediction is the mean over, each also flipped.
-        classes_evaluated, classes: over how many of how many classes a mean is.
+        stage: of a test, what was done. features: which features of an encoder were measured.
+        scales: image scales that predictions are averaged over, each also flipped.
+        classes_evaluated, classes: number of classes in the mean, and of all classes.
         left_out: what keep_classes leaves out of the annotations.
         commit, device, semaim, torch, date: code, machine and time.
-        more: anything else that the file holds.
-        given: the keys that the file holds.
+        more: anything else in the file.
+        given: the keys in the file.
     """
 
     metrics: dict[str, float]
@@ -83,12 +83,12 @@ class Record:
     given: frozenset[str] = frozenset()
 
     def values(self) -> dict[str, Any]:
-        """What the file holds besides the metrics, by key."""
+        """Everything in the file except the metrics, by key."""
         held = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name in self.given}
         return {key: value for key, value in (held | self.more).items() if key != "metrics"}
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder, whole or not at all; what is None is left out unless it is in `given`."""
+        """Write it to a folder atomically; values of None are left out unless they are in `given`."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values = {key: value for key, value in values.items() if value is not None or key in self.given}
         values |= values.pop("more")
@@ -100,14 +100,14 @@ class Record:
 
 
 def _kind(annotation: Any) -> type | UnionType:
-    """What a value may be: `float | None` -> a number, `dict[str, Any] | None` -> a dict."""
+    """The type a value must have: `float | None` -> a number, `dict[str, Any] | None` -> a dict."""
     (held,) = [part for part in get_args(annotation) if part is not NoneType]
     kind = get_origin(held) or held
     return int | float if kind is float else kind
 
 
 def read_record(path: Path) -> Record:
-    """The record in a results.json; `UserError` where it is none."""
+    """The record in a results.json; `UserError` if the file is not one."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -131,7 +131,7 @@ def read_record(path: Path) -> Record:
 
 
 def record_of(raw: Mapping[str, Any]) -> Record:
-    """A record of plain values by key, whose kinds are right."""
+    """A record from plain values by key, whose types have been checked."""
     known = {entry.name for entry in fields(Record)} - {"more", "given"}
     more = {key: value for key, value in raw.items() if key not in known}
     return Record(**{key: value for key, value in raw.items() if key in known}, more=more, given=frozenset(raw))

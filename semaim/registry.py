@@ -1,11 +1,11 @@
-"""What grows: the registries of the suite, and the contracts of a task, a metric and a pretraining method.
+"""The extension points: registries of the suite, and the contracts of a task, a metric and a pretraining method.
 
-A task is a file in `semaim/tasks`, a method one in `semaim/methods`. A package of your own adds either by registering
-it here; the config names the package in mmengine's `custom_imports`. Everything else - training, testing, table,
-report, sweep, reproduce, pictures - asks these objects and knows no task or method by name.
+Each task is a file in `semaim/tasks`, each method one in `semaim/methods`. A third-party package adds either by
+registering it here; the config names the package in mmengine's `custom_imports`. Everything else (training, testing,
+table, report, sweep, reproduce, pictures) uses these objects and knows no task or method by name.
 
-The registries have the scope `semaim`, as mmdet's have `mmdet`: a type of ours never meets another library's of the
-same name. Loops, hooks, optimizers and metrics of the engine stand in mmengine's own registries, so that configs of
+The registries have the scope `semaim`, as mmdet's have `mmdet`, so our types never collide with another library's of
+the same name. Loops, hooks, optimizers and metrics of the engine are in mmengine's own registries, so that configs of
 every scope can name them.
 """
 
@@ -24,7 +24,7 @@ SCOPE = "semaim"
 MODELS = Registry("model", parent=mmengine.registry.MODELS, scope=SCOPE)
 TASKS = Registry("task", scope=SCOPE, locations=["semaim.tasks"])
 METHODS = Registry("method", scope=SCOPE, locations=["semaim.methods"])
-#: Without a child of each of its registries, mmengine warns whenever a config of this scope names one of its types.
+#: mmengine warns when a config of this scope names one of its types and the scope has no child of that registry.
 CHILDREN = [
     Registry(parent.name, parent=parent, scope=SCOPE)
     for parent in vars(mmengine.registry).values()
@@ -33,7 +33,7 @@ CHILDREN = [
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules that register tasks, methods and types of one's own; `UserError` for one that cannot be."""
+    """Import modules that register user-defined tasks, methods and types; `UserError` if an import fails."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -42,7 +42,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def build_model(config: Mapping) -> Any:
-    """A model of the suite's own, such as `Pretraining`, whatever scope is the default now."""
+    """Build one of the suite's models, such as `Pretraining`, whatever the current default scope."""
     return MODELS.build({**config, "_scope_": SCOPE})
 
 
@@ -51,16 +51,16 @@ def build_model(config: Mapping) -> Any:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a task, by its key in results.json.
+    """A figure that a task measures.
 
     Args:
         label: in the table, such as "AP box".
-        short: in the report's first lines, such as "box AP"; empty for not there.
+        short: in the report's first lines, such as "box AP"; empty to leave it out there.
         unit: of the table's figure.
-        factor: the recorded number times this is in that unit.
+        factor: converts the recorded number to that unit.
         higher_is_better: the direction.
-        tabled: whether the table has it, or only the report.
-        least: a smaller number says that there was nothing to measure, as COCO's -1; None where all are measured.
+        tabled: whether it is in the table, or only in the report.
+        least: a smaller number means there was nothing to measure, as COCO's -1; None if every number is a figure.
     """
 
     label: str
@@ -72,36 +72,35 @@ class Metric:
     least: float | None = None
 
     def measured(self, number: float | None) -> bool:
-        """Whether a recorded number is a figure."""
+        """Whether a recorded number is a real figure."""
         return number is not None and (self.least is None or number >= self.least)
 
 
 class Task:
     """A way to train or measure an encoder; the config's `task` names it.
 
-    Subclasses that train or test by mmengine's runner derive from one of the families in `semaim.engine`:
-    `images.ImageTask` (class folders), `evaluation.FeatureTask` (frozen features), `dense_task.DenseTask` (mmdet and
-    mmseg).
+    Tasks derive from one of the families in `semaim.engine`: `images.ImageTask` (class folders),
+    `evaluation.FeatureTask` (frozen features), `dense_task.DenseTask` (mmdet and mmseg).
 
     Attributes:
-        name: what a config's `task` says.
+        name: the value of a config's `task`.
         title: in tables and in results.json.
-        stage: its name for tools/reproduce.py, where it is another.
-        place: where it stands among the others in tables; a new task comes after those of the suite.
+        stage: its name for tools/reproduce.py, if different.
+        place: its position in tables; a new task comes after those of the suite.
         scope: mmengine's scope of its configs.
-        package: the module that registers what its configs name; None where the suite has done so.
-        needs: the library it cannot do without, beside the core ones; None for none.
-        metrics: key in results.json -> `Metric`, the first one decides in a sweep.
+        package: the module that registers what its configs name; None if the suite already has.
+        needs: the library it requires besides the core ones; None for none.
+        metrics: key in results.json -> `Metric`; the first one decides in a sweep.
         keys: top-level config keys besides those of every config, and what they are.
-        roots: config keys, dotted, of the folders that --data-root sets.
+        roots: dotted config keys of the folders that --data-root sets.
         trains: whether it trains; else it only measures.
-        pretrains: whether its checkpoints are what the other tasks start from.
-        published: whether figures of it are published that a run may be compared with.
+        pretrains: whether the other tasks start from its checkpoints.
+        published: whether there are published figures that a run may be compared with.
         configs: scale of tools/reproduce.py -> config; a method may have its own, see `Variant`.
-        chart: title of the chart of its validations; its own and the metrics' unit where it is empty.
+        chart: title of the chart of its validations; if empty, the task's title and the metrics' unit.
         shows: what a picture of its results shows, for the report; empty for none.
         source: which of reproduce's data folders it reads: "images", "coco" or "ade".
-        weight: how long a run of it takes beside the others, for which begins first.
+        weight: relative duration of a run; tools/reproduce.py starts the longest first.
     """
 
     name: ClassVar[str]
@@ -124,31 +123,31 @@ class Task:
     weight: ClassVar[int] = 1
 
     def enter(self, cfg: Any) -> None:
-        """Make the types of a config known by their names."""
+        """Register the types that a config names."""
 
     def reported(self, names: Iterable[str]) -> dict[str, Metric]:
-        """The metrics that the table has, of these keys of results.json."""
+        """The metrics in the table, among these keys of results.json."""
         names = set(names)
         return {name: metric for name, metric in self.metrics.items() if name in names and metric.tabled}
 
     def matches(self, cfg: Mapping) -> bool:
-        """Whether a config from before configs had a `task` is one of this task; read from checkpoints alone."""
+        """Whether an old config without a `task` key belongs to this task; such configs come only from checkpoints."""
         return False
 
 
 def tasks() -> list[type[Task]]:
-    """All tasks, in the order in which tables have them."""
+    """All tasks, in the order of the tables."""
     importlib.import_module("semaim.tasks")
     return sorted(TASKS.module_dict.values(), key=lambda task: task.place)
 
 
 def list_tasks() -> list[str]:
-    """Names of all tasks, as configs give them."""
+    """Names of all tasks, as in configs."""
     return [task.name for task in tasks()]
 
 
 def charted() -> dict[str, dict[str, str]]:
-    """Title of a chart -> key of a metric that validations log -> words for its curve; of all tasks that train."""
+    """For all tasks that train: title of a chart -> key of a metric that validations log -> label of its curve."""
     found: dict[str, dict[str, str]] = {}
     for task in tasks():
         shown = {key: metric for key, metric in task.metrics.items() if metric.tabled and task.trains}
@@ -159,12 +158,12 @@ def charted() -> dict[str, dict[str, str]]:
 
 
 def task_for(cfg: Mapping) -> Task:
-    """The task of a config; `UserError` where it has none."""
+    """The task of a config; `UserError` if it has none."""
     return task_named(cfg.get("task"), "the config's task")
 
 
 def task_named(name: object, where: str = "task") -> Task:
-    """The task of that name; `UserError` where there is none."""
+    """The task of that name; `UserError` if there is none."""
     known = {task.name: task for task in tasks()}
     if not isinstance(name, str) or name not in known:
         raise UserError(f"{where} is {name!r}: {nearest(str(name), known)}")
@@ -172,7 +171,7 @@ def task_named(name: object, where: str = "task") -> Task:
 
 
 def task_of(cfg: Mapping) -> Task | None:
-    """The task of a config; None where it names none and looks like none."""
+    """The task of a config; None if it names none and matches none."""
     name = cfg.get("task")
     if name is not None:
         return next((task() for task in tasks() if task.name == name), None)
@@ -180,7 +179,7 @@ def task_of(cfg: Mapping) -> Task | None:
 
 
 def task_titled(title: object) -> Task | None:
-    """The task of that title, as results.json has it; None where there is none."""
+    """The task with that title, as in results.json; None if there is none."""
     return next((task() for task in tasks() if task.title == title), None)
 
 
@@ -197,12 +196,12 @@ class Variant:
     """A method as tools/reproduce.py --methods names it.
 
     Attributes:
-        configs: task -> scale -> config, where the method has its own; of a pretraining, all scales it has.
-        options: scale -> changes of the pretraining's config that make it this variant.
+        configs: task -> scale -> config, for configs of the method's own; for pretraining, every scale it supports.
+        options: scale -> changes to the pretraining config that make it this variant.
         pretrains: False for random weights.
-        compared: whether the study and the paper's scale run it without being asked.
-        quick: whether scale quick does.
-        centre: whether its order has a first patch that the image decides.
+        compared: whether scales study and paper run it by default.
+        quick: whether scale quick runs it by default.
+        centre: whether its order has a first patch that the image determines.
     """
 
     configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -214,18 +213,18 @@ class Variant:
 
 
 class Method:
-    """A pretraining method; the config's `model.network.type` gives the name it is registered by.
+    """A pretraining method; the config's `model.network.type` is the name it is registered under.
 
     Attributes:
-        network: an nn.Module over our encoder, or None for random weights. Its call takes images (B, 3, H, W),
-            normalised, and draw (B, L), uniform numbers in [0, 1) that come with each image; it gives an object with
-            a scalar `loss`, and `prediction` and `target` (B, L, width). Its parameters keep the encoder's names. It
-            is drawn by what that object has besides: the `order` int64 (B, L) of the prediction, or a `mask` (B, L),
-            1 where a patch was removed; see `semaim.drawing.encoder`.
+        network: an nn.Module built on our encoder, or None for random weights. It is called with images (B, 3, H, W),
+            normalised, and draw (B, L), uniform numbers in [0, 1) that come with each image. It returns an object with
+            a scalar `loss`, and `prediction` and `target` (B, L, width). Its parameters keep the encoder's names. Its
+            pictures depend on what else the object has: the `order` int64 (B, L) of the prediction, or a `mask`
+            (B, L), 1 where a patch was removed; see `semaim.drawing.encoder`.
         variants: name for tools/reproduce.py -> `Variant`.
-        place: where it stands among the others; a new one comes before random weights.
+        place: its position in lists; a new one comes before random weights.
         picture: which picture of tools/visualize.py shows it best: "order" or "reconstruction".
-        words: words of a file's path -> the method's published name, for files that do not record it.
+        words: words in a file's path -> the method's published name, for files that do not record it.
     """
 
     network: ClassVar[type | None] = None
@@ -236,14 +235,14 @@ class Method:
 
     @classmethod
     def build(cls, **arguments: Any) -> Any:
-        """The network from plain values, as a config has them; ValueError or TypeError for wrong ones."""
+        """Build the network from the plain values of a config; ValueError or TypeError if they are wrong."""
         if cls.network is None:
             raise ValueError(f"{cls.__name__} has no network")
         return cls.network(**arguments)
 
     @staticmethod
     def describe(network) -> str:
-        """What is predicted, and how: the words after the method's name in a line of the log."""
+        """What is predicted, and how: the text after the method's name in the log."""
         return f"target {type(network.target).__name__}"
 
     @classmethod
@@ -253,22 +252,22 @@ class Method:
 
 
 def methods() -> dict[str, type[Method]]:
-    """All methods by the name that configs give."""
+    """All methods by their name in configs."""
     importlib.import_module("semaim.methods")
     return dict(sorted(METHODS.module_dict.items(), key=lambda item: item[1].place))
 
 
 def list_methods() -> list[str]:
-    """Names of all pretraining methods, as configs give them."""
+    """Names of all pretraining methods, as in configs."""
     return [name for name, method in methods().items() if method.network]
 
 
 def method_of(network: Mapping) -> type[Method] | None:
-    """The method of a network's config, or None."""
+    """The method that a network config names, or None."""
     name = network.get("type")
     return methods().get(name) if isinstance(name, str) else None
 
 
 def variants() -> dict[str, tuple[type[Method], Variant]]:
-    """All that tools/reproduce.py --methods takes, with the method each belongs to."""
+    """All names that tools/reproduce.py --methods accepts, with the method and variant of each."""
     return {name: (method, variant) for method in methods().values() for name, variant in method.variants.items()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Speed and memory beside a baseline: tools/benchmark.py pretrain, and more (see --help)."""
+"""Speed and memory compared with a baseline: tools/benchmark.py pretrain, and more (see --help)."""
 
 import sys
 

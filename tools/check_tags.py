@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Every plain ViT that timm has weights of: right or refused, for every consumer: tools/check_tags.py (see --help)."""
+"""Whether every consumer loads or refuses timm's plain ViTs correctly: tools/check_tags.py (see --help)."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look into checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
+"""Inspect checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
 
 import sys
 

@@ -17,7 +17,7 @@ tools/setup.sh --extras all
 echo
 echo "Done in $((SECONDS - start)) s. It made, in $run:"
 echo "  report.html                        open it in a browser: what came out, with pictures; then table, curves, configs"
-echo "  table.md, .csv, .tex, .html        the table, beside the published figures"
+echo "  table.md, .csv, .tex, .html        the table, with the published figures"
 echo "  semaim/seed0/pretrain/orders.png   validation scenes: image, similarity, learned order, reconstruction"
 echo "  semaim/seed0/pretrain/latest.pth   the pretrained checkpoint"
 echo "and data/scenes_easy: 10,000 scenes without labels, and 2,500 as class folders, COCO and ADE20K folders"

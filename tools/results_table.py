@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Our results beside the published: tools/results_table.py work_dirs/ --format md (see --help)."""
+"""Our results next to published ones: tools/results_table.py work_dirs/ --format md (see --help)."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look at a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
+"""Pictures of a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
 
 import sys
 

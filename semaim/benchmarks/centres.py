@@ -3,8 +3,8 @@
     python -m semaim.benchmarks.centres CHECKPOINT... --scenes DIR [--count 400] [--random] [--out FILE.json]
 
 The centre is the patch with the largest similarity. Two figures are given for comparison with the share of images
-where it lies on an object: chance, the mean share of such patches, and the best fixed place, the patch that is on an
-object most often. An order that ignores the image could start there.
+where it lies on an object: chance, the mean share of patches on objects, and the best fixed place, the patch that is on
+an object most often. An order that ignores the image could start there.
 """
 
 import argparse

@@ -70,9 +70,9 @@ def alternate(
 
 
 def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> float:
-    """Largest difference of any pair, over that pair's largest value, or a hundredth of the largest of all pairs.
+    """Largest difference of any pair, relative to its largest value or, if larger, 1/100 of that of all pairs.
 
-    The latter is for values that are zero up to rounding, such as the gradients of the keys' biases.
+    The latter applies to values that are zero up to rounding, such as the gradients of the keys' biases.
     """
     pairs = list(zip(ours, baseline, strict=True))
     scales = [max(a.abs().max().item(), b.abs().max().item()) for a, b in pairs]

@@ -232,7 +232,7 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
 
 @dataclass(frozen=True)
 class OfInputs:
-    """A computation, and the tensors that it is of."""
+    """A computation, and its input tensors."""
 
     work: Callable[[], Tensor]
     inputs: list[Tensor]

@@ -19,7 +19,7 @@ from semaim.errors import writing
 
 @dataclass
 class Row:
-    """One measured figure, ours and the baseline's.
+    """One measured figure, for ours and for the baseline.
 
     Attributes:
         what, where: what was measured, and on "CPU" or "GPU".

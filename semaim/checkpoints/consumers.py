@@ -1,4 +1,4 @@
-"""What k-NN and probes, fine-tuning, detection and segmentation each take from a checkpoint's encoder."""
+"""What k-NN and probes, fine-tuning, detection and segmentation each load from a checkpoint's encoder."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,33 +14,33 @@ from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
 
-#: Parts of a classifier that no pretrained encoder has, or that a pooled one does not read.
+#: Parts of a classifier that no pretrained encoder has, or that pooling does not read.
 NEW_IN_CLASSIFIERS = ("head", "fc_norm")
-#: What no pretrained encoder has.
+#: Parts of backbones that no pretrained encoder has.
 NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
-#: Heads by scope: a file that holds the other task's is no pretrained encoder.
+#: Heads by scope: a file with heads of the other task is not a pretrained encoder.
 HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
 
 
 def buildable(sizes: dict) -> dict:
-    """Sizes of `Checkpoint.sizes` that a network can be built with, also of a file that lacks what says them."""
+    """`Checkpoint.sizes`, completed so that a network can be built from any file."""
     sizes = {**sizes, "img_size": sizes["img_size"] or tuple(14 * side for side in sizes["patch_size"])}
-    if sizes["embed_dim"] % sizes["num_heads"]:  # a guess that cannot be: heads leave no trace in the names
+    if sizes["embed_dim"] % sizes["num_heads"]:  # an impossible guess: no tensor shows the number of heads
         sizes["num_heads"] = 1
     return sizes
 
 
 class Consumer(NamedTuple):
-    """A use of an encoder: its name, its network for sizes of `Checkpoint.sizes`, and what is new in it."""
+    """A use of an encoder: its name, its network built from `Checkpoint.sizes`, and its new parameters."""
 
     name: str
     network: Callable[..., nn.Module]
     new: tuple[str, ...]
-    scope: str | None = None  #: of mm, for detection and segmentation
+    scope: str | None = None  #: mmdet or mmseg, for detection and segmentation
     left: str = ""  #: what it does not read of a plain ViT
 
     def fit(self, found: Checkpoint, network: nn.Module, partial: bool = False) -> tuple[LoadReport, dict]:
-        """As `loading.fit`; also `UserError` for the detector or segmentor of another task."""
+        """As `loading.fit`; also `UserError` for a detector or segmentor of another task."""
         if self.scope and not partial:
             check_task(found, self.scope)
         return loading.fit(network, found, self.new, partial)
@@ -91,7 +91,7 @@ def check_task(found: Checkpoint, scope: str) -> None:
 
 
 def load_backbone(backbone: nn.Module, path: str | Checkpoint, scope: str, partial: bool = False) -> LoadReport:
-    """The pretrained encoder of a file, or of what was read of it, into a detector's or segmentor's backbone."""
+    """Load the pretrained encoder of a file, or of a `Checkpoint`, into a detector's or segmentor's backbone."""
     found = path if isinstance(path, Checkpoint) else read(path)
     if not partial:
         check_task(found, scope)
@@ -99,7 +99,7 @@ def load_backbone(backbone: nn.Module, path: str | Checkpoint, scope: str, parti
 
 
 def verdicts(found: Checkpoint) -> Iterator[tuple[str, str]]:
-    """What each consumer would take from a checkpoint, or why it would refuse it."""
+    """What each consumer would load from a checkpoint, or why it would refuse it."""
     for consumer in CONSUMERS:
         try:
             report, _ = consumer.fit(found, consumer.build(found.sizes))

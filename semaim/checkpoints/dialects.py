@@ -1,6 +1,6 @@
-"""The dialects of checkpoints: where each keeps its weights, and what it calls them.
+"""The dialects of checkpoints: where each stores its weights, and how it names them.
 
-Inside, weights have our names, which are timm's: `cls_token`, `pos_embed`, `patch_embed.proj`,
+Internally, weights have our names, which are timm's: `cls_token`, `pos_embed`, `patch_embed.proj`,
 `blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}`, `norm`, `fc_norm`, `head`.
 """
 
@@ -23,16 +23,15 @@ MMPRETRAIN_BLOCK = (
     ("ffn.layers.0.0", "mlp.fc1"),
     ("ffn.layers.1", "mlp.fc2"),
 )
-#: What mmseg's segmentation backbones, MAE and BEiT, have in a block besides.
+#: Further parts of a block in mmseg's segmentation backbones, MAE and BEiT.
 MMSEG_BLOCK = (
     ("attn.relative_position_bias_table", "attn.rel_bias"),
     ("gamma_1", "gamma_1"),
     ("gamma_2", "gamma_2"),
 )
-#: A buffer of mmseg's that is no weight: it is made of the grid.
+#: A buffer of mmseg's that is not a weight: it is computed from the grid.
 INERT = "attn.relative_position_index"
-#: mmpretrain's names (left) and ours; {n} is a block. Where two of its names stand for one of ours, the first is
-#: written.
+#: mmpretrain's names (left) and ours; {n} is a block. If two of its names map to one of ours, the first is written.
 MMPRETRAIN = (
     ("backbone.cls_token", "cls_token"),
     ("backbone.pos_embed", "pos_embed"),
@@ -50,7 +49,7 @@ MMPRETRAIN = (
     ("neck.ln1", "decoder_norm"),
     ("neck.decoder_pred", "decoder_pred"),
 )
-#: The head has a name of its own in each classifier: of the class token, of the mean of the patches, of a probe.
+#: The head's name differs by classifier: on the class token, on the mean of the patches, in a probe.
 MMPRETRAIN_HEADS = (("head.layers.head", "head"), ("head.fc", "head"), ("head.layers.head", "head.1"))
 
 #: The dialects, first match first, by (content, place of the weights in it, prefix of the encoder's names, its names).
@@ -74,7 +73,7 @@ RECOGNISED = (
 
 
 def find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
-    """The weights in a file's content: the key that holds them ("" for the top), and the tensors by their names."""
+    """The weights in a file's content: the key that holds them ("" for the top level), and the tensors by name."""
     if not isinstance(content, Mapping):
         return "", {}
     place = next((key for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), Mapping)), "")
@@ -88,7 +87,7 @@ def find_weights(content: Any) -> tuple[str, dict[str, Tensor]]:
 
 
 def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
-    """A name by the first pair whose left side it is or begins with; None by none."""
+    """Rename by the first pair whose left side equals or begins the name; None if no pair matches."""
     for left, right in pairs:
         pattern = re.escape(left).replace(r"\{n\}", r"(?P<n>\d+)") + r"(?P<rest>\..+)?"
         if match := re.fullmatch(pattern, name):
@@ -97,11 +96,11 @@ def rename(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
 
 
 def from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, and the names that have none.
+    """Weights under our names, and the names that have no counterpart.
 
     Args:
         weights: all of the file's.
-        prefix: of the encoder's names; "backbone." or, in a file of the encoder alone, "".
+        prefix: of the encoder's names: "backbone.", or "" in a file of the encoder alone.
     """
     root = prefix.removesuffix("backbone.")
     foreign = {name: name[len(root) :] for name in weights if name.startswith((f"{root}head.", f"{root}neck."))}
@@ -114,7 +113,7 @@ def from_mmpretrain(weights: dict[str, Tensor], prefix: str) -> tuple[dict[str, 
 
 
 def to_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under mmpretrain's names, those that it has."""
+    """Weights under mmpretrain's names, as far as it has them."""
     if "head.1.weight" in state:
         heads = MMPRETRAIN_HEADS[2:]
     else:

@@ -22,26 +22,26 @@ from semaim.checkpoints.sizes import grid_of, preset_of
 from semaim.errors import UserError, nearest
 from semaim.models.vit import SIZES
 
-#: What a classifier and MAE's decoder consist of besides the encoder; all else is a neck or a head of another task.
+#: Parts of a classifier and of MAE's decoder besides the encoder; all else is a neck or a head of another task.
 CLASSIFIER = ("fc_norm", "head")
 MAE_DECODER = ("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred")
-#: What `convert` writes: the parts that each holds besides the encoder and the classifier ("*": all).
+#: Dialects that `convert` writes -> their parts besides the encoder and the classifier ("*": all).
 WRITTEN = {"semaim": "*", "timm": (), "mae": MAE_DECODER, "mmpretrain": MAE_DECODER}
 DIALECTS = tuple(WRITTEN)
-#: timm's plain ViTs, by the published size and the patch.
+#: timm's plain ViTs, by published size and patch size.
 TIMM = {(size, (16, 16)): f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")} | {
     ("huge", (14, 14)): "vit_huge_patch14_224"
 }
 
 
 def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: bool = False) -> list[str]:
-    """Write a checkpoint in another dialect; returns the names that it leaves out.
+    """Write a checkpoint in another dialect; returns the names it leaves out.
 
     Args:
         path: a checkpoint of any dialect.
         out: .pth, or for timm also .safetensors.
         to: one of `DIALECTS`. Weights are the same to the last bit.
-        partial: write what is a plain ViT's of an encoder that computes with more, less or otherwise.
+        partial: of an encoder that differs from a plain ViT, write the parts that a plain ViT has.
     """
     if to not in DIALECTS:
         raise UserError(f"unknown dialect {to!r}: {nearest(to, DIALECTS)}")
@@ -68,7 +68,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: b
         state = from_mmpretrain(foreign, "backbone.")[0]
     else:
         content = {**state}
-    if to != "timm" and found.statistics:  # a bare dict of weights has no place for them
+    if to != "timm" and found.statistics:  # a bare dict of weights cannot hold them
         content["pretrained_cfg"] = {"mean": found.statistics.mean, "std": found.statistics.std}
     if out.suffix == ".safetensors":
         _save_tensors(state, out)
@@ -76,16 +76,16 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: b
         try:
             write_checkpoint(content, out)
         except CannotSave as error:
-            raise UserError(str(error).partition(";")[0]) from None  # there is no run to go on with
+            raise UserError(str(error).partition(";")[0]) from None  # no run to resume here
     return [name for name in found.state if name not in state] + found.skipped
 
 
 def plain_report(found: Checkpoint, keeps_all: bool = False) -> LoadReport:
-    """What keeps a file's encoder from being a plain ViT as `VisionTransformer` is; see `LoadReport.refuse`.
+    """How a file's encoder differs from the plain ViT `VisionTransformer`; see `LoadReport.refuse`.
 
     Args:
         found: the file.
-        keeps_all: its further tensors are kept too: those that our dense backbones read are no loss.
+        keeps_all: its further tensors are kept too, so those that our dense backbones read are not lost.
     """
     blocks = (f"blocks.{n}.{part}" for n in range(found.sizes["depth"]) for _, part in MMPRETRAIN_BLOCK)
     own = ["cls_token", "pos_embed"]
@@ -95,7 +95,7 @@ def plain_report(found: Checkpoint, keeps_all: bool = False) -> LoadReport:
     report = LoadReport(found.path, found.dialect)
     known = {*own, "norm.weight", "norm.bias"} | kept
     report.unread = same_network.unread(found.state, known, True, found.native) + found.unsupported
-    detector = any(name.endswith("rel_pos_h") for name in kept)  # has dropped the class token
+    detector = any(name.endswith("rel_pos_h") for name in kept)  # it has no class token
     report.missing = [name for name in own if name not in found.state and not (detector and name == "cls_token")]
     report.differs = differences_of(found, None, "norm.weight" in found.state)
     return report
@@ -108,7 +108,7 @@ def _save_tensors(state: dict[str, Tensor], out: Path) -> None:
         # Copies: safetensors refuses tensors that share memory.
         save_file({name: tensor.clone() for name, tensor in state.items()}, partial, metadata={"format": "pt"})
         os.replace(partial, out)
-    except Exception as error:  # safetensors raises an error of its own for a full disk
+    except Exception as error:  # safetensors has its own error type for a full disk
         raise UserError(f"cannot write {out}: {error}") from None
     finally:
         if partial.exists():
@@ -118,12 +118,12 @@ def _save_tensors(state: dict[str, Tensor], out: Path) -> None:
 def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = False) -> str:
     """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
 
-    A linear probe's batch normalisation goes into its head: W / sqrt(var + eps), and b less that times the mean.
+    A linear probe's batch normalisation is folded into its head: W / sqrt(var + eps), and b minus that times the mean.
 
     Args:
         path: a checkpoint of any dialect.
-        folder: made where it is not there.
-        partial: leave out what the encoder computes with beyond a plain ViT.
+        folder: created if absent.
+        partial: leave out what the encoder has beyond a plain ViT.
 
     Returns:
         The architecture in timm.
@@ -141,11 +141,11 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = F
     state = {name: found.state[name].contiguous() for name in kept}
     if "head.1.weight" in state:
         state = _fold_probe(state)
-    if "fc_norm.weight" in state:  # then nothing reads the other
+    if "fc_norm.weight" in state:  # then nothing reads `norm`
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     average = "norm.weight" not in state
     classes = len(state["head.weight"]) if "head.weight" in state else 0
-    preset = preset_of(sizes) or ""  # which no table here has
+    preset = preset_of(sizes) or ""  # "" is in no table here
     architecture = TIMM.get((preset, sizes["patch_size"]))
     model_args = {"img_size": sizes["img_size"], "global_pool": "avg" if average else "token"}
     if not architecture or sizes["mlp_ratio"] != 4 or sizes["num_heads"] != SIZES[preset]["num_heads"]:
@@ -182,7 +182,7 @@ def export(path: str | os.PathLike, folder: str | os.PathLike, partial: bool = F
 
 
 def _check_timm(path: Path, state: dict[str, Tensor], architecture: str, classes: int, model_args: dict) -> None:
-    """`UserError` if timm's model has other weights than these."""
+    """`UserError` if timm's model has different weights."""
     if not model_args["img_size"]:
         raise UserError(f"{path} has no position table: timm's ViT needs one")
     with torch.device("meta"):  # names and shapes take no memory

@@ -1,4 +1,4 @@
-"""Checkpoint files that hold tensors and plain containers only, and are written whole or not at all."""
+"""Checkpoint files that contain only tensors and plain containers, and are written atomically."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ class CannotSave(UserError):
 
 
 def plain(value: Any) -> Any:
-    """`value` in dicts, lists and tuples, which `weights_only=True` reads back, with its tensors on the CPU."""
+    """`value` as dicts, lists and tuples, which `weights_only=True` can read back, with its tensors on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
 
 
 def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint atomically: a kill or a full disk leaves the file that was there before."""
+    """Write a checkpoint atomically: after a kill or on a full disk the previous file is intact."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -44,7 +44,7 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch wraps the file's OSError in a RuntimeError of its own
+    except (OSError, RuntimeError) as error:  # torch wraps the file's OSError in a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left on the disk" if full else str(cause or error)
@@ -54,11 +54,11 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
-    """Read one of our own checkpoints, on the CPU; `UserError` if it is something else.
+    """Read one of our own checkpoints to the CPU; `UserError` for any other file.
 
     Args:
         path: of the file.
-        mmap: leave the tensors in the file until they are used, for a look at the rest.
+        mmap: read tensors from the file only when they are used, to look at the rest quickly.
     """
     try:
         mapped = mmap and not keeping() and zipfile.is_zipfile(path)

@@ -1,4 +1,4 @@
-"""What stands beside a weights file: the config.json of timm and of the Hugging Face hub."""
+"""The config.json next to a weights file, of timm and of the Hugging Face hub."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from semaim.errors import UserError
 
-#: Files that a folder's config.json belongs to, by their names without ending, as timm looks for them.
+#: Names without extension of the files that a folder's config.json belongs to, as in timm.
 WEIGHTS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt")  #: of files of weights
 
@@ -14,15 +14,15 @@ ENDINGS = (".safetensors", ".bin", ".pth", ".pt")  #: of files of weights
 def beside(path: str | os.PathLike) -> dict | None:
     """The config that belongs to a weights file, or None.
 
-    NAME.json where it is there; else the folder's config.json, where the file has a name of `WEIGHTS` or is the only
-    file of weights in its folder. A json without an `architecture` is no config of timm's.
+    It is NAME.json if that exists; else the folder's config.json, if the file has a name of `WEIGHTS` or is the only
+    weights file in its folder. A JSON file without an `architecture` is not a timm config.
 
     Returns:
         dict with `architecture` (str), `model_args` (dict, may be empty), `pretrained_cfg` (dict: `mean`, `std` and
-        more) and what else it holds. timm's older configs, a pretrained_cfg alone, are brought to this form.
+        more) and everything else in it. timm's older configs, a pretrained_cfg alone, are converted to this form.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is not JSON.
     """
     path = Path(path)
     file = path.with_suffix(".json")
@@ -32,7 +32,7 @@ def beside(path: str | os.PathLike) -> dict | None:
             return None
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:  # also of bytes that are no text
+    except (OSError, ValueError) as error:  # ValueError also for bytes that are not text
         raise UserError(f"cannot read {file}, which stands beside {path.name}: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return None
@@ -49,5 +49,5 @@ def beside(path: str | os.PathLike) -> dict | None:
 
 
 def _others(path: Path) -> bool:
-    """Whether other files of weights stand in the folder."""
+    """Whether there are other weights files in the folder."""
     return any(other != path and other.suffix in ENDINGS for other in path.parent.iterdir())

@@ -1,4 +1,4 @@
-"""mm's `init_cfg` for our backbones: under mmdet's and mmseg's own runners they start from any checkpoint."""
+"""`init_cfg` for our backbones: under mmdet's and mmseg's own runners they start from any checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ KEYS = {"type", "checkpoint", "allow_partial"}
 
 
 class InitFromCheckpoint(nn.Module):
-    """Mixin before a backbone's class: takes `init_cfg`, and loads its checkpoint when mm initialises the weights.
+    """Mixin for backbones: takes `init_cfg`, and loads its checkpoint when mmengine initialises the weights.
 
     Args:
         init_cfg: dict(type="Pretrained", checkpoint=FILE), FILE in any dialect; `allow_partial=True` loads what fits of
-            an encoder that computes with more, less or otherwise than the backbone. None for random weights.
+            an encoder that differs from the backbone. None for random weights.
 
     Attributes:
-        scope: mmdet or mmseg: a trained model of the other is no pretrained encoder.
+        scope: mmdet or mmseg: a trained model of the other is not accepted as a pretrained encoder.
     """
 
     scope: str
@@ -31,7 +31,7 @@ class InitFromCheckpoint(nn.Module):
         self.init_cfg = init_cfg and checked(init_cfg)
 
     def init_weights(self) -> None:
-        """Load the checkpoint and log the report; `UserError` where the encoder in it is another network."""
+        """Load the checkpoint and log the report; `UserError` if its encoder is a different network."""
         if not self.init_cfg:
             return
         found = read(self.init_cfg["checkpoint"])
@@ -45,7 +45,7 @@ class InitFromCheckpoint(nn.Module):
 
 
 def checked(init_cfg: Any) -> dict:
-    """An `init_cfg` as a dict; `UserError` for one that names no checkpoint, or has keys that are not read."""
+    """An `init_cfg` as a dict; `UserError` if it names no checkpoint or has unknown keys."""
     known = isinstance(init_cfg, Mapping) and init_cfg.get("type") == "Pretrained" and init_cfg.get("checkpoint")
     if not known or set(init_cfg) - KEYS:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what each consumer takes from it, in words."""
+"""A description of a checkpoint, and of what each consumer loads from it."""
 
 import os
 
@@ -13,7 +13,7 @@ from semaim.errors import UserError
 
 
 def inspect(path: str | os.PathLike) -> str:
-    """What a checkpoint is, and what each consumer takes from it, or why it refuses it."""
+    """Describe a checkpoint, and what each consumer loads from it or why it refuses it."""
     found = read(path)
     state, sizes = found.state, found.sizes
     encoder = [name for name in state if name.split(".")[0] in ENCODER]

@@ -1,4 +1,4 @@
-"""Loading a checkpoint of any dialect into a network of ours, with a report of what went where."""
+"""Loading a checkpoint of any dialect into one of our networks, with a report of what was loaded."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -20,37 +20,37 @@ from semaim.models.vit import VisionTransformer
 
 @dataclass
 class LoadReport:
-    """What went from a file into a model, and what did not."""
+    """What was loaded from a file into a model, and what was not."""
 
     path: Path
     dialect: str
     matched: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)  #: "name: from -> to"; they are matched too
-    new: list[str] = field(default_factory=list)  #: of the model, expected to be in no file
-    missing: list[str] = field(default_factory=list)  #: of the model, and should have been there
-    unexpected: list[str] = field(default_factory=list)  #: of the file, and not of the model
-    unread: list[str] = field(default_factory=list)  #: of these, what the file's encoder computes with
-    differs: list[str] = field(default_factory=list)  #: what the file's encoder computes otherwise, in words
+    new: list[str] = field(default_factory=list)  #: in the model, and expected to be in no file
+    missing: list[str] = field(default_factory=list)  #: in the model, and should have been in the file
+    unexpected: list[str] = field(default_factory=list)  #: in the file, and not in the model
+    unread: list[str] = field(default_factory=list)  #: those of `unexpected` that the file's encoder computes with
+    differs: list[str] = field(default_factory=list)  #: other differences from the file's encoder, in words
 
     @property
     def lacking(self) -> list[str]:
-        """What the model's encoder computes with and the file lacks."""
+        """Tensors that the model's encoder computes with and the file lacks."""
         return same_network.lacking(self.missing)
 
     @property
     def whole(self) -> bool:
-        """Whether the model's encoder computes what that of the file does."""
+        """Whether the model's encoder computes the same as the file's."""
         return not (self.unread or self.lacking or self.differs)
 
     @property
     def partly(self) -> str:
-        """How the model's encoder is another than that of the file, in words; nothing where it is the same."""
+        """How the model's encoder differs from the file's, in words; empty if they are the same."""
         parts = [f"{len(self.unread)} of the file's tensors not read"] if self.unread else []
         parts += [f"{len(self.lacking)} of the encoder's not in the file"] if self.lacking else []
         return ", ".join(parts + self.differs)
 
     def refuse(self) -> None:
-        """`UserError` that names what keeps the model from computing what the file's encoder does."""
+        """`UserError` that names why the model does not compute what the file's encoder does."""
         reasons = [f"it computes with {kinds(self.unread)}, which ours does not read"] if self.unread else []
         reasons += [f"it lacks {kinds(self.lacking)}, which ours computes with"] if self.lacking else []
         if reasons := reasons + self.differs:
@@ -60,7 +60,7 @@ class LoadReport:
             )
 
     def summary(self) -> dict:
-        """Plain values for results.json: numbers of tensors, and their kinds."""
+        """Plain values for results.json: counts and kinds of tensors."""
 
         def listed(names: list[str]) -> list[str]:
             return kinds(names).split(", ") if names else []
@@ -91,7 +91,7 @@ class LoadReport:
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
         if self.differs:
-            lines.append(f"OTHERWISE in the encoder of the file: {'; '.join(self.differs)}")
+            lines.append(f"DIFFERENT in the encoder of the file: {'; '.join(self.differs)}")
         return "\n    ".join(lines)
 
 
@@ -106,17 +106,17 @@ def load(
     """Load a checkpoint of any dialect into a model with our names.
 
     Position tables are resized to the model's `grid` by its `resample_positions` (timm's if it has none), tables of
-    relative positions linearly, and, where the model has `resamples_patches`, the patch projection to its patches; a
-    head for another number of classes stays in the file.
+    relative positions linearly. If the model sets `resamples_patches`, the patch projection is resized to its patches.
+    A head for another number of classes is not loaded.
 
     Args:
         model: a `VisionTransformer`, or anything with its names and `grid`.
-        path: the checkpoint, or what `read` found in it.
+        path: the checkpoint file, or the `Checkpoint` that `read` returned.
         expected: parts of names that are new in this model, such as "head" or "rel_pos_h".
-        partial: load what fits of an encoder that computes with more, less or otherwise than the model's.
+        partial: load what fits of an encoder that differs from the model's.
 
     Raises:
-        UserError: the file holds no ViT, or one of other sizes, or, unless `partial`, one that is another network.
+        UserError: the file holds no ViT, or one of other sizes, or, unless `partial`, a different network.
     """
     report, state = fit(model, path if isinstance(path, Checkpoint) else read(path), expected, partial)
     load_whole_state(model, state, strict=False)
@@ -126,7 +126,7 @@ def load(
 def fit(
     model: nn.Module, found: Checkpoint, expected: tuple[str, ...] = (), partial: bool = False
 ) -> tuple[LoadReport, dict[str, Tensor]]:
-    """What `load` would load: its report, and the tensors as the model takes them. The model is looked at alone."""
+    """What `load` would load: the report, and the tensors in the model's shapes. The model is not changed."""
     own, state = model.state_dict(), dict(found.state)
     _check_sizes(model, own, found)
     report = LoadReport(found.path, found.dialect)
@@ -172,18 +172,18 @@ def fit(
 
 
 def differences_of(found: Checkpoint, heads: int | None, reads_norm: bool) -> list[str]:
-    """What no tensor's name tells; see `same_network`."""
+    """Differences that no tensor's name shows; see `same_network`."""
     if isinstance(found.recorded_network, str):
         return [found.recorded_network]
     differences = []
     if found.recorded_network is not None:
         differences = same_network.recorded_differences(found.recorded_network, found.sizes, reads_norm)
     elif "cls_token" not in found.state and found.dialect in ("timm", "mae", "semaim", "mmpretrain", "DINO"):
-        # A detector's encoder has dropped it; else it never had one.
+        # A detector's encoder has dropped the class token; any other never had one.
         if not found.native and not any(name.endswith(("rel_pos_h", "rel_pos_w")) for name in found.state):
             differences.append(
                 "it does not tell its activation, and encoders without a class token have GELU (SigLIP) or its tanh"
-                " form (SigLIP 2): put timm's config.json beside a .safetensors"
+                " form (SigLIP 2): put timm's config.json next to a .safetensors"
             )
     if heads and not found.heads_guessed and heads != found.sizes["num_heads"]:
         differences.append(f"it has {found.sizes['num_heads']} heads, ours {heads}")
@@ -207,15 +207,15 @@ def _check_sizes(model: nn.Module, own: Mapping[str, Tensor], found: Checkpoint)
 
 
 def resample_patches(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """A patch projection (D, C, h, w) for patches of another size, bicubic without antialiasing: ViT-H from 14 to 16.
+    """Resize a patch projection (D, C, h, w) to another patch size, bicubic without antialiasing: ViT-H from 14 to 16.
 
-    Source: facebookresearch/long_seq_mae, issue 2, whose authors follow ViTDet so.
+    Source: facebookresearch/long_seq_mae, issue 2, whose authors do this to follow ViTDet.
     """
     return F.interpolate(weight.float(), patch_size, mode="bicubic", align_corners=False).to(weight.dtype)
 
 
 def _recorded_grid(found: Checkpoint) -> tuple[int, int] | None:
-    """The grid of the position table where the file has it: a bare table of 16 rows may be 4 x 4 or 2 x 8."""
+    """The grid of the position table if the file records it: a bare table of 16 rows may be 4 x 4 or 2 x 8."""
     return grid_of(found.sizes) if found.network.get("img_size") else None
 
 

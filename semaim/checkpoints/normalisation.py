@@ -1,8 +1,8 @@
-"""Mean and standard deviation of the pixels that a network sees: an encoder's own, a config's, or ImageNet's.
+"""Mean and standard deviation that images are normalised with: an encoder's own, a config's, or ImageNet's.
 
-An encoder computes with images as it was trained on them, so a file that holds its statistics decides those of every
-stage that starts from it or measures it, unless the config sets others. Numbers are of pixels from 0 to 1 here and in
-`dataset.mean` and `dataset.std`; of 0 to 255, as in mm, in a detector's or segmentor's `model.data_preprocessor`.
+An encoder needs images normalised as in its training, so the statistics in a checkpoint apply to every stage that
+starts from it or measures it, unless the config sets others. They are for pixels from 0 to 1 here and in `dataset.mean`
+and `dataset.std`; for 0 to 255, as in mmengine, in a detector's or segmentor's `model.data_preprocessor`.
 """
 
 import os
@@ -21,24 +21,24 @@ from semaim.errors import UserError
 
 Triple = tuple[float, float, float]
 
-DIGITS = 8  #: kept when one range is brought to the other: 123.675 / 255 is 0.485 again
+DIGITS = 8  #: kept when converting between the ranges: 123.675 / 255 is 0.485 again
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of the three channels, of pixels from 0 to 1, and in words where they are from."""
+    """Mean and standard deviation of the three channels, of pixels from 0 to 1, and their origin in words."""
 
     mean: Triple = IMAGENET_DEFAULT_MEAN
     std: Triple = IMAGENET_DEFAULT_STD
     origin: str = "ImageNet's"
 
     def __str__(self) -> str:
-        """As a line of the log goes on after "images normalised with"."""
+        """The text after "images normalised with" in a log line."""
         mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
         return f"mean ({mean}), std ({std}), {self.origin}"
 
     def same(self, other: "Statistics") -> bool:
-        """Whether the numbers are the same."""
+        """Whether the numbers are equal."""
         return (self.mean, self.std) == (other.mean, other.std)
 
     def scaled(self, scale: int) -> tuple[list[float], list[float]]:
@@ -49,8 +49,8 @@ class Statistics:
 
     @classmethod
     def checked(cls, mean: Any, std: Any, scale: int, where: str, origin: str) -> "Statistics":
-        """From numbers of anywhere, of pixels from 0 to `scale`; `UserError` where they are no statistics."""
-        least = scale / 255  # a spread of less than a grey level is one of pixels of another range
+        """From untrusted numbers, for pixels from 0 to `scale`; `UserError` if they are not valid statistics."""
+        least = scale / 255  # a spread below one grey level means pixels of another range
         kinds = (("mean", mean, 0, f"from 0 to {scale}"), ("std", std, least, f"above 0, for pixels from 0 to {scale}"))
         found: dict[str, Triple] = {}
         for name, values, smallest, range_ in kinds:
@@ -64,13 +64,13 @@ class Statistics:
 
 
 def of_file(path: str | os.PathLike) -> Statistics | None:
-    """The statistics that a checkpoint holds, or that stand beside it; None where it holds none."""
+    """The statistics in a checkpoint or in the config next to it; None if there are none."""
     path = Path(path)
     return of_content({} if path.suffix == ".safetensors" else read_file(path), path)
 
 
 def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
-    """As `of_file`, of a file whose content is read already: its config, `pretrained_cfg`, or config.json."""
+    """As `of_file`, for a file already read: from its config, its `pretrained_cfg`, or the config.json."""
     path, content = Path(path), _mapping(content)
     if content.get("format") == FORMAT and (found := of_run(_mapping(content.get("config")), path)):
         return found
@@ -85,7 +85,7 @@ def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
 
 
 def of_run(config: Mapping, path: str | os.PathLike = "the checkpoint") -> Statistics | None:
-    """The statistics in the config of a semaim checkpoint; None in older ones, whose were ImageNet's."""
+    """The statistics in the config of a semaim checkpoint; None in older ones, which used ImageNet's."""
     for holder, scale, name in (
         (config.get("dataset"), 1, "dataset"),
         (_mapping(config.get("model")).get("data_preprocessor"), 255, "model.data_preprocessor"),
@@ -97,23 +97,23 @@ def of_run(config: Mapping, path: str | os.PathLike = "the checkpoint") -> Stati
 
 
 def place_of(cfg: Config) -> tuple[Any, int, str]:
-    """The part of a config that holds the statistics, the range of its pixels, and its name."""
+    """The part of a config that holds the statistics, its pixel range, and its name."""
     if "dataset" in cfg:
         return cfg.dataset, 1, "dataset"
-    model = cfg.model.get("module") or cfg.model  # of several predictions
+    model = cfg.model.get("module") or cfg.model  # inside test-time augmentation
     if model.get("data_preprocessor") is None:
         raise UserError("the config's model has no data_preprocessor: images would not be normalised")
     return model.data_preprocessor, 255, "model.data_preprocessor"
 
 
 def of_config(cfg: Config) -> Statistics | None:
-    """The statistics that a config sets itself; None where it leaves them to the encoder.
+    """The statistics that a config sets itself; None if it leaves them to the encoder.
 
-    `settle` has noted in `cfg.statistics_from` whose they are. Without that, a preprocessor with ImageNet's says
-    nothing, as all of our configs have them, but on the command line it does.
+    `settle` has recorded their origin in `cfg.statistics_from`. Without that key, ImageNet's statistics in a
+    preprocessor do not count as set, as all of our configs have them, unless they are given on the command line.
 
     Raises:
-        UserError: they are none, or only one of the two is set.
+        UserError: they are invalid, or only one of the two is set.
     """
     place, scale, name = place_of(cfg)
     mean, std = place.get("mean"), place.get("std")
@@ -140,7 +140,7 @@ def choose(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
 
 
 def settle(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
-    """`choose`, and write them into the config: what is built of it normalises so, and checkpoints keep it."""
+    """`choose`, and write the result to the config, from which models are built and which checkpoints store."""
     found = choose(cfg, weights)
     place, scale, _ = place_of(cfg)
     place.mean, place.std = found.scaled(scale)

@@ -1,4 +1,4 @@
-"""Checkpoints of plain ViTs in every dialect, read without running code: a `Checkpoint` has weights under our names."""
+"""Reading checkpoints of plain ViTs in every dialect, without running code, into a `Checkpoint` with our names."""
 
 import os
 import re
@@ -21,34 +21,34 @@ from semaim.errors import UserError
 
 @dataclass
 class Checkpoint:
-    """A ViT's weights under our names, and what else the file holds."""
+    """A ViT's weights under our names, and what else the file contains."""
 
     path: Path
     dialect: str
-    state: dict[str, Tensor]  #: encoder, and the head or decoder that stands beside it
+    state: dict[str, Tensor]  #: encoder, and the head or decoder that comes with it
     skipped: list[str]  #: names that were not read: copies, heads of other tasks
     epoch: int | None = None
     config: dict | None = None  #: of the training, in a semaim checkpoint
     classes: list[str] | None = None
-    statistics: Statistics | None = None  #: of the images it was trained on, where the file or one beside it has them
-    unsupported: list[str] = field(default_factory=list)  #: of `skipped`, what the encoder computes with and ours lacks
+    statistics: Statistics | None = None  #: of its training images, from the file or the config next to it
+    unsupported: list[str] = field(default_factory=list)  #: those of `skipped` that the encoder computes with
     recorded: dict | None = None  #: timm's network as the file or config.json names it: `architecture`, `model_args`
 
     @property
     def native(self) -> bool:
-        """Whether this suite trained it: what stands beside its encoder is then its decoder or head."""
+        """Whether this suite trained it, so that tensors besides its encoder's belong to its decoder or head."""
         return bool(self.config)
 
     @cached_property
     def recorded_network(self) -> nn.Module | str | None:
-        """timm's network of `recorded`, on the meta device, or why it cannot be built; None where none is recorded."""
+        """timm's network of `recorded`, on the meta device, or why it cannot be built; None if none is recorded."""
         return same_network.timm_model(self.recorded) if self.recorded else None
 
     @property
     def network(self) -> dict:
         """The network in the config of a semaim checkpoint, or a detector's or segmentor's backbone; else empty."""
         model = (self.config or {}).get("model") or {}
-        if backbone := model.get("backbone"):  # its img_size is that of the crops, not of the position table
+        if backbone := model.get("backbone"):  # its img_size is the crops', not the position table's
             return {**backbone, "img_size": backbone.get("pretrain_img_size")}
         return model.get("network") or {}
 
@@ -61,7 +61,7 @@ class Checkpoint:
 
     @property
     def heads_guessed(self) -> bool:
-        """Whether the number of heads is in no config, and there is no published model of these sizes."""
+        """Whether the number of heads is a guess: no config has it, and there is no published model of these sizes."""
         recorded = self.recorded_network
         named = isinstance(recorded, nn.Module) and same_network.heads_of(recorded)
         return not self.network and not named and preset_of(self.sizes) is None
@@ -74,12 +74,12 @@ def read(path: str | os.PathLike) -> Checkpoint:
 
 
 def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpoint:
-    """The checkpoint that a file's content is.
+    """The checkpoint in a file's content.
 
     Args:
         path: of the file, for messages.
-        content: as `read_file` gives it.
-        recorded: the config.json beside it, see `hub_config.beside`.
+        content: as `read_file` returns it.
+        recorded: the config.json next to it, see `hub_config.beside`.
     """
     place, weights = find_weights(content)
     names = [name for name in weights if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", name)]
@@ -124,7 +124,7 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
 
 
 def classes_of(content: Any) -> list | None:
-    """The class names in a file of ours or of mm; None where it has none."""
+    """The class names in one of our or of OpenMMLab's files; None if it has none."""
     meta = content.get("meta") if isinstance(content, Mapping) else None
     for holder in (content, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
         if isinstance(holder, Mapping) and isinstance(holder.get("classes"), list | tuple):

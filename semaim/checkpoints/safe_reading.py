@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from semaim.errors import UserError
 from semaim.reading import once
 
-#: Records that files of the field's tools hold beside their weights. They are read as inert stand-ins, never imported.
+#: Objects that common tools store with their weights. They are read as inert stand-ins, never imported.
 HARMLESS = re.compile(
     r"(argparse\.Namespace|_codecs\.encode|copyreg\._reconstructor"
     r"|builtins\.(getattr|set|frozenset|slice|complex|bytearray|object|list|dict|tuple|int|float|str|bytes|bool)"
     r"|(mmengine|mmcv|mmdet|mmseg|mmpretrain|mmselfsup|mmcls|detectron2|fvcore|timm|omegaconf|yacs|addict|easydict"
     r"|ml_collections|lightning|pytorch_lightning|numpy|pathlib|collections|typing|datetime|enum)\..+)"
 )
-#: Of these, the ones that a pickle fills as it fills a dict.
+#: Those of `HARMLESS` that a pickle fills like a dict.
 DICTIONARIES = re.compile(r".+(\.Dict|ConfigDict|defaultdict|CfgNode|EasyDict|AttributeDict)")
-#: What a pickle of numpy arrays calls, of numpy 1 (core) and 2 (_core), and what is called in its place. numpy's own
-#: constructors would believe any flags that a file gives them.
+#: Functions that a pickle of numpy arrays calls, for numpy 1 (core) and 2 (_core), and their replacements. numpy's own
+#: constructors would trust any flags in the file.
 ARRAYS: dict[str, Callable] = {}
 
 
@@ -59,7 +59,7 @@ def _read(path: Path) -> Any:
 
 
 def _load_inert(path: Path) -> Any:
-    """`torch.load` with stand-ins for harmless records; `UserError` names the first that is none."""
+    """`torch.load` with stand-ins for harmless objects; `UserError` names the first that is not harmless."""
     with _no_allowed_globals():
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -75,7 +75,7 @@ def _load_inert(path: Path) -> Any:
 
 @contextmanager
 def _no_allowed_globals() -> Iterator[None]:
-    """Without what the program allowed elsewhere: after an `add_safe_globals([getattr])`, files would call it."""
+    """Context without globals allowed elsewhere: after `add_safe_globals([getattr])`, a file could call getattr."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -86,7 +86,7 @@ def _no_allowed_globals() -> Iterator[None]:
 
 
 def _globals_in(path: Path) -> list[str]:
-    """Full names of what a file's pickle imports, beyond what torch takes by itself."""
+    """Full names of what a file's pickle imports, except from torch."""
     if zipfile.is_zipfile(path):
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     names = []  # torch's format before 1.6, which mm's publishing tools still write: five pickles, then the storages
@@ -97,7 +97,7 @@ def _globals_in(path: Path) -> list[str]:
                     module, name = str(arg).split(" ")[:2]
                     # Protocol 2 writes the modules' names of Python 2.
                     names.append(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
-    # The unpickler itself allows or refuses what is torch's own.
+    # torch's unpickler itself allows or refuses names from torch.
     return sorted({f"{module}.{name}" for module, name in names if module.partition(".")[0] != "torch"})
 
 
@@ -106,7 +106,7 @@ def _refusal(path: Path | str, name: str) -> UserError:
 
 
 class _Inert(list):
-    """Stands for an object that is not wanted: takes any arguments, items and state, and does nothing."""
+    """Stands in for an unwanted object: accepts any arguments, items and state, and does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key; a list's is None
 
@@ -121,14 +121,14 @@ class _Inert(list):
 
 
 class _InertDict:
-    """Stands for a subclass of dict: torch fills no other object by key."""
+    """Stands in for a subclass of dict: torch fills no other object by key."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
 
 class _DType:
-    """Stands for numpy's dtype of numbers or strings: of what lies in the bytes themselves."""
+    """Stands in for numpy's dtype of numbers or strings, whose values are in the bytes themselves."""
 
     def __init__(self, code: str, align: object = False, copy: object = True):
         if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}|[US]\d{1,4}", code):
@@ -136,20 +136,20 @@ class _DType:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        """Version, byte order, and what only types of several fields have."""
+        """State: version, byte order, and fields that only structured dtypes have."""
         if state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
             raise pickle.UnpicklingError("an array of several fields is none of numbers")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for numpy's array while its pickle is read; `array` is the whole one."""
+    """Stands in for numpy's array while its pickle is read; `array` is the finished one."""
 
     def __init__(self, *ignored: object):
         self.array = np.empty(0)
 
     def __setstate__(self, state: tuple) -> None:
-        """Version, shape, dtype, whether columns come first, bytes."""
+        """State: version, shape, dtype, whether in Fortran order, bytes."""
         _, shape, dtype, by_column, data = state
         self.array = _from_buffer(data, dtype, shape, "F" if by_column else "C").array
 
@@ -157,7 +157,7 @@ class _Array:
 def _from_buffer(data: bytes | bytearray | str, dtype: _DType, shape: tuple, order: Literal["C", "F"] = "C") -> _Array:
     found = _Array()
     data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
-    # A copy: it is writable, and lies as its type wants.
+    # A copy is writable and aligned.
     found.array = np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order=order).copy()
     return found
 
@@ -193,7 +193,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return ARRAYS[f"{module}.{name}"]
 
     def load(self) -> Any:
-        """The content, with arrays in place of what stood for them."""
+        """The content, with arrays in place of their stand-ins."""
         return _arrays_in(super().load())
 
 

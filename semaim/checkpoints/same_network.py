@@ -1,7 +1,7 @@
-"""Whether a network of ours computes what the encoder of a file computes: by names, and by what leaves no name.
+"""Whether one of our networks computes the same as the encoder of a file.
 
-Most of it has a name: layer scale, registers, norms of queries and keys, tables of bias. The activation, the epsilon of
-the norms and the number of heads leave no tensor; timm's config.json, where it lies beside the file, has them.
+Most differences show in the names of tensors: layer scale, registers, norms of queries and keys, bias tables. The
+activation, the epsilon of the norms and the number of heads do not; timm's config.json next to the file has them.
 """
 
 import inspect
@@ -19,38 +19,38 @@ from torch import nn
 
 from semaim.models.vit import LAYER_NORM_EPS
 
-#: What an encoder of ours consists of.
+#: Parts of our encoders.
 ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
-#: First parts of names that no encoder computes with: heads, decoders, projections, the token of masked patches, the
+#: First parts of the names of tensors that no encoder computes with: heads, decoders, projections, the mask token, the
 #: blur of SemAIM's targets.
 APART = re.compile(
     r"head|head_dist|lm_head|fc_norm|pre_logits|mask_token|masked_embed|decoder(_\w+)?|query_blocks|prediction_head"
     r"|predictor|projector|projection_head|gaussian_blur"
 )
-#: Parts of the dense backbones' blocks, under names that other families use for more (BEiT, EVA).
+#: Parts of the dense backbones' blocks, whose names other families (BEiT, EVA) use for other things too.
 DENSE = ("rel_bias", "gamma_1", "gamma_2")
-#: Modules of timm's plain ViT that computes as ours does.
+#: Modules of timm's plain ViTs that compute the same as ours.
 PLAIN = (
     VisionTransformer, Block, Attention, Mlp, PatchEmbed, LayerNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU,
     nn.Identity, nn.Sequential, nn.Dropout, DropPath, PatchDropout,
 )  # fmt: skip
-NORMS = re.compile(r"norm|blocks\.\d+\.norm[12]")  #: the places of its norms
+NORMS = re.compile(r"norm|blocks\.\d+\.norm[12]")  #: names of its norms
 
 
 def kinds(names: Iterable[str]) -> str:
-    """Names without the numbers of their blocks, with counts."""
+    """Names without block numbers, with counts."""
     counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
     return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
 
 
 def unread(names: Iterable[str], own: Collection[str], pooled: bool, native: bool) -> list[str]:
-    """Tensors that the encoder of a file computes with, and a network does not.
+    """Tensors that the encoder of a file computes with and a network does not.
 
     Args:
-        names: of the file's encoder and what stands beside it, under our names.
+        names: of the tensors read from the file, under our names.
         own: names of the network.
-        pooled: its tokens are pooled to one vector: then a pooling by attention is missed.
-        native: this suite trained the file, so what stands beside its encoder is its decoder or head.
+        pooled: the network pools its tokens to one vector, so the file's attention pooling counts as unread.
+        native: this suite trained the file, so tensors besides its encoder's belong to its decoder or head.
     """
     left = []
     for name in names:
@@ -60,7 +60,7 @@ def unread(names: Iterable[str], own: Collection[str], pooled: bool, native: boo
                 left.append(name)
             continue
         apart = APART.fullmatch(first) or native and first not in ENCODER
-        # The final norm and the class token may have no reader: maps have neither, pooled patches no norm.
+        # The final norm and the class token may be unused: maps need neither, pooled patches need no norm.
         apart = apart or first == "attn_pool" and not pooled
         apart = apart or first in ("norm", "cls_token") and not any(n.partition(".")[0] == first for n in own)
         if not apart:
@@ -69,16 +69,16 @@ def unread(names: Iterable[str], own: Collection[str], pooled: bool, native: boo
 
 
 def lacking(missing: Iterable[str]) -> list[str]:
-    """Of a network's tensors that no file gave, those of its encoder."""
+    """Those of a network's missing tensors that belong to its encoder."""
     return [name for name in missing if name.partition(".")[0] in ENCODER]
 
 
 def timm_model(recorded: Mapping[str, Any]) -> nn.Module | str:
-    """The network that timm's config.json describes, on the meta device; or what keeps it from being built."""
+    """The network that timm's config.json describes, on the meta device, or why it cannot be built."""
     architecture, args = recorded["architecture"], recorded.get("model_args") or {}
     if not timm.is_model(architecture):
         return f"its config names the architecture {architecture!r}, which timm {timm.__version__} does not have"
-    # Arguments of create_model itself would read other files.
+    # create_model's own arguments could make it read other files.
     reserved = set(inspect.signature(timm.create_model).parameters) & set(args)
     try:
         if reserved:
@@ -91,12 +91,12 @@ def timm_model(recorded: Mapping[str, Any]) -> nn.Module | str:
 
 
 def recorded_differences(recorded: nn.Module, sizes: Mapping, reads_norm: bool) -> list[str]:
-    """What timm's network computes otherwise than ours, in words.
+    """How timm's network differs from ours, in words.
 
     Args:
         recorded: timm's network, on any device.
-        sizes: of the file's encoder, see `sizes.sizes_of`; a config of other sizes is a difference.
-        reads_norm: the final norm takes part.
+        sizes: of the file's encoder, see `sizes.sizes_of`; a config with other sizes is a difference.
+        reads_norm: whether the final norm is used.
     """
     depth = len(getattr(recorded, "blocks", ()))
     if (getattr(recorded, "embed_dim", None), depth) != (sizes["embed_dim"], sizes["depth"]):

@@ -13,8 +13,8 @@ from semaim.models.vit import SIZES
 def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dict:
     """embed_dim, depth, num_heads, patch_size, img_size (height, width) and mlp_ratio of an encoder's weights.
 
-    Heads leave no trace in the weights: `network`, the config of the network in a semaim checkpoint, has their number,
-    or the published model of that width and depth; else they are 64 channels wide.
+    The weights do not show the number of heads. It is taken from `network`, the network config in a semaim checkpoint,
+    else from the published model of that width and depth; else heads are assumed to be 64 channels wide.
     """
     width, _, *patch = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -37,7 +37,7 @@ def sizes_of(state: Mapping[str, Tensor], network: Mapping | None = None) -> dic
 
 
 def preset_of(sizes: Mapping) -> str | None:
-    """The published model of this width and depth, a name of `vit.SIZES`; None where there is none."""
+    """The published model of this width and depth, a name of `vit.SIZES`; None if there is none."""
     wanted = sizes["embed_dim"], sizes["depth"]
     return next((name for name, size in SIZES.items() if (size["embed_dim"], size["depth"]) == wanted), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-#: command -> the module here that has it, the words that go before the given ones, what it does.
+#: command -> its module here, arguments put before the given ones, description.
 COMMANDS = {
     "pretrain": ("pretrain", (), "pretrain SemAIM: ViT-B/16 on all GPUs, or another config"),
     "train": ("train", (), "train what a config says: pretraining, fine-tuning, a probe, a detector, a segmentor"),
@@ -14,19 +14,19 @@ COMMANDS = {
     "visualize": ("visualize", (), "pictures of orders, attention, reconstructions, predictions and curves"),
     "browse": ("browse", (), "a picture of training images after augmentation"),
     "verify": ("verify_dataset", (), "find what is wrong with a data set in COCO's or ADE20K's layout"),
-    "inspect": ("checkpoint", ("inspect",), "what a checkpoint is, and what each consumer would load of it"),
+    "inspect": ("checkpoint", ("inspect",), "what a checkpoint is, and what each consumer would load from it"),
     "convert": ("checkpoint", ("convert",), "write a checkpoint in another dialect"),
     "export": ("checkpoint", ("export",), "write an encoder as a folder that timm opens"),
     "convert-labels": ("convert_labels", (), "write label maps with other numbers"),
     "scenes": ("scenes", (), "draw the built-in scenes, the data set that needs no download"),
     "sweep": ("sweep", (), "search learning rate and layer decay"),
     "reproduce": ("reproduce", (), "from images to the results table, every stage"),
-    "table": ("results_table", (), "measured results beside the published"),
+    "table": ("results_table", (), "measured results next to published ones"),
     "report": ("report", (), "one HTML file about runs"),
-    "bench": ("benchmark", (), "speed and memory beside a baseline"),
+    "bench": ("benchmark", (), "speed and memory compared with a baseline"),
     "env": ("check_env", (), "what is installed, and what works on this machine"),
     "parity": ("check_parity", (), "compare with recorded results of the reference implementations"),
-    "tags": ("check_tags", (), "what each consumer makes of every plain ViT of timm's"),
+    "tags": ("check_tags", (), "whether each consumer loads every plain ViT of timm's correctly"),
 }
 OPTIONS = ("-h", "--help", "--version")
 
@@ -41,7 +41,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the first word names; its exit status."""
+    """Run the command that the first word names; returns its exit status."""
     from semaim.errors import run
 
     words = sys.argv[1:] if argv is None else list(argv)
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(words: list[str]) -> int | None:
-    """As `main`, with its errors raised."""
+    """As `main`, but raises errors."""
     from semaim.errors import UserError, nearest
 
     if not words or words[0] in OPTIONS[:2]:

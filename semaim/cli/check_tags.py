@@ -1,4 +1,4 @@
-"""Every plain ViT that timm has weights of: right or refused, for every consumer: tools/check_tags.py (see --help)."""
+"""Whether every consumer loads or refuses timm's plain ViTs correctly: tools/check_tags.py (see --help)."""
 
 import argparse
 from collections import Counter
@@ -10,20 +10,20 @@ FILES = {False: "bare", True: "config.json"}
 
 
 def reason(refusal: str) -> str:
-    """What a refusal names, without the file and the advice."""
+    """The reason in a refusal, without the file and the advice."""
     return refusal.partition(": ")[2].partition(" (--allow-partial")[0] or refusal
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Build timm's plain ViTs on the meta device, take their names and shapes as files - bare, and with"
-        " timm's config.json beside them - and let every consumer load or refuse them; what loads is compared with"
-        " timm's own numbers, by a network of one random block. No weights are downloaded.",
+        description="Build timm's plain ViTs on the meta device, treat their names and shapes as files, alone and with"
+        " timm's config.json next to them, and let every consumer load or refuse them. What loads is compared with"
+        " timm's own numbers, in a network of one random block. No weights are downloaded.",
         epilog="Exit status 0 if all that loads is right, 1 if anything is wrong.",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="tags, such as 'vit_base*' (default: all)")
-    parser.add_argument("--names-only", action="store_true", help="compute nothing: loads in place of right")
+    parser.add_argument("--names-only", action="store_true", help="compute nothing: report 'loads', not 'right'")
     args = parser.parse_args(argv)
     import torch  # takes seconds, as what follows
 

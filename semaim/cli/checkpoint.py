@@ -1,4 +1,4 @@
-"""Look into checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
+"""Inspect checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
 
 import argparse
 
@@ -28,12 +28,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     export.add_argument("file")
     export.add_argument("folder", metavar="DIR")
     for command in (convert, export):
-        command.add_argument("--allow-partial", action="store_true", help="write what is a plain ViT's of another one")
+        command.add_argument("--allow-partial", action="store_true", help="of another ViT, write a plain ViT's parts")
     return parser.parse_args(argv)
 
 
 def convert_detector(file: str, out: str, to: str) -> list[str]:
-    """As `checkpoints.convert`, of a whole detector; `UserError` where mmdet is not installed."""
+    """As `checkpoints.convert`, for a whole detector; `UserError` if mmdet is not installed."""
     try:
         from semaim.detection.released import convert
     except ImportError as error:
@@ -41,13 +41,13 @@ def convert_detector(file: str, out: str, to: str) -> list[str]:
     return convert(file, out)
 
 
-def tell_heads(file: str, out: str) -> None:
-    """Say it where the written file will be taken for one of another number of heads, which leave no tensor."""
+def warn_of_heads(file: str, out: str) -> None:
+    """Warn if the written file would be taken for one of another number of heads, which no tensor shows."""
     from semaim import checkpoints
 
     heads, guess = (checkpoints.read(path).sizes["num_heads"] for path in (file, out))
     if heads != guess:
-        print(f"it has {heads} heads; {out} does not tell, and is taken for one of {guess}: set num_heads, or use")
+        print(f"it has {heads} heads; {out} does not say so and is taken for one of {guess}: set num_heads, or use")
         print(f"    tools/checkpoint.py export {file} DIR")
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             left = checkpoints.convert(args.file, args.out, args.to, args.allow_partial)
         print(f"wrote {args.out} ({args.to})" + (f"; left out: {checkpoints.grouped(left)}" if left else ""))
         if args.to != "mmdet":
-            tell_heads(args.file, args.out)
+            warn_of_heads(args.file, args.out)
         statistics = checkpoints.read(args.file).statistics if args.to == "timm" else None
         if statistics and not statistics.same(Statistics()):
             print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
@@ -77,5 +77,5 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         found = checkpoints.read(args.file)
         if found.heads_guessed:
             heads = found.sizes["num_heads"]
-            print(f"{heads} head{'s' * (heads > 1)}, a guess: the file does not tell; see num_heads in its config.json")
+            print(f"{heads} head{'s' * (heads > 1)}, a guess: the file has no number; see num_heads in its config.json")
     return 0

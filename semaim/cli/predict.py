@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Predict images with a trained detector or segmentor: a picture of each, DIR/NAME.png, and all in"
-        " COCO's results format, DIR/predictions.json.",
+        description="Predict images with a trained detector or segmentor. Writes a picture of each, DIR/NAME.png, and"
+        " all results in COCO's format, DIR/predictions.json.",
         epilog="In predictions.json, image_id is the image's path as given, file_name its name; boxes are x, y, width,"
-        " height in pixels of the image. category_id is the id of the class's name in the config's validation"
-        " annotations where that file is there, else COCO's own (1 to 90) for its 80 classes, else label + 1; which it"
-        " was is printed. A segmentor's results are COCO's of stuff: one mask for each class in an image. Images whose"
-        " long side is below 480 pixels are enlarged in the pictures.",
+        " height in pixels of the image. category_id is the class's id in the config's validation annotations, if that"
+        " file exists, else COCO's own (1 to 90) for its 80 classes, else label + 1; which of these is printed. A"
+        " segmentor's results are in COCO's stuff format: one mask for each class in an image. Images whose long side"
+        " is below 480 pixels are enlarged in the pictures.",
     )
     parser.add_argument("config", help="config file of the training")
     parser.add_argument("checkpoint", metavar="FILE", help="its checkpoint, such as work_dirs/NAME/latest.pth")
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device to run on; `UserError` where it is not there."""
+    """The device to run on; `UserError` if it does not exist."""
     import torch
 
     try:
@@ -54,7 +54,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def picture_names(paths: Sequence[str]) -> list[str]:
-    """A file name without ending for the picture of each image: its own, with its folders where another has it too."""
+    """A file name without extension for each image's picture: the image's own, with its folders if not unique."""
     stems = Counter(Path(path).stem.lower() for path in paths)
     common = os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in paths])
     names: dict[str, None] = {}
@@ -63,7 +63,7 @@ def picture_names(paths: Sequence[str]) -> list[str]:
         if stems[name.lower()] > 1:
             folders = Path(os.path.relpath(os.path.abspath(path), common)).parent.parts
             name = "_".join((*folders, name))
-        taken = {other.lower() for other in names}  # as some file systems ignore case
+        taken = {other.lower() for other in names}  # some file systems ignore case
         number = 2
         while (numbered := name if number == 2 else f"{name}_{number - 1}").lower() in taken:
             number += 1
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         for path, picture in zip(paths, pictures, strict=True):
             try:
                 image, sample = predict(model, pipeline, path)
-            except UserError as error:  # the others are still predicted
+            except UserError as error:  # continue with the others
                 broken.append(str(error))
                 continue
             if "pred_sem_seg" in sample:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
                 line = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing found"
             drawn.save(picture)
             print(f"{path} -> {picture}: {line}")
-    finally:  # an interrupt keeps what is done
+    finally:  # also after an interrupt
         (out / "predictions.json").write_text(json.dumps(results))
     print(f"wrote {out / 'predictions.json'}: {len(results)} results of {len(paths) - len(broken)} images")
     for line in broken[:-1]:

@@ -1,10 +1,10 @@
-"""Pretrain: semaim pretrain [CONFIG [GPUS]] ..., as tools/pretrain.sh."""
+"""Pretrain: semaim pretrain [CONFIG [GPUS]] ..., like tools/pretrain.sh."""
 
 import sys
 
 from semaim.cli import train
 
-CONFIG = "semaim/configs/pretrain/semaim_vit_base_800e.py"  #: where none is given
+CONFIG = "semaim/configs/pretrain/semaim_vit_base_800e.py"  #: the default
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -12,11 +12,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if {"-h", "--help"} & set(words):
         parser = train.make_parser(prog)
         parser.usage = "%(prog)s [CONFIG [GPUS]] [flags]"
-        parser.description = f"Pretrain. CONFIG is {CONFIG} where it is left out, and GPUS all. Without a GPU, GPUS"
-        parser.description += " counts CPU processes. Flags:"
+        parser.description = f"Pretrain. CONFIG defaults to {CONFIG}, and GPUS to all. Without a GPU, GPUS"
+        parser.description += " is the number of CPU processes. Flags:"
         parser.print_help()
         return 0
-    # The words before the first flag.
+    # Arguments before the first flag.
     config = words.pop(0) if words and not words[0].startswith("-") else CONFIG
     gpus = words.pop(0) if words and not words[0].startswith("-") else "all"
     return train.main([config, "--gpus", gpus, *words], prog)

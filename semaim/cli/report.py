@@ -9,9 +9,9 @@ from semaim.errors import UserError
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Write one HTML file about all runs in some work folders: the results table beside the published"
-        " figures, curves, orders over training, predictions, figures of each class, times, memory and configs, as far"
-        " as the runs left them. It holds its pictures and loads nothing: it opens anywhere, also without network.",
+        description="Write one HTML file about all runs in some work folders: the results table with published figures,"
+        " curves, orders during training, predictions, per-class figures, times, memory and configs, as far as the runs"
+        " have recorded them. The file contains its pictures and needs no network.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="work folders of runs, or folders of them")
     parser.add_argument("--out", required=True, metavar="FILE.html", help="where to write the report")

@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         prog=prog,
         description="Pretrain, measure and fine-tune, detect and segment, for every method, each stage by the command"
         " that is printed; then write the results table: table.md, .csv, .html, .tex in the work folder.",
-        epilog="Started again it skips the stages that have finished and goes on with the one that was cut.",
+        epilog="Started again, it skips finished stages and resumes the one that was interrupted.",
     )
     parser.add_argument(
         "--scale", required=True, choices=SCALES,
@@ -28,49 +28,49 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("--work-dir", metavar="DIR", help="folder of all runs (default: work_dirs/SCALE)")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD",
-        help="(default: quick, semaim and scratch; else all that the paper compares); --list names them",
+        help="default: at scale quick semaim and scratch, else all that the paper compares; see --list",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run of each (default: 0)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="such as pretrain, knn; --list names them")
-    parser.add_argument("--skip", nargs="+", metavar="STAGE", default=[], help="all but these")
-    parser.add_argument("--list", action=ListAction, help="methods and stages by name, and end")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run for each (default: 0)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="such as pretrain, knn; see --list")
+    parser.add_argument("--skip", nargs="+", metavar="STAGE", default=[], help="all stages except these")
+    parser.add_argument("--list", action=ListAction, help="list methods and stages, and exit")
     parser.add_argument(
         "--import", nargs="+", metavar="MODULE", default=[], dest="modules",
-        help="modules that register methods and tasks of your own, as a config's custom_imports",
+        help="modules that register your own methods and tasks, like a config's custom_imports",
     )  # fmt: skip
-    parser.add_argument("--gpus", metavar="N", help="of each node; all for all (default: 1, at paper scale 8)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --dry-run: commands for several")
+    parser.add_argument("--gpus", metavar="N", help="GPUs per node, or all (default: 1, at paper scale 8)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --dry-run: for several nodes")
     parser.add_argument(
         "--length", nargs="+", action="extend", default=[], metavar="STAGE=N",
         help="epochs (pretrain, finetune) or steps (detection, segmentation); images=N, size=N of the scenes",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N",
-        help="run so many stages side by side, each with its share of the CPU's cores (default: 1)",
+        help="number of stages to run at the same time, each with its share of the CPU cores (default: 1)",
     )  # fmt: skip
     data = parser.add_argument_group("data")
-    data.add_argument("--scenes", metavar="DIR", help="quick: where they are drawn (default: in the work folder)")
+    data.add_argument("--scenes", metavar="DIR", help="quick: where to draw them (default: in the work folder)")
     data.add_argument("--cifar", metavar="DIR", help="study: class folders, DIR/train/CLASS and DIR/val/CLASS")
     data.add_argument("--imagenet", metavar="DIR", help="paper: class folders (default: data/imagenet)")
-    data.add_argument("--coco", metavar="DIR", help="as COCO; study: without it, no detection")
-    data.add_argument("--ade", metavar="DIR", help="as ADE20K; study: without it, no segmentation")
+    data.add_argument("--coco", metavar="DIR", help="in COCO's layout; study: without it, no detection")
+    data.add_argument("--ade", metavar="DIR", help="in ADE20K's layout; study: without it, no segmentation")
     cost = parser.add_argument_group("cost")
     cost.add_argument("--dry-run", action="store_true", help="print all commands and what each costs; run nothing")
     cost.add_argument(
         "--rate", nargs="+", action="extend", default=[], metavar="STAGE=N",
-        help="images per second and GPU of a stage, or of METHOD/STAGE; else what an earlier run here has logged",
+        help="images per second and GPU of STAGE or METHOD/STAGE (default: as an earlier run here logged)",
     )  # fmt: skip
     return parser.parse_args(argv)
 
 
 class ListAction(argparse.Action):
-    """Prints what --methods, --only and --skip take."""
+    """Prints what --methods, --only and --skip accept."""
 
     def __init__(self, **kwargs):
         super().__init__(nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace, values, option_string=None) -> None:
-        """Print, and end the command."""
+        """Print, and exit."""
         from semaim.registry import variants  # takes seconds
         from semaim.results.stages import stage_names
 
@@ -79,7 +79,7 @@ class ListAction(argparse.Action):
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """`UserError` for a method or stage that is none."""
+    """`UserError` for an unknown method or stage."""
     from semaim.registry import variants
     from semaim.results.stages import stage_names
 
@@ -103,7 +103,7 @@ def lengths(words: list[str]) -> dict[str, int]:
 
 
 def roots(args: argparse.Namespace) -> dict[str, Path | None]:
-    """Folders of the images by kind; `UserError` for a flag of another scale, and for a folder that is not there."""
+    """Folders of the images by kind; `UserError` for a flag of another scale or a missing folder."""
     taken = {"quick": ("scenes",), "study": ("cifar", "coco", "ade"), "paper": ("imagenet", "coco", "ade")}[args.scale]
     given = {name: getattr(args, name) for name in ("scenes", "cifar", "imagenet", "coco", "ade")}
     for name, path in given.items():
@@ -118,7 +118,7 @@ def roots(args: argparse.Namespace) -> dict[str, Path | None]:
 
 
 def choose(stages: list[Stage], args: argparse.Namespace) -> list[Stage]:
-    """The stages asked for; `UserError` where one needs a pretraining that is neither there nor asked for."""
+    """The chosen stages; `UserError` if one needs a pretraining that neither exists nor is chosen."""
     from semaim.results.stages import stage_names
 
     names = {"scenes", *(args.only or stage_names())} - set(args.skip)

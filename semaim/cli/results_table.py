@@ -1,4 +1,4 @@
-"""Our results beside the published: tools/results_table.py work_dirs/ --format md (see --help)."""
+"""Our results next to published ones: tools/results_table.py work_dirs/ --format md (see --help)."""
 
 import argparse
 from pathlib import Path
@@ -10,14 +10,14 @@ from semaim.errors import UserError
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Print what the runs in some work folders measured, beside the published figures of the same tasks."
-        " Runs that differ by their seed alone are averaged. A difference is printed only where the files prove that"
-        " both were measured alike; every other row says why there is none.",
+        description="Print what the runs in some work folders measured, next to published figures of the same tasks."
+        " Runs that differ only in their seed are averaged. A difference is printed only if the files prove that both"
+        " were measured in the same way; every other row says why there is none.",
     )
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="searched for results.json, however deep")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="searched recursively for results.json")
     parser.add_argument("--format", choices=FORMATS, default="md", help="(%(default)s)")
-    parser.add_argument("--glance", action="store_true", help="Markdown of our own figures, a line an encoder")
-    parser.add_argument("--out", metavar="FILE", help="write there, in place of the terminal")
+    parser.add_argument("--glance", action="store_true", help="Markdown of our own figures, one line per encoder")
+    parser.add_argument("--out", metavar="FILE", help="write to a file (default: the terminal)")
     parser.add_argument("--no-published", action="store_true", help="our own figures only")
     return parser.parse_args(argv)
 

@@ -13,9 +13,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         prog=prog,
         description="Train once for every combination of learning rate and layer decay, one run after the other, each"
         " by the tools/train.py command that is printed, and tabulate what they reach: DIR/sweep.md, DIR/sweep.csv.",
-        epilog="Started again it skips the runs that have finished and goes on with the one that was cut; with further"
-        " rates it runs those, and the table has all. --iters and --epochs keep the shape of the schedule: warm-up and"
-        " milestones stay at their shares of the run, which is validated at its end.",
+        epilog="Started again, it skips finished runs and resumes the one that was interrupted; with further rates it"
+        " runs those, and the table has all. --iters and --epochs keep the shape of the schedule: warm-up and"
+        " milestones keep their shares of the run, which is validated at its end.",
     )
     parser.add_argument("config", help="config file of any stage with a base_lr that is validated")
     parser.add_argument("--lr", nargs="+", type=float, metavar="LR", help="values of base_lr (default: the config's)")
@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     length.add_argument("--iters", type=int, metavar="N", help="steps of each run: detection and segmentation")
     length.add_argument("--epochs", type=int, metavar="N", help="epochs of each run: fine-tuning and linear probing")
     parser.add_argument("--metric", metavar="NAME", help="metric that decides (default: mIoU, box mAP, or top1)")
-    parser.add_argument("--table", action="store_true", help="train nothing, tabulate what is there")
+    parser.add_argument("--table", action="store_true", help="train nothing, only print the table of existing runs")
     parser.add_argument("--work-dir", metavar="DIR", help="folder of the runs (default: work_dirs/CONFIG_sweep)")
     common = parser.add_argument_group("as for tools/train.py")
     add_flags(common, "--data-root", "--pretrained", "--gpus", "--cfg-options")

@@ -19,10 +19,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="FILE",
-        help="go on, with the run's own settings, from FILE or the work folder's newest",
+        help="continue, with the run's own settings, from FILE or the newest checkpoint in the work folder",
     )
     parser.add_argument(
-        "--override", action="store_true", help="with --resume: what is given here changes what the run had"
+        "--override", action="store_true", help="with --resume: options given here replace the run's own"
     )
     add_flags(parser, "--data-root", "--pretrained", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Look at every annotation and every image of a data set, and change nothing.",
-        epilog="Exit status: 0 nothing wrong (warnings allowed), 1 problems found, 2 nothing to look at.",
+        description="Check every annotation and every image of a data set; nothing is changed.",
+        epilog="Exit status: 0 nothing wrong (warnings allowed), 1 problems found, 2 nothing to check.",
     )
     commands = parser.add_subparsers(dest="layout", required=True)
     coco = commands.add_parser("coco", help="annotations/instances_{train,val}2017.json and {train,val}2017/")
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--most-ignored",
         type=float,
         metavar="SHARE",
-        help="of a split's pixels that may be unlabelled (any), from 0 to 1",
+        help="largest share of a split's pixels that may be unlabelled, from 0 to 1 (default: any)",
     )
     for command in (coco, ade):
         command.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads (%(default)s)")
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def verify(args: argparse.Namespace) -> list[Report]:
-    """Reports of all there is, each printed as soon as it is made."""
+    """Reports of everything found, each printed as soon as it is ready."""
     from semaim.data.findings import SPLITS
     from semaim.data.label_maps import verify_ade20k
     from semaim.data.verify import verify_coco
@@ -84,7 +84,7 @@ def verify(args: argparse.Namespace) -> list[Report]:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
-    # Pillow's remarks on EXIF and the like; what matters is in the report.
+    # Hide Pillow's warnings about EXIF and the like; what matters is in the report.
     warnings.filterwarnings("ignore", module="PIL")
     reports = verify(args)
     ok = not any(report.problems for report in reports)

@@ -1,4 +1,4 @@
-"""Look at a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
+"""Pictures of a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS = {
     "order": "similarity map, order and reconstruction of images",
     "attention": "the class token's attention on the patches, in the last block",
     "similarity": "similarity of the patches to the class token, which decides the centre, and to the centre",
-    "reconstruction": "what is predicted of the pixels; of MAE also what it sees",
+    "reconstruction": "the predicted pixels; for MAE also what it sees",
 }
 
 
@@ -28,10 +28,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         look = commands.add_parser(name, help=text, description=f"A picture of {text}.")
         look.add_argument("checkpoint", help="of a pretraining run, such as work_dirs/NAME/latest.pth")
         look.add_argument("images", nargs="+", help="image files, or folders of them")
-        look.add_argument("--across", action="store_true", help="a column for each image, in place of a row")
+        look.add_argument("--across", action="store_true", help="one column per image instead of one row")
         look.add_argument(
             "--import", nargs="+", metavar="MODULE", default=[], dest="modules",
-            help="modules that register the checkpoint's method, where it is your own",
+            help="modules that register the checkpoint's method, if it is your own",
         )  # fmt: skip
         if name == "order":
             look.add_argument(
@@ -40,8 +40,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     predictions = commands.add_parser(
         "predictions",
         help="objects or classes of validation images, annotated and predicted",
-        description="A picture of what a detector or segmentor finds in images of its validation set, beside what is"
-        " annotated there. For any other image, tools/predict.py.",
+        description="A picture of what a detector or segmentor finds in images of its validation set, next to the"
+        " annotations. For any other image, use tools/predict.py.",
     )
     predictions.add_argument("checkpoint", help="of a detector or segmentor, such as work_dirs/NAME/latest.pth")
     predictions.add_argument(
@@ -53,10 +53,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--score-thr", type=float, default=0.3, metavar="S", help="least score of an object (default: %(default)s)"
     )
     predictions.add_argument(
-        "--columns", type=int, default=1, metavar="N", help="so many images beside each other (default: %(default)s)"
+        "--columns", type=int, default=1, metavar="N", help="images per row (default: %(default)s)"
     )
     for command in (*(commands.choices[name] for name in LOOKS), predictions):
-        command.add_argument("--most", type=int, default=8, help="show at most so many images (default: %(default)s)")
+        command.add_argument("--most", type=int, default=8, help="largest number of images (default: %(default)s)")
         add_flags(command, "--cfg-options")
     curve = commands.add_parser("curve", help="loss and learning rate over the iterations")
     curve.add_argument("work_dir", help="work folder of a run")

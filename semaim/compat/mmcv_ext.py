@@ -104,7 +104,7 @@ def _kernel_dtype(values: Tensor) -> torch.dtype:
 
 
 def _check_rois(rois: Tensor, batch: int, spatial_scale: float, aligned: bool) -> None:
-    """Refuse boxes that only mmcv's CPU kernel refuses, and boxes for which both kernels read outside the memory."""
+    """Refuse boxes that only mmcv's CPU kernel refuses, and boxes for which both kernels read out of bounds."""
     start, end = (rois[:, 1:] * spatial_scale - 0.5).chunk(2, dim=1)
     if aligned and not (end - start >= 0).all():  # written so that NaN is refused, too
         raise RuntimeError("roi_align: boxes of negative or undefined size; x1 <= x2 and y1 <= y2 are needed")

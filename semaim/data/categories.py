@@ -1,7 +1,7 @@
 """The categories of a COCO annotation file against the classes of a config: the same, in one order, or a chosen subset.
 
 mmdet numbers classes by the order of the categories in the file, whatever the order in the config, and ignores names
-that only one of them has. With a file of other categories it silently trains and measures something else.
+that occur in only one of the two. With other categories in the file, it silently trains and measures something else.
 """
 
 from collections.abc import Sequence

@@ -101,6 +101,5 @@ def size_text(size: Iterable) -> str:
 
 
 def shortened(names: list[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
     """The first names of a list for a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

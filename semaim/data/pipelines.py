@@ -1,4 +1,4 @@
-"""Pipelines of transforms as configs write them, taken over from another config with some of their steps changed."""
+"""Transform pipelines of configs, reused from another config with some steps changed."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,12 +6,12 @@ from semaim.errors import UserError
 
 
 def changed(pipeline: Iterable[Mapping], **steps: Mapping | None) -> list[dict]:
-    """The steps of a pipeline, those of some types with other arguments, or left out.
+    """The steps of a pipeline, with the steps of some types changed or left out.
 
     Args:
         pipeline: dicts with a `type`.
-        steps: type of a step -> its arguments that differ, or None to leave it out; `UserError` for one that is not
-            there.
+        steps: type of a step -> the arguments that change, or None to leave it out; `UserError` if there is no such
+            step.
     """
     pipeline = [dict(step) for step in pipeline]
     if missing := steps.keys() - {step["type"] for step in pipeline}:

@@ -1,4 +1,4 @@
-"""The flags of `semaim.data.scenes`, apart from what draws: its help needs none of it."""
+"""The flags of `semaim.data.scenes`, separate from the drawing code, which `--help` does not need."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ LEVELS = ("easy", "normal")  #: names of `semaim.data.scene_drawing.LEVELS`
 
 
 def make_parser(prog: str | None) -> argparse.ArgumentParser:
-    """Flags by the names of the arguments of `write_scenes`."""
+    """Flags named like the arguments of `write_scenes`."""
     text = "Scenes of emoji objects with exact labels: the data set that needs no download."
     parser = argparse.ArgumentParser(prog=prog, description=text)
     parser.add_argument("directory", metavar="DIR", help="folder to make; must be absent, empty, or the same")

@@ -39,7 +39,7 @@ def _uncollected() -> Iterator[None]:
 
 @_uncollected()
 def read_json(path: StrPath) -> Any:
-    """The content of a JSON file, which nobody may change; `UserError` where it is none, FileNotFoundError without."""
+    """The content of a JSON file, not to be changed; `UserError` if it is not JSON, FileNotFoundError if absent."""
     try:
         return once(path, lambda it: json.loads(Path(it).read_bytes()), "json")
     except FileNotFoundError:

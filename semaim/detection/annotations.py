@@ -1,6 +1,6 @@
-"""COCO's annotations, which a data set, its metric and our own checks share while a run is prepared.
+"""COCO annotations, shared by a data set, its metric and our own checks while a run is prepared.
 
-The file of COCO's training images has 450 MB: to parse it takes longer than all other preparation together.
+COCO's training annotations have 450 MB: parsing them takes longer than all other preparation together.
 """
 
 from mmdet.datasets import CocoDataset
@@ -11,7 +11,7 @@ from semaim.data.verify import read_json
 
 
 class SharedCOCO(COCO):
-    """mmdet's, of a file that `semaim.reading.read_once` has read once. Each has an index of its own."""
+    """mmdet's `COCO`, on a file that is read only once inside `semaim.reading.read_once`. Each has its own index."""
 
     def __init__(self, annotation_file: str | None = None):
         super().__init__()
@@ -22,6 +22,6 @@ class SharedCOCO(COCO):
 
 
 def install() -> None:
-    """Have mmdet's data sets and metrics of COCO's format read by `SharedCOCO`."""
+    """Make mmdet's COCO data sets and metrics use `SharedCOCO`."""
     CocoDataset.COCOAPI = SharedCOCO
     coco_metric.COCO = SharedCOCO

@@ -17,7 +17,7 @@ from semaim.detection.heads import Boxes, ViTDetRoIHead, nonempty, with_objects
 class ViTDetCascade(ViTDetRoIHead):
     """Box heads that refine the boxes in sequence, each matched more strictly than the one before.
 
-    Proposals are sampled once, for the first stage; its refined boxes, all of them, are the input of the next stage.
+    Proposals are sampled once, for the first stage; all of its refined boxes are the input of the next stage.
     The losses of all stages have equal weights, and each stage passes 1 / stages of its gradient to the maps. Scores
     are the mean of the stages' softmaxes, boxes are the last stage's. The mask head is trained on the first stage's
     proposals and runs on the final boxes.

@@ -1,8 +1,8 @@
 """Box and mask heads with detectron2's initialisation.
 
-mmdet's differs in two layers. The box head's first linear layer is uniform in both; detectron2's range depends on its
-inputs alone. The mask head's last layer is normal, in mmdet with std 0.16 in place of 0.001, with which masks start
-undecided.
+mmdet's differs in two layers. The box head's first linear layer is uniform in both; detectron2's range depends only on
+the number of inputs. The mask head's last layer is normal with std 0.001, so that masks start undecided; in mmdet with
+std 0.16.
 
 Source: detectron2 at 02b5c4e, modeling/roi_heads/{box_head,mask_head}.py; fvcore's weight_init.
 """

@@ -1,9 +1,8 @@
-"""What a pretraining method shows of images, from tensors alone: columns for `panels.lay_out`.
+"""Columns of pictures for `panels.lay_out` that show what a pretraining method does, made from tensors alone.
 
-A method puts together the columns that show what it does. None of these functions knows a network: they take the
-images, uint8 (B, 3, H, W), and what the network made of them, on any device. A grid is (rows, columns) of patches, L
-their number; patches stand in image order, row by row. Predicted pixels are floats in [0, 1], (B, 3, H, W), as
-`encoder.predicted_pixels` gives them.
+None of these functions needs a network: they take the images, uint8 (B, 3, H, W), and the network's results, on any
+device. A grid is (rows, columns) of patches, L their number; patches are in image order, row by row. Predicted pixels
+are floats in [0, 1], (B, 3, H, W), as `encoder.predicted_pixels` returns them.
 """
 
 from torch import Tensor
@@ -11,17 +10,17 @@ from torch import Tensor
 from semaim.drawing.panels import Columns, image_panels, lit_image_panels, map_panels, order_panels
 from semaim.models.ordering import Grid, make_order
 
-COMPARED = ("raster", "stochastic", "similarity", "semantic")  #: orders that stand side by side, as in the paper
+COMPARED = ("raster", "stochastic", "similarity", "semantic")  #: orders drawn side by side, as in the paper
 
 
 def order_columns(
     images: Tensor, similarity: Tensor | None, order: Tensor, grid: Grid, rebuilt: Tensor | None = None
 ) -> Columns:
-    """Of a method that predicts patches in an order: image, similarity map, order, reconstruction.
+    """For a method that predicts patches in an order: image, similarity map, order, reconstruction.
 
     Args:
         images: uint8 (B, 3, H, W).
-        similarity: (B, L), what the order follows; None leaves the column out.
+        similarity: (B, L), from which the order is made; None leaves the column out.
         order: int64 (B, L), the patch predicted k-th.
         grid: (rows, columns) of patches.
         rebuilt: predicted pixels (B, 3, H, W) in [0, 1]; None leaves the column out.
@@ -38,7 +37,7 @@ def order_columns(
 def prediction_columns(
     images: Tensor, rebuilt: Tensor, order: Tensor | None = None, grid: Grid | None = None
 ) -> Columns:
-    """Of a method that predicts every patch: image, order where there is one, prediction.
+    """For a method that predicts every patch: image, order if given, prediction.
 
     Args:
         images: uint8 (B, 3, H, W).
@@ -54,10 +53,10 @@ def prediction_columns(
 
 
 def reconstruction_columns(images: Tensor, masked: Tensor, rebuilt: Tensor, grid: Grid) -> Columns:
-    """Of a method that predicts removed patches: image, what it sees, reconstruction.
+    """For a method that predicts removed patches: image, what it sees, reconstruction.
 
-    Removed patches are grey in what it sees, and predicted in the reconstruction. The others are those of the image in
-    both: no loss falls on them, so what is predicted there means nothing.
+    Removed patches are grey in what it sees, and predicted in the reconstruction. The others are copied from the image
+    in both: they have no loss, so predictions there mean nothing.
 
     Args:
         images: uint8 (B, 3, H, W).
@@ -76,7 +75,7 @@ def reconstruction_columns(images: Tensor, masked: Tensor, rebuilt: Tensor, grid
 
 
 def comparison_columns(images: Tensor, similarity: Tensor, grid: Grid, draw: Tensor) -> Columns:
-    """The orders `COMPARED` of the same images, the last two by one similarity map.
+    """The orders `COMPARED` of the same images; the last two use the same similarity map.
 
     Args:
         images: uint8 (B, 3, H, W).
@@ -89,7 +88,7 @@ def comparison_columns(images: Tensor, similarity: Tensor, grid: Grid, draw: Ten
 
 
 def attention_columns(images: Tensor, attention: Tensor, grid: Grid) -> Columns:
-    """Image, attention on its patches (B, L), and the image dark where that is low."""
+    """Image, attention on its patches (B, L), and the image darkened where that is low."""
     return {
         "image": image_panels(images),
         "attention": map_panels(attention, grid),
@@ -100,13 +99,13 @@ def attention_columns(images: Tensor, attention: Tensor, grid: Grid) -> Columns:
 def similarity_columns(
     images: Tensor, similarity: Tensor, to_centre: Tensor, centre: Tensor, grid: Grid, compared: str
 ) -> Columns:
-    """Image, the similarity map, similarity to the centre, and the image dark where the first is low.
+    """Image, similarity map, similarity to the centre, and the image darkened where the first map is low.
 
     Args:
         images: uint8 (B, 3, H, W).
-        similarity: (B, L), what orders follow.
+        similarity: (B, L), from which orders are made.
         to_centre: (B, L), similarity to the centre's token.
-        centre: int64 (B,), the patch of the highest similarity, which gets a cross.
+        centre: int64 (B,), the patch with the highest similarity, marked by a cross.
         grid: (rows, columns) of patches.
         compared: name of the first map's column.
     """

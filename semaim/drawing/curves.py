@@ -1,6 +1,6 @@
-"""Curves of a run: a picture of its training, and line charts of all of it for a page.
+"""Curves of a run: a picture of its training, and line charts of all logged values for an HTML page.
 
-A chart is the geometry of an SVG, which takes the colours of the page it stands in. The logged values are those that
+A chart is the geometry of an SVG, which takes its colours from the page. The logged values are those that
 `semaim.results.logs` reads.
 """
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that its letters stay readable there
+WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that the text stays readable there
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  #: margins
-POINTS = 400  #: more in a line are thinned out
+POINTS = 400  #: lines with more points are thinned out
 
 
 def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
     """Loss and learning rate over the iterations: 700 x 400 pixels.
 
     Args:
-        scalars: by rising `iter`, each with `loss` and `lr`, as `semaim.results.logs.read_scalars` gives them.
-        title: a line above.
+        scalars: by rising `iter`, each with `loss` and `lr`, as `semaim.results.logs.read_scalars` returns them.
+        title: text above the plot.
     """
-    from matplotlib.figure import Figure  # takes a second to import, and charts do without
+    from matplotlib.figure import Figure  # takes a second to import, and charts do not need it
 
     from semaim.drawing.panels import render
 
@@ -41,16 +41,16 @@ def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name with the last value, and points "x,y x,y ..." of the drawing."""
+    """One line: its name with the last value, and its points "x,y x,y ..." in the drawing."""
 
     name: str
     points: str
-    dots: tuple[tuple[float, float], ...]  #: where there are too few points for a line alone
+    dots: tuple[tuple[float, float], ...]  #: drawn when the points are too few for a line alone
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of `WIDTH` x `HEIGHT`: ticks are (place, text)."""
+    """A drawing of `WIDTH` x `HEIGHT`; ticks are (position, text)."""
 
     title: str
     below: str
@@ -60,7 +60,7 @@ class Chart:
 
 
 def make_chart(title: str, below: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
-    """A chart of name -> (x, y) by rising x; None where there is nothing to draw."""
+    """A chart of curves, name -> (x, y) by rising x; None if there is nothing to draw."""
     curves = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
@@ -103,11 +103,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def charts_of(lines: Sequence[dict], validated: Mapping[str, Mapping[str, str]]) -> list[Chart]:
-    """Loss, learning rate and validations.
+    """Charts of loss, learning rate and validations.
 
     Args:
         lines: of `semaim.results.logs.read_lines`.
-        validated: title of a chart -> name of a figure in the log -> words for its curve.
+        validated: title of a chart -> name of a figure in the log -> label of its curve.
     """
     training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
     charts = [
@@ -122,6 +122,6 @@ def charts_of(lines: Sequence[dict], validated: Mapping[str, Mapping[str, str]])
 
 
 def numbers(lines: Sequence[dict], x: str, y: str) -> list[tuple[float, float]]:
-    """(x, y) of the lines that have both, the last of each x."""
+    """(x, y) of the log lines that have both; for each x the last."""
     found = {line[x]: line[y] for line in lines if all(isinstance(line.get(key), int | float) for key in (x, y))}
     return sorted(found.items())

@@ -1,7 +1,7 @@
 """Pictures of what a pretraining network does with images: order, attention, similarity, reconstruction.
 
-A `Look` runs a network on images and gives columns; `draw_network` makes a picture of any look. The looks here ask a
-network only for what they show:
+A `Look` runs a network on images and returns columns; `draw_network` makes a picture of any look. A look requires of
+a network only what it shows:
 
 * all: `grid_of(size)`, and parameters on one device;
 * order, reconstruction: `network(images, draw)` with a `prediction` (B, L, width), and an `order` (B, L) or a `mask`
@@ -9,8 +9,7 @@ network only for what they show:
 * attention: `forward_with_attention(images)`;
 * comparison, similarity: `look(images)` -> tokens and similarity map, or else a `VisionTransformer`.
 
-So a new method is drawn by these looks if its output has such fields; with a picture of its own, it has a look of its
-own, made of `columns`:
+So these looks draw a new method if its output has such fields. For a custom picture, write a look from `columns`:
 
     def look_at_mine(network, images, draw, normaliser):
         seen = normaliser.normalise(images)
@@ -45,17 +44,17 @@ from semaim.models.ordering import Grid, similarity_map
 from semaim.models.targets import PixelTarget
 from semaim.models.vit import VisionTransformer, patchify, unpatchify
 
-SOURCES = {"cls": "the class token", "gap": "the mean patch"}  #: what a network's `similarity` compares patches with
+SOURCES = {"cls": "the class token", "gap": "the mean patch"}  #: what `network.similarity` compares patches with
 
 
 class Network(Protocol):
-    """An nn.Module as looks see it. Few networks have all of this: the list above says which look needs what."""
+    """An nn.Module that looks can draw. Few networks have all of this: the list above says which look needs what."""
 
     patch_size: tuple[int, int]
     target: PixelTarget
 
     def __call__(self, images: Tensor, draw: Tensor) -> Any:
-        """One step's output, any object with some of the fields of the list above."""
+        """One step's output: any object with some of the fields in the list above."""
 
     def grid_of(self, image_size: Sequence[int]) -> Grid:
         """(rows, columns) of patches of an image of (height, width) pixels."""
@@ -68,7 +67,7 @@ class Network(Protocol):
 
 
 class Normaliser(Protocol):
-    """The mean and standard deviation of a model's images."""
+    """Normalises images by a model's mean and standard deviation."""
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised floats."""
@@ -92,13 +91,13 @@ Look = Callable[[Network, Tensor, Tensor, Normaliser], Columns]
 
 
 def draw_network(model: Model, images: Tensor, title: str = "", across: bool = False, *, look: Look) -> Image.Image:
-    """A picture of what a network does with images, without gradient and the same every time.
+    """A picture of what a network does with images: deterministic, and without gradient.
 
     Args:
-        model: its network is in the mode it was when this returns.
+        model: its network's training or eval mode is restored.
         images: uint8 (B, 3, H, W), on any device.
-        title: a line above the panels.
-        across: a column for each image, in place of a row.
+        title: text above the panels.
+        across: one column per image instead of one row.
         look: what to show.
     """
     with inference(model) as (network, device):
@@ -110,14 +109,14 @@ def draw_network(model: Model, images: Tensor, title: str = "", across: bool = F
 
 @contextmanager
 def inference(model: Model) -> Iterator[tuple[Network, torch.device]]:
-    """The model's network in eval mode, without gradient and in the model's precision, and the device it is on."""
+    """The model's network in eval mode, without gradient and in the model's precision, and its device."""
     network = model.network
     device = next(network.parameters()).device
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
         with torch.no_grad(), model.autocast(device):
-            yield cast(Network, network), device  # nn.Module does not say what a network has besides
+            yield cast(Network, network), device  # nn.Module does not declare a network's further methods
     finally:
         for module in training:
             module.training = True
@@ -127,10 +126,10 @@ def inference(model: Model) -> Iterator[tuple[Network, torch.device]]:
 
 
 def look_at_order(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
-    """Image, similarity map where the order uses one, order, and with pixel targets the reconstruction.
+    """Image, similarity map if the order uses one, order, and with pixel targets the reconstruction.
 
-    Every patch is predicted from the true patches before it and given the true patch's mean and variance, as these
-    are normalised away. `UserError` where the network predicts in no order.
+    Every patch is predicted from the true patches before it. It is drawn with the true patch's mean and variance, which
+    normalised targets do not contain. `UserError` if the network does not predict in an order.
     """
     seen = normaliser.normalise(images)
     output = network(seen, draw)
@@ -143,7 +142,7 @@ def look_at_order(network: Network, images: Tensor, draw: Tensor, normaliser: No
 
 
 def look_at_comparison(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
-    """The orders `columns.COMPARED` of the same images, the last two by this network's similarity map."""
+    """The orders `columns.COMPARED` of the same images; the last two use this network's similarity map."""
     similarity = similarities(network, normaliser.normalise(images))[0]
     return comparison_columns(images, similarity, network.grid_of(images.shape[-2:]), draw)
 
@@ -155,7 +154,7 @@ def look_at_attention(network: Network, images: Tensor, draw: Tensor, normaliser
 
 
 def look_at_similarity(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
-    """Similarity of the patches to the class token, whose highest is the centre of the order, and to the centre."""
+    """Similarity of the patches to the class token, whose maximum is the centre of the order, and to the centre."""
     similarity, centre, to_centre = similarities(network, normaliser.normalise(images))
     source = getattr(network, "similarity", "cls")
     compared = f"similarity to\n{SOURCES[source]}" if source in SOURCES else "attention of\nthe class token"
@@ -164,9 +163,9 @@ def look_at_similarity(network: Network, images: Tensor, draw: Tensor, normalise
 
 
 def look_at_reconstruction(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
-    """The predicted pixels: of the removed patches where the network removes some, else of all, with their order.
+    """The predicted pixels: of the removed patches if the network removes some, else of all, with their order.
 
-    `UserError` where it does not predict pixels.
+    `UserError` if the network does not predict pixels.
     """
     if not predicts_pixels(network):
         raise UserError("this run predicts features, not pixels: there is nothing to rebuild")
@@ -178,7 +177,7 @@ def look_at_reconstruction(network: Network, images: Tensor, draw: Tensor, norma
     return prediction_columns(images, rebuilt, getattr(output, "order", None), grid)
 
 
-# Their pictures, (model, images, title, across) as for `draw_network`
+# Pictures of these looks, with the arguments of `draw_network`: (model, images, title, across)
 
 draw_orders = partial(draw_network, look=look_at_order)
 draw_comparison = partial(draw_network, look=look_at_comparison)
@@ -186,23 +185,23 @@ draw_attention = partial(draw_network, look=look_at_attention)
 draw_similarity = partial(draw_network, look=look_at_similarity)
 draw_reconstruction = partial(draw_network, look=look_at_reconstruction)
 
-#: By the name of the picture that a method is shown by.
+#: `Method.picture` -> the function that draws it.
 DRAWN = {"order": draw_orders, "reconstruction": draw_reconstruction}
 
 
-# What looks share
+# Helpers of looks
 
 
 def similarities(network: Network, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How alike patches are.
+    """Similarities of patches.
 
     Args:
-        network: its own `look` decides if it has one, else its class token as a plain encoder.
+        network: its own `look` is used if it has one, else the class token of a plain encoder.
         seen: normalised images (B, 3, H, W).
 
     Returns:
-        similarity: (B, L), to what orders compare patches with.
-        centre: int64 (B,), the patch where that is highest.
+        similarity: (B, L), from which orders are made.
+        centre: int64 (B,), the patch with the highest similarity.
         to_centre: (B, L), cosine similarity to the centre's token.
     """
     if hasattr(network, "look"):
@@ -217,7 +216,7 @@ def similarities(network: Network, seen: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def predicts_pixels(network: Network) -> bool:
-    """Whether its target is the pixels of patches, which can be drawn."""
+    """Whether its target is pixels, which can be drawn."""
     return hasattr(getattr(network, "target", None), "norm_pix")
 
 

@@ -1,4 +1,4 @@
-"""Objects and classes drawn on images: masks, boxes, labels, class maps, legends, and pictures beside one another."""
+"""Objects and classes drawn on images: masks, boxes, labels, class maps, legends, and pictures side by side."""
 
 import colorsys
 import math
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-Pair = tuple[Image.Image, Image.Image, str]  #: two pictures of one size, and a line about them
+Pair = tuple[Image.Image, Image.Image, str]  #: two pictures of the same size, and a caption
 
-READABLE = 480  #: pixels of the long side below which a picture is enlarged, as no text would fit on it
-FILL, MAP_FILL = 0.45, 0.6  #: opacity of masks and of class maps, which are read by colour alone
+READABLE = 480  #: pictures with a shorter long side, in pixels, are enlarged so that text fits on them
+FILL, MAP_FILL = 0.45, 0.6  #: opacity of masks, and of class maps, which have no outlines or labels
 
 
 class Instances(NamedTuple):
@@ -40,7 +40,7 @@ class Instances(NamedTuple):
         )
 
     def above(self, threshold: float) -> "Instances":
-        """Those that score at least `threshold`."""
+        """The objects with a score of at least `threshold`."""
         assert self.scores is not None, "annotated objects have no scores"
         kept = self.scores >= threshold
         masks = None if self.masks is None else self.masks[kept]
@@ -52,38 +52,38 @@ class Instances(NamedTuple):
 
 def colour_of(label: int) -> tuple[int, int, int]:
     """The colour of a class, the same in every picture."""
-    # Hues in steps of the golden ratio come near one another after 8, 13 and 21 labels: those differ in shade.
+    # Hues in steps of the golden ratio nearly repeat after 8, 13 and 21 labels: such labels get different shades.
     saturation, value = ((0.9, 1.0), (0.5, 1.0), (0.85, 0.6), (0.55, 0.8))[label // 8 % 4]
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def name_of(names: Sequence[str], label: int) -> str:
-    """A class's name, or its number where the names are too few."""
+    """A class's name, or its number if there are too few names."""
     return names[label] if label < len(names) else f"class {label}"
 
 
 @cache
 def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """A font, so many pixels high."""
-    # Comes with matplotlib, so it is everywhere, and knows Greek and Cyrillic, which Pillow's own does not.
+    """A font of `size` pixels."""
+    # It comes with matplotlib, so it is always there; unlike Pillow's default font it has Greek and Cyrillic.
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def text_size(size: tuple[int, int]) -> int:
-    """Pixels of text that reads well in a picture of (width, height)."""
+    """Text size in pixels that reads well in a picture of (width, height)."""
     return max(12, round(0.025 * math.sqrt(size[0] * size[1])))
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, its end cut where it is wider than `width` pixels."""
+    """The text, shortened at its end if it is wider than `width` pixels."""
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-2] + "…"
     return text
 
 
 def enlargement(size: tuple[int, int]) -> int:
-    """The whole number by which an image of (width, height) is enlarged for drawing."""
+    """The integer factor by which an image of (width, height) is enlarged for drawing."""
     return max(1, math.ceil(READABLE / max(size)))
 
 
@@ -134,7 +134,7 @@ def _paint_mask(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, 
 
 
 def _write_label(draw, size, box, text: str, label: int, taken: list) -> tuple[int, int, int, int]:
-    """Write a label at the corner of its box where it stays in the picture and hides least; the place it took."""
+    """Write a label at the corner of its box where it fits in the picture and hides least; returns its rectangle."""
     points = text_size(size)
     while points > 9 and font_of(points).getlength(text) > 0.9 * size[0]:
         points -= 1
@@ -163,11 +163,11 @@ def _write_label(draw, size, box, text: str, label: int, taken: list) -> tuple[i
 
 
 def draw_classes(image: Image.Image, classes: np.ndarray, count: int, scale: float | None = None) -> Image.Image:
-    """A copy of an RGB image, coloured by class; of `classes`, (H, W), what is not in 0..count - 1 stays plain."""
+    """A copy of an RGB image, coloured by `classes` (H, W); pixels of classes outside 0..count - 1 stay as they are."""
     scale = scale or enlargement(image.size)
     colours = np.array([colour_of(label) for label in range(count)], np.uint8).reshape(-1, 3)
     known = (classes >= 0) & (classes < count)
-    # Borders between classes in full colour, as neighbours may look alike when blended with the image.
+    # Borders between classes are opaque, as neighbours may look alike when blended with the image.
     border = np.zeros_like(known)
     border[:, 1:] |= classes[:, 1:] != classes[:, :-1]
     border[1:] |= classes[1:] != classes[:-1]
@@ -186,12 +186,12 @@ def shares_of(classes: np.ndarray, count: int) -> dict[int, float]:
 
 
 def percent(share: float) -> str:
-    """A share in whole percent."""
+    """A share as a whole percentage."""
     return f"{share:.0%}" if share >= 0.01 else "< 1%"
 
 
 def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[str]) -> Image.Image:
-    """The picture with the colours, names and shares of its classes to its right, in as many columns as they need."""
+    """The picture with a legend on its right: colours, names and shares of its classes, in columns as needed."""
     size = text_size(picture.size)
     font, row = font_of(size), round(1.6 * size)
     lines = [(colour_of(label), f"{name_of(names, label)}  {percent(share)}") for label, share in shares.items()]
@@ -214,7 +214,7 @@ def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[s
 
 
 def join_left_to_right(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures from left to right, on white."""
+    """Pictures joined from left to right, on white."""
     whole = Image.new(
         "RGB", (sum(picture.width for picture in pictures), max(picture.height for picture in pictures)), "white"
     )
@@ -226,7 +226,7 @@ def join_left_to_right(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw_pairs(pairs: Sequence[Pair], heads: tuple[str, str] = ("annotated", "predicted")) -> Image.Image:
-    """Pairs of pictures in rows under two heads, the line of each pair below it."""
+    """Pairs of pictures in rows under two headings, each pair's caption below it."""
     size = text_size((READABLE, READABLE))
     font, gap, line = font_of(size), size // 2, 2 * size
     width = max(left.width for left, _, _ in pairs)

@@ -1,4 +1,4 @@
-"""Panels in rows and columns: a row for each image, a column for each thing shown of it."""
+"""Panels in rows and columns: one row per image, one column per view of it."""
 
 import io
 from collections.abc import Callable
@@ -18,19 +18,19 @@ Columns = dict[str, list[Panel]]  #: name of a column -> its panels, one for eac
 
 
 def render(figure: Figure) -> Image.Image:
-    """A matplotlib figure as an RGB image, 100 pixels an inch."""
+    """A matplotlib figure as an RGB image, 100 pixels per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return Image.open(buffer).convert("RGB")
 
 
 def lay_out(columns: Columns, title: str = "", across: bool = False) -> Image.Image:
-    """Panels under the names of their columns, a row for each image.
+    """Panels under the names of their columns, one row per image.
 
     Args:
-        columns: all of the same number of panels.
-        title: a line above them.
-        across: turned: a column for each image, the names to the left of the rows.
+        columns: each with the same number of panels.
+        title: text above them.
+        across: transposed: one column per image, the names to the left of the rows.
     """
     side, rows, names = 1.6, len(next(iter(columns.values()))), len(columns)
     lines = max(name.count("\n") for name in columns)
@@ -69,7 +69,7 @@ def map_panels(values: Tensor, grid: Grid, colours: str = "viridis", marked: Ten
         values: (B, L), L = rows * columns of the grid.
         grid: (rows, columns).
         colours: a colour map of matplotlib's.
-        marked: int64 (B,), the patch of each image that gets a cross.
+        marked: int64 (B,), the patch of each image that is marked by a cross.
     """
 
     def draw(row: int, axis: Axes) -> None:
@@ -82,7 +82,7 @@ def map_panels(values: Tensor, grid: Grid, colours: str = "viridis", marked: Ten
 
 
 def lit_image_panels(images: Tensor, values: Tensor, grid: Grid) -> list[Panel]:
-    """Images uint8 (B, 3, H, W), dark where a number per patch (B, L) is low."""
+    """Images uint8 (B, 3, H, W), darkened where the values per patch (B, L) are low."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     light = ((values - low) / (high - low + 1e-12)).sqrt().view(-1, 1, *grid).float().cpu()
     light = F.interpolate(light, images.shape[-2:], mode="bilinear").clamp(0, 1)
@@ -90,5 +90,5 @@ def lit_image_panels(images: Tensor, values: Tensor, grid: Grid) -> list[Panel]:
 
 
 def order_panels(order: Tensor, grid: Grid) -> list[Panel]:
-    """Orders int64 (B, L), from the first patch (bright) to the last (dark), a cross on the first."""
+    """Orders int64 (B, L), from the first patch (bright) to the last (dark), with a cross on the first."""
     return map_panels(-order.argsort(dim=-1), grid, "magma", order[:, 0])

@@ -1,4 +1,4 @@
-"""The classes of a detector's config, and the categories of its annotation files: the same, or those it keeps."""
+"""Checks that a detector's classes are the categories of its annotation files, or a chosen subset of them."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from semaim.errors import UserError
 
 
 def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> type[Any]:
-    """The class of a type in a config; `UserError` where there is none."""
+    """The class that a config's `type` names; `UserError` if there is none."""
     with registry.switch_scope_and_registry(cfg.default_scope) as scoped:
         found = kind if isinstance(kind, type) else scoped.get(kind)
     if found is None:
@@ -25,12 +25,12 @@ def registered(cfg: Config, registry: Registry, kind: str | type, what: str) -> 
 
 
 def takes(kind: type, argument: str) -> bool:
-    """Whether a class, or one that it is derived from, has an argument of that name."""
+    """Whether a class or one of its base classes has an argument of that name."""
     return any(argument in inspect.signature(function).parameters for function in initialisers(kind))
 
 
 def reads_coco(kind: type) -> bool:
-    """Whether a data set reads COCO's annotation files as mmdet's `CocoDataset` does, of which LVIS's is one too."""
+    """Whether a data set reads COCO's annotation files as mmdet's `CocoDataset` does; LVIS's class does, too."""
     reader = next((base for base in kind.__mro__ if "load_data_list" in vars(base)), object)
     return "COCOAPI" in vars(reader)
 
@@ -42,7 +42,7 @@ def classes_of(cfg: Config, split: str) -> list[str]:
 
 
 def heads_of(cfg: Config) -> list[dict]:
-    """The parts of a detector's config that predict a class."""
+    """The heads in a detector's config that predict classes."""
     parts = cfg.model, cfg.model.get("roi_head") or {}
     heads = [part.get(name) for part in parts for name in ("bbox_head", "mask_head")]
     heads = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
@@ -55,7 +55,7 @@ def keep_classes(cfg: Config) -> None:
     for split in ("train_dataset", "val_dataset"):
         if not reads_coco(registered(cfg, DATASETS, cfg[split].type, split)):
             raise UserError(f"keep_classes: it is for COCO's files, {split} is a {cfg[split].type}")
-        # A command line loses the blanks in names.
+        # On the command line names are given without spaces.
         known = {name.replace(" ", ""): name for name in classes_of(cfg, split)}
         kept = tuple(known.get(name.replace(" ", ""), name) for name in asked)
         cfg[split].metainfo = {**cfg[split].get("metainfo", {}), "classes": kept}
@@ -64,7 +64,7 @@ def keep_classes(cfg: Config) -> None:
 
 
 def check_classes(cfg: Config, split: str) -> None:
-    """`UserError` where a COCO file's categories, the split's classes and the model's heads differ."""
+    """`UserError` if a COCO file's categories, the split's classes and the model's heads differ."""
     found = read_categories(cfg, split)
     if found is None:
         return
@@ -77,7 +77,7 @@ def check_classes(cfg: Config, split: str) -> None:
 
 
 def read_categories(cfg: Config, split: str) -> Categories | None:
-    """The categories of a split's annotation file, which is checked; None for other data sets than COCO's."""
+    """The categories of a split's annotation file, which is checked; None if the data set is not COCO's."""
     data = cfg[split]
     if not reads_coco(registered(cfg, DATASETS, data.type, split)):
         return None
@@ -86,7 +86,7 @@ def read_categories(cfg: Config, split: str) -> Categories | None:
 
 
 def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
-    """What `keep_classes` leaves out of the splits, for results.json and the log of the main process."""
+    """What `keep_classes` leaves out of the splits, for results.json and the main process's log."""
     if not cfg.get("keep_classes") or not is_main_process():
         return {}
     found = ((split, read_categories(cfg, split)) for split in splits)  # COCO's, as `keep_classes` takes no others
@@ -94,7 +94,7 @@ def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
 
 
 def left_out_lines(counts: Mapping[str, dict]) -> list[str]:
-    """Lines of the log for `left_out`."""
+    """Log lines for `left_out`."""
     return [
         f"keep_classes leaves out of {split}: {part['categories']} of {part['of_categories']} categories,"
         f" {part['annotations']:,} of {part['of_annotations']:,} annotations; {part['images']:,} images have no others"

@@ -36,8 +36,8 @@ class Classification(NetworkModel):
     Args:
         network: config of the `Classifier`.
         precision, compile: as for `NetworkModel`.
-        mixup, cutmix: parameter of the beta distributions of timm's Mixup, each used in half of the batches where
-            both are above 0.
+        mixup, cutmix: parameters of the beta distributions of timm's Mixup; if both are above 0, each is used in half
+            of the batches.
         label_smoothing: share of the target that all classes divide equally.
     """
 
@@ -59,7 +59,7 @@ class Classification(NetworkModel):
         self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=classes) if mixes else None
 
     def describe(self) -> str:
-        """What is trained, in a line."""
+        """What is trained, in one line."""
         network = self.network
         what = "linear probe of the frozen encoder" if network.probe else "all layers"
         pooled = "class token" if network.pool == "cls" else "mean of the patches"
@@ -71,13 +71,13 @@ class Classification(NetworkModel):
         """Images (B, 3, H, W), normalised, and labels (B,).
 
         Returns:
-            In mode "loss" a dict of the scalar training loss; else one dict of tensors for the whole batch in a list:
-            cross-entropy, and whether the label is the best, or among the best five, of the classes.
+            In mode "loss" a dict with the scalar training loss. Else a list of one dict of tensors for the whole batch:
+            cross-entropy, and whether the label is the top class or among the top five.
         """
         if mode == "loss":
             if self.mixup:
                 image, target = self.mixup(image, label)
-                smoothing = 0.0  # it is in the mixed targets
+                smoothing = 0.0  # the mixed targets already include it
             else:
                 target, smoothing = label, self.label_smoothing
             with self.autocast(image.device):
@@ -99,13 +99,13 @@ class Classification(NetworkModel):
 class ClassAccuracy(BaseMetric):
     """Top-1 and top-5 accuracy in percent and mean cross-entropy; every image counts once, on any number of processes.
 
-    The loader of each process has its own share of the images, without repetition, so sums are all there is to collect.
+    Each process's loader has its own share of the images, without repetition, so only sums are collected.
     """
 
     default_prefix = ""
 
     def process(self, data_batch: dict, data_samples: list[dict[str, Tensor]]) -> None:
-        """Add up a batch."""
+        """Add a batch to the sums."""
         for sample in data_samples:
             sums = [sample[name].double().sum() for name in ("loss", "top1", "top5")]
             self.results.append(torch.stack([*sums, sums[0].new_tensor(len(sample["loss"]))]))
@@ -116,7 +116,7 @@ class ClassAccuracy(BaseMetric):
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """The metrics over all processes; `size` is the number of images, all of which have to be there."""
+        """The metrics over all processes; `size` is the number of images, all of which must have been evaluated."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sums = sum(self.results, torch.zeros(4, dtype=torch.float64, device=device))
         if get_world_size() > 1:

@@ -19,10 +19,10 @@ CONFIGS = config_folder("semaim/configs")
 KEYS = {
     "task": "what is trained or measured; a file in semaim/tasks",
     "custom_imports": "modules that register tasks, methods and types of your own, as in mmengine",
-    "default_scope": "where types are looked up: semaim, mmdet or mmseg, as the task says",
+    "default_scope": "where types are looked up: semaim, mmdet or mmseg, as the task requires",
     "model": "what is trained",
     "total_batch_size": "images per optimizer step, over all processes",
-    "images_per_gpu": "at most so many images per process and pass; accumulation makes up the rest",
+    "images_per_gpu": "most images per process and pass; accumulation makes up the rest",
     "num_workers": "data loading processes per training process",
     "base_lr": "learning rate per 256 images",
     "optim_wrapper": "optimizer and gradient clipping",
@@ -36,11 +36,11 @@ KEYS = {
     "seed": "random seed",
     "fsdp": "divide weights, gradients and optimizer state among the processes",
     "work_dir": "where the run writes",
-    "cfg_options": "the changes of the command line, as results.json keeps them",
-    "statistics_from": "where the images' mean and standard deviation came from, as results.json keeps it",
-    "origin": "where weights and code came from, as results.json keeps it",
-    "allow_partial": "load what fits of an encoder that is another network, as --allow-partial says",
-    "overrides": "what --override has changed of a resumed run, old and new, as results.json keeps it",
+    "cfg_options": "changes made on the command line, as recorded in results.json",
+    "statistics_from": "where the images' mean and standard deviation came from, as recorded in results.json",
+    "origin": "where weights and code came from, as recorded in results.json",
+    "allow_partial": "load what fits of an encoder that is a different network, as with --allow-partial",
+    "overrides": "what --override has changed in a resumed run, old and new, as recorded in results.json",
 }
 
 
@@ -53,16 +53,16 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
     Args:
         path: of the file.
         options: dotted path -> value.
-        check: look at the keys; without, mmdet and mmseg need not be imported.
+        check: check the keys; otherwise mmdet and mmseg need not be imported.
 
-    The modules of a config's `custom_imports` are imported: they are the user's, as the config is.
+    The modules in a config's `custom_imports` are imported: they are trusted like the config itself.
     """
     path = find_config(Path(path))
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:  # a config is Python: anything can go wrong in it
+    except Exception as error:  # a config is Python code and may raise anything
         raise UserError(f"cannot read config {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    for key in [key for key in cfg if key.startswith("_")]:  # what files of _base_ lend to others
+    for key in [key for key in cfg if key.startswith("_")]:  # variables that _base_ files share with others
         cfg.pop(key)
     options = options or {}
     if check:
@@ -75,12 +75,12 @@ def load_config(path: str | os.PathLike, options: dict | None = None, check: boo
         check_task(cfg, path)
         check_keys(cfg, types)
     cfg.cfg_options = {**cfg.get("cfg_options", {}), **options}
-    of_config(cfg)  # raises for what are no statistics
+    of_config(cfg)  # raises for invalid statistics
     return cfg
 
 
 def find_config(path: Path) -> Path:
-    """The file, or the suite's own of this name; `UserError` names the nearest of what is there."""
+    """The file, or the suite's own config of this name; `UserError` names the nearest existing ones."""
     if path.is_file():
         return path
     ours = own_configs()
@@ -103,14 +103,14 @@ def merge(cfg: Config, options: dict) -> None:
 
 
 def check_task(cfg: Config, path: Path) -> None:
-    """`UserError` where a config names no task, or the scope of another."""
+    """`UserError` if a config names no task, or another task's scope."""
     task = task_named(cfg.get("task"), f"{path}: task")
     if cfg.get("default_scope") != task.scope:
         raise UserError(f"{path} has default_scope {cfg.get('default_scope')!r}: task {task.name!r} has {task.scope!r}")
 
 
 def data_roots(cfg: Config, root: str) -> dict[str, str]:
-    """What --data-root sets, as options."""
+    """What --data-root sets, in the form of --cfg-options."""
     return dict.fromkeys(task_for(cfg).roots, root)
 
 
@@ -125,7 +125,7 @@ def set_data_root(cfg: Config, root: str) -> None:
 
 
 def types_of(cfg: Config) -> Types | None:
-    """What the types of a config name; None where its task's package is missing, which is said later."""
+    """The types that a config may name; None if its task's package is missing, which is reported later."""
     task = task_for(cfg)
     importlib.import_module("semaim.methods")
     try:
@@ -136,13 +136,13 @@ def types_of(cfg: Config) -> Types | None:
 
 
 def top_keys(cfg: Config) -> dict[str, str]:
-    """The keys that may stand at a config's top, and what they are."""
+    """The keys allowed at a config's top level, and their meanings."""
     task = task_of(cfg)
     return KEYS | dict(task.keys if task else {})
 
 
 def check_keys(cfg: Config, types: Types | None) -> None:
-    """`UserError` for a key, a type, or an argument of a type that does not exist, and for an impossible number."""
+    """`UserError` for an unknown key, type or argument of a type, and for an impossible number."""
     known = top_keys(cfg)
     for key in cfg:
         if key not in known:

@@ -1,4 +1,4 @@
-"""Which keys a config may have: the arguments of its types, and of free dicts what the code that reads them knows."""
+"""Which keys a config may have: arguments of its types, and in dicts without a type the keys that are read."""
 
 import importlib
 import importlib.util
@@ -15,19 +15,19 @@ from torch import nn
 from semaim.errors import UserError, close, nearest
 from semaim.registry import SCOPE, TASKS, Method
 
-Built = Callable[..., Any]  #: what a `type` names: a class, or a function that builds
+Built = Callable[..., Any]  #: what a `type` names: a class or a builder function
 
-#: Keys beside a `type` that its builder takes, not the class itself: of optimizers, hooks, norms, deconvolutions,
-#: initialisations, and of the suppression of boxes.
+#: Keys next to a `type` that its builder takes, not the class itself: of optimizers, hooks, norms, deconvolutions,
+#: initialisations and NMS.
 BUILDER_KEYS = {
     "type", "constructor", "paramwise_cfg", "priority", "requires_grad", "scale_factor", "override", "class_agnostic",
     "split_thr",
 }  # fmt: skip
 
-#: Keys whose content is another library's, or names of the user's own.
+#: Keys whose content belongs to another library, or has user-defined names.
 FOREIGN = {"override", "backend_args", "file_client_args", "init_kwargs", "origin", "cfg_options", "overrides"}
 
-#: Free dicts by their key: what is read of them.
+#: Free dicts (those without a type): key -> the keys that are read.
 FREE = {
     "clip_grad": {"type", "max_norm", "norm_type", "clip_value", "error_if_nonfinite", "foreach"},
     "filter_cfg": {"filter_empty_gt", "min_size", "bbox_min_size"},
@@ -37,7 +37,7 @@ FREE = {
 
 _PROPOSALS = {"nms_pre", "max_per_img", "nms", "min_bbox_size"}
 _TRAINED = {"assigner", "sampler", "pos_weight", "debug"}
-#: What mmdet 3.3's two-stage detectors and mmseg 1.2's segmentors read of a model's train_cfg and test_cfg.
+#: What mmdet 3.3's two-stage detectors and mmseg 1.2's segmentors read from a model's train_cfg and test_cfg.
 DETECTOR = {
     "model.train_cfg": {"rpn", "rpn_proposal", "rcnn"},
     "model.train_cfg.rpn": {*_TRAINED, "allowed_border"},
@@ -60,7 +60,7 @@ SEGMENTOR = {
     },
 }  # fmt: skip
 
-#: Numbers that must be whole, by their path, and the least they may be.
+#: Settings that must be integers: path -> least value.
 WHOLE = {
     "total_batch_size": 1,
     "images_per_gpu": 1,
@@ -75,14 +75,14 @@ WHOLE = {
     "default_hooks.logger.interval": 1,
 }
 
-#: Keys that a run sets itself, and what to set in their place.
-FOLLOWING = {
-    "optim_wrapper.optimizer.lr": "base_lr, the rate of a batch of a base size,",
+#: Keys that a run sets itself -> what to set instead.
+SET_BY_RUN = {
+    "optim_wrapper.optimizer.lr": "base_lr, the rate for the base batch size,",
     "optim_wrapper.accumulative_counts": "images_per_gpu",
 }
 
-#: What names that others use, or that configs of another kind have, are here.
-MEANT = {
+#: Names used elsewhere, or in configs of another kind -> their names here.
+ALIASES = {
     "lr": "base_lr",
     "batch_size": "total_batch_size",
     "epochs": "max_epochs",
@@ -91,16 +91,16 @@ MEANT = {
     "max_epochs": "max_iters",
 }
 
-#: Keys that there were once, as patterns of whole paths, and what says it now.
-FORMER = {
+#: Removed keys, as patterns of whole paths -> what replaces them.
+REMOVED = {
     r"param_scheduler\.warmup_epochs": "param_scheduler.warmup, a share of the run: 0.05 for 40 of 800 epochs",
     r"param_scheduler\.\d+(\..*)?": "param_scheduler, one dict whose warmup and milestones are shares of the run",
 }
 
-#: Arguments of the grouping of parameters that come from the model and the optimizer.
+#: Arguments of `group_parameters` that come from the model and the optimizer.
 OF_THE_MODEL = {"model", "parameters", "lr", "weight_decay", "depth_of", "norms"}
 
-#: What writers of scalars import when the first is written.
+#: Packages that writers of scalars import when they write first.
 PACKAGES = {
     "WandbVisBackend": "wandb",
     "MLflowVisBackend": "mlflow",
@@ -112,10 +112,10 @@ PACKAGES = {
 
 
 class Types:
-    """What the types of a scope's configs name: a class or function by its name, and its arguments.
+    """Looks up the types in a scope's configs: the class or function of a name, and its arguments.
 
     Args:
-        scope: the package whose registries lie above mmengine's; what is to be known has been imported.
+        scope: the package whose registries are searched before mmengine's; its modules must have been imported.
     """
 
     def __init__(self, scope: str = SCOPE):
@@ -126,18 +126,18 @@ class Types:
         self.registries = sorted(registries, key=lambda registry: registry.scope != scope)  # its own come first
 
     def names(self) -> set[str]:
-        """All that can be named."""
+        """All names of types."""
         return {name for registry in self.registries for name in registry.module_dict}
 
     def find(self, name: str | Built | None) -> Built | None:
         """The class or function that a `type` names, or None."""
         if not isinstance(name, str):
-            return name  # a config in Python may name the class itself
+            return name  # a Python config may contain the class itself
         name = name.removeprefix(f"{self.scope}.")
         for registry in self.registries:
             if name in registry.module_dict:
                 return registry.module_dict[name]
-        if self.scope != SCOPE:  # operators are named beside the registries: RoIAlign, nms
+        if self.scope != SCOPE:  # operators such as RoIAlign and nms are in no registry
             found = getattr(importlib.import_module("mmcv.ops"), name, None)
             if found is None and not self.located:
                 self.located = True
@@ -148,12 +148,12 @@ class Types:
         return None
 
     def arguments(self, node: Mapping) -> set[str] | None:
-        """Names of the keys that a dict with a `type` may have; None where any."""
+        """Names of the keys that a dict with a `type` may have; None if any."""
         built = self.find(node["type"])
         if built is None:
             return None
         known, closed = arguments(built)
-        if not closed:  # what is left goes on to a type that another argument names, as RandomResize's to Resize
+        if not closed:  # further arguments go to the type that another argument names, as RandomResize's to Resize
             defaults = {name: p.default for name, p in inspect.signature(built_by(built)).parameters.items()}
             others = [self.find(node.get(name, value)) for name, value in defaults.items() if isinstance(value, str)]
             passed = [arguments(other)[0] for other in others if other is not None]
@@ -164,20 +164,20 @@ class Types:
 
 
 def initialisers(kind: type) -> list[Built]:
-    """The `__init__` of a class and of all that it is derived from."""
-    # Any: mypy lets nobody look at the `__init__` of a class that it does not know, as a call of it may be wrong.
+    """The `__init__` of a class and of all its base classes."""
+    # Any: mypy rejects access to `__init__` of an arbitrary class as unsafe.
     bases: tuple[Any, ...] = inspect.getmro(kind)
     return [base.__init__ for base in bases if base is not object]
 
 
 def arguments(built: Built) -> tuple[set[str], bool]:
-    """Names of the arguments a class or builder takes, base classes included, and whether these are all."""
+    """Names of the arguments that a class or builder takes, with base classes, and whether the list is complete."""
     names: set[str] = set()
     built = built_by(built)
     pending = initialisers(built) if inspect.isclass(built) else [built]
     for function in pending:
         if function is nn.Module.__init__:
-            break  # has **kwargs, to refuse them
+            break  # it takes **kwargs only to refuse them
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:
@@ -196,17 +196,17 @@ def arguments(built: Built) -> tuple[set[str], bool]:
 
 
 def built_by(built: Built) -> Built:
-    """A class or builder itself; of a pretraining method its network, whose arguments a config gives."""
+    """The class or builder itself; for a pretraining method its network, whose arguments the config gives."""
     return built.network if inspect.isclass(built) and issubclass(built, Method) and built.network else built
 
 
 def check_tree(cfg: Config, types: Types) -> None:
-    """`UserError` for a type, an argument of a type, or a key of a free dict that does not exist."""
+    """`UserError` for an unknown type, argument of a type, or key of a free dict."""
     _check(cfg.to_dict(), "", types, free_dicts(cfg, types))
 
 
 def free_dicts(cfg: Mapping, types: Types) -> dict[str, set[str]]:
-    """Path of a dict without a type -> keys that are read of it, for the model that the config describes."""
+    """Path of a dict without a type -> the keys that are read, for the model that the config describes."""
     found: dict[str, set[str]] = {}
     model = cfg.get("model")
     known = types.arguments(model) if isinstance(model, Mapping) and "type" in model else None
@@ -222,10 +222,10 @@ def free_dicts(cfg: Mapping, types: Types) -> dict[str, set[str]]:
 
 
 def known_keys(node: Mapping, path: str, types: Types, free: Mapping[str, set[str]]) -> set[str] | None:
-    """Keys that the dict at a path may have; None where any."""
+    """Keys that the dict at a path may have; None if any."""
     if "type" in node and path.rpartition(".")[2] not in FREE:
         return types.arguments(node)
-    table = re.sub(r"(\.\d+)+$", "", path)  # of a cascade, one of a list
+    table = re.sub(r"(\.\d+)+$", "", path)  # a cascade has a list of them
     if table in free:
         return free[table]
     return FREE.get(path.rpartition(".")[2])
@@ -242,7 +242,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
     known = known_keys(node, path, types, free) if path else None
     for key, item in node.items():
         if known is not None and key not in known:
-            _refuse_former(f"{path}.{key}")
+            _refuse_removed(f"{path}.{key}")
             raise UserError(f"unknown config key {path}.{key}: {nearest(str(key), known - BUILDER_KEYS)}")
         if key not in FOREIGN:
             _check(item, f"{path}.{key}" if path else str(key), types, free)
@@ -250,7 +250,7 @@ def _check(node: object, path: str, types: Types, free: Mapping[str, set[str]]) 
 
 def _check_type(name: str | Built, path: str, types: Types) -> None:
     built = types.find(name)
-    if built is None and not (isinstance(name, str) and "." in name):  # of another package: it will say
+    if built is None and not (isinstance(name, str) and "." in name):  # another package reports it itself
         near = close(str(name), types.names(), cutoff=0.8 if types.scope != SCOPE else 0.5)
         if near or types.scope == SCOPE:
             raise UserError(f"unknown type {name!r} in {path}: {nearest(str(name), near or types.names())}")
@@ -261,19 +261,19 @@ def _check_type(name: str | Built, path: str, types: Types) -> None:
 
 
 def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str], types: Types | None) -> None:
-    """`UserError` for an option, KEY=VALUE, whose key the config does not know or whose value is of another kind.
+    """`UserError` for an option KEY=VALUE with an unknown key or a value of the wrong kind.
 
     Args:
         cfg: before the options are merged.
         options: dotted path -> value.
-        top: the keys that may stand at its top.
-        types: of its scope; None where they cannot be looked at.
+        top: the keys allowed at its top level.
+        types: of its scope; None if they cannot be looked up.
     """
     tree = cfg.to_dict()
     free = free_dicts(tree, types) if types else {}
     for path, value in options.items():
-        if path in FOLLOWING:
-            raise UserError(f"--cfg-options {path}: the run sets it: set {FOLLOWING[path]} in its place")
+        if path in SET_BY_RUN:
+            raise UserError(f"--cfg-options {path}: the run sets it: set {SET_BY_RUN[path]} in its place")
         node, at, parts = tree, "", path.split(".")
         for part in parts:
             known = set(top) - FOREIGN if not at else None
@@ -290,7 +290,7 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 if known is None and "type" not in node:
                     known = set(node)
             if part not in node and known is not None and part not in known:
-                _refuse_former(path)
+                _refuse_removed(path)
                 hint = _hint(path, part, at, known - BUILDER_KEYS, tree, types)
                 raise UserError(f"unknown config key {path}: {hint}")
             if part not in node:
@@ -301,15 +301,15 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
             _check_kind(path, value, node)
 
 
-def _refuse_former(path: str) -> None:
-    """`UserError` for a key that there was once."""
-    for pattern, now in FORMER.items():
+def _refuse_removed(path: str) -> None:
+    """`UserError` for a removed key."""
+    for pattern, now in REMOVED.items():
         if re.fullmatch(pattern, path):
             raise UserError(f"unknown config key {path}: there is no such key any more: set {now}")
 
 
 def _places(node: object, types: Types | None, path: str = "") -> Iterator[str]:
-    """Paths of all keys that are there, and of the arguments that could be."""
+    """Paths of all existing keys, and of the arguments that could be given."""
     if isinstance(node, list | tuple):
         for index, item in enumerate(node):
             yield from _places(item, types, f"{path}.{index}")
@@ -324,7 +324,7 @@ def _places(node: object, types: Types | None, path: str = "") -> Iterator[str]:
 
 
 def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Types | None) -> str:
-    """The nearest key: one beside it or, where the path went wrong above its end, the same or a like one elsewhere."""
+    """The nearest key: a sibling or, if the path went wrong higher up, the same or a similar key elsewhere."""
     leaf, top = path.rpartition(".")[2], path.partition(".")[0]
     if at and path == f"{at}.{part}" and close(part, known):
         return nearest(part, known)
@@ -337,7 +337,7 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
         found = [place for place in places if place.rpartition(".")[2] in names]
         return sorted(found, key=lambda place: (place.count("."), place))[:3]
 
-    found = named([leaf], there) or named([MEANT.get(leaf, leaf)], there) or named([leaf], possible)
+    found = named([leaf], there) or named([ALIASES.get(leaf, leaf)], there) or named([leaf], possible)
     if not found and not close(part, known, cutoff=0.75):
         names = {place.rpartition(".")[2] for place in there}
         found = named(close(leaf, names, cutoff=0.63)[:1], there)
@@ -345,7 +345,7 @@ def _hint(path: str, part: str, at: str, known: set[str], tree: dict, types: Typ
 
 
 def _default(node: Mapping, name: str, types: Types | None) -> object:
-    """What an argument of a type is where it is not given."""
+    """The default of an argument of a type."""
     named = types.find(node["type"]) if types and "type" in node else None
     built = built_by(named) if named is not None else None
     for function in initialisers(built) if inspect.isclass(built) else ():
@@ -358,8 +358,8 @@ def _default(node: Mapping, name: str, types: Types | None) -> object:
 
 
 def _check_kind(path: str, value: object, had: object) -> None:
-    """`UserError` for text where a number, or True or False, has been, and for a value where keys have been."""
-    deeper = type(None) if "." in path else Mapping  # a part of a part may be left out by None
+    """`UserError` for text in place of a number or a bool, and for a value in place of a dict."""
+    deeper = type(None) if "." in path else Mapping  # a nested dict may be switched off by None
     if isinstance(had, Mapping) and had and not isinstance(value, Mapping | list | tuple | deeper):
         raise UserError(f"--cfg-options {path}={value}: {path} has keys: set {path}.{next(iter(had))} or another")
     if isinstance(had, list | tuple) and any(isinstance(part, Mapping) for part in had) and isinstance(value, str):
@@ -370,7 +370,7 @@ def _check_kind(path: str, value: object, had: object) -> None:
 
 
 def check_numbers(cfg: Config) -> None:
-    """`UserError` for a number that no run can have, such as a batch of 0 images."""
+    """`UserError` for an impossible number, such as a batch of 0 images."""
     for path, least in WHOLE.items():
         *above, last = path.split(".")
         holder = cfg

@@ -1,4 +1,4 @@
-"""What detectors and segmentors share: mmdet's and mmseg's models and data, built so that runs resume exactly."""
+"""Shared by detectors and segmentors: mmdet's and mmseg's models and data, built so that runs resume exactly."""
 
 import copy
 import importlib
@@ -42,7 +42,7 @@ class BFloat16OptimWrapper(DeferredOptimWrapper):
 
 
 class DenseImages(Dataset):
-    """A data set that names the file it cannot read or prepare, as a `UserError`."""
+    """A data set that raises a `UserError` naming the file that it cannot read or prepare."""
 
     def __init__(self, dataset: BaseDataset):
         self.dataset, self.metainfo = dataset, dataset.metainfo
@@ -52,7 +52,7 @@ class DenseImages(Dataset):
         return len(self.dataset)
 
     def load(self, index: int) -> dict:
-        """An image of the data set, prepared."""
+        """An image of the data set after its pipeline."""
         info = self.dataset.get_data_info(index)
         files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
         try:
@@ -63,20 +63,20 @@ class DenseImages(Dataset):
             raise
         except Exception as error:  # the transforms raise many types
             for path in files:
-                load_image(path)  # says what is wrong with a broken one
+                load_image(path)  # reports what is wrong with a broken file
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"cannot prepare image {files[0] if files else index}: {reason}") from None
 
 
 class NamedImages(DenseImages):
-    """Takes samples as the data set gives them, by their index."""
+    """The samples of a data set by index, unchanged."""
 
     def __getitem__(self, index: int) -> dict:
         return self.load(index)
 
 
 class SeededImages(DenseImages):
-    """Makes every random sample of a data set a function of (seed, epoch, index), which it is asked for by."""
+    """The samples of a data set by (epoch, index), with randomness that depends on (seed, epoch, index) alone."""
 
     def __init__(self, dataset: BaseDataset, seed: int):
         super().__init__(dataset)
@@ -89,19 +89,19 @@ class SeededImages(DenseImages):
 
 
 def is_dense(cfg: Config) -> bool:
-    """Whether a config is of a task on mmdet's or mmseg's models."""
+    """Whether a config's task uses mmdet's or mmseg's models."""
     task = task_of(cfg)
     return task is not None and task.scope != SCOPE
 
 
 def check_dense(cfg: Config) -> None:
-    """`UserError` for a config of another kind of task."""
+    """`UserError` unless the config's task uses mmdet's or mmseg's models."""
     if not is_dense(cfg):
         raise UserError(f"{cfg.filename} is no detector's or segmentor's config")
 
 
 def enter(cfg: Config) -> None:
-    """Register what configs of the task name, and keep the chosen classes; `UserError` where packages are missing."""
+    """Register the types of the task's configs and apply `keep_classes`; `UserError` if packages are missing."""
     task = task_for(cfg)
     try:
         importlib.import_module(task.package or "semaim.tasks")
@@ -109,15 +109,15 @@ def enter(cfg: Config) -> None:
         raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
-        warnings.filterwarnings("ignore", message=message)  # of mmseg to its own developers
+        warnings.filterwarnings("ignore", message=message)  # for mmseg's own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)
 
 
 def check_positions(model: nn.Module) -> None:
-    """`UserError` where relative positions would be trained at another size than they are made for.
+    """`UserError` if relative positions would be trained at another size than they are made for.
 
-    Not of a test: what was trained runs at other sizes too, with its tables resampled.
+    Tests are not checked: a trained model also runs at other sizes, with its tables resampled.
     """
     made_for = getattr(model.backbone, "made_for", None)
     sizes = {name: getattr(model.data_preprocessor, name, None) for name in ("side", "size")}
@@ -131,11 +131,11 @@ def check_positions(model: nn.Module) -> None:
 
 
 def check_fit(cfg: Config, images: BaseDataset) -> None:
-    """`UserError` where the model does not take what the validation makes of an image, hours into a training."""
+    """`UserError` if the model cannot take validation images, which would otherwise show hours into a training."""
     preprocess = build(cfg.model.data_preprocessor, MODELS, "model.data_preprocessor")
     preprocess(pseudo_collate([images[0]]), False)
     test = cfg.model.get("test_cfg") or {}
-    if "mode" in test:  # a segmentor's, which looks at it when it predicts
+    if "mode" in test:  # a segmentor's, which reads it only when it predicts
         lacking = [key for key in ("crop_size", "stride") if test["mode"] == "slide" and key not in test]
         if test["mode"] not in ("whole", "slide") or lacking:
             more = f", without {' and '.join(lacking)}" if lacking else ": choose whole or slide"
@@ -145,7 +145,7 @@ def check_fit(cfg: Config, images: BaseDataset) -> None:
 def build(config: dict, registry, what: str):
     """Build from a registry; a wrong key is a `UserError`.
 
-    The config stays as it is: mmdet's two-stage detectors write into theirs, which a checkpoint would record.
+    A copy of the config is used: mmdet's two-stage detectors change theirs, which a checkpoint would record.
     """
     try:
         return registry.build(copy.deepcopy(config))
@@ -159,7 +159,7 @@ def build(config: dict, registry, what: str):
 
 
 def check_classes_of(cfg: Config, splits: tuple[str, ...]) -> None:
-    """`UserError` where classes of these splits, their files and the model's heads differ, or there is no metric."""
+    """`UserError` if classes of these splits, their files and the model's heads differ, or there is no metric."""
     for split in splits:
         if "data_root" not in cfg[split]:
             raise UserError(f"{split} is a {cfg[split].get('type')} without data_root: give one data set, not wrapped")
@@ -183,7 +183,7 @@ def build_data(cfg: Config, splits: tuple[str, ...] = ("train_dataset", "val_dat
 
 
 def evaluator_of(cfg: Config) -> dict:
-    """The config of the metric, with the annotations where it takes them."""
+    """The config of the metric, with the annotation file if it takes one."""
     if not isinstance(cfg.val_evaluator, Mapping):
         raise UserError(f"val_evaluator is {cfg.val_evaluator!r}: give one metric, dict(type=...)")
     evaluator = dict(cfg.val_evaluator)
@@ -193,11 +193,11 @@ def evaluator_of(cfg: Config) -> dict:
 
 
 def scales_of(scale: tuple[int, int], ratios: Iterable[float]) -> list[tuple[int, int]]:
-    """Scales (most of the long side, short side) of a multi-scale test, by their ratios to the plain test's.
+    """Scales (limit of the long side, short side) of a multi-scale test, by their ratios to the plain test's.
 
-    The short side never falls below the plain test's, so that windows of its crop fit, and the long side follows
-    without a limit: ratios up to 1 are one size, which counts as often. This is mmseg 0.x's `min_size`, which MAE's
-    published figure was measured with.
+    The short side never falls below the plain test's, so that windows of the crop size fit, and the long side follows
+    without a limit. So all ratios up to 1 give the same size, which is counted once for each. This is mmseg 0.x's
+    `min_size`, with which MAE's published figure was measured.
     """
     short = min(scale)
     return [(UNLIMITED, max(short, int(short * ratio))) for ratio in ratios]
@@ -217,7 +217,7 @@ def averaged(cfg: Config) -> None:
 
 
 def check_names(weights: str, images: BaseDataset) -> None:
-    """`UserError` where a checkpoint was trained on other classes than these images have, or in another order."""
+    """`UserError` if a checkpoint was trained on other classes than these images have, or in another order."""
     trained, own = checkpoints.classes_of(checkpoints.read_file(weights)), list(images.metainfo["classes"])
     if trained and trained != own:
         pairs = zip_longest(trained, own, fillvalue="none")
@@ -229,15 +229,15 @@ def check_names(weights: str, images: BaseDataset) -> None:
 
 
 def counted(loop) -> dict[str, int]:
-    """Over how many classes a metric's last figures are the mean, for results.json; nothing where it does not say."""
+    """The number of classes in a metric's last mean, for results.json; empty if the metric does not count them."""
     found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
     return dict(zip(("classes_evaluated", "classes"), found, strict=False))
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without times, and without COCO's of each class, whose table is in the log.
+    """The metrics without times, and without COCO's per-class figures, whose table is in the log.
 
-    COCO's metrics give nothing where nothing at all was detected; that is an AP of 0.
+    COCO's metrics return nothing if nothing at all was detected; that is an AP of 0.
     """
     kept = {name: value for name, value in metrics.items() if not name.endswith(("time", "_precision"))}
     if kept:
@@ -253,16 +253,16 @@ def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:
 def load_whole(
     model: nn.Module, path: str, log: Callable[[str], None], partial: bool | None = None
 ) -> checkpoints.LoadReport:
-    """A trained detector's or segmentor's weights, all of them; `UserError` where they do not fit.
+    """Load all weights of a trained detector or segmentor; `UserError` if they do not fit.
 
-    Files of ours and of mm's, and those whose names the scope's package knows: detectron2's whole ViTDet detectors,
-    mmseg's UperNet on MAE.
+    Reads our and OpenMMLab's files, and those whose names the scope's package knows: detectron2's whole ViTDet
+    detectors, mmseg's UperNet on MAE.
 
     Args:
         model: the whole model.
         path: the file.
-        log: is given what was loaded, in words.
-        partial: leave in the file what the model does not read; None where the command has no --allow-partial.
+        log: called with a line about what was loaded.
+        partial: ignore what the model does not read; None if the command has no --allow-partial.
     """
     content = checkpoints.read_file(path)
     weights: Mapping[str, Tensor] = next(

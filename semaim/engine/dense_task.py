@@ -1,4 +1,4 @@
-"""The tasks on mmdet's and mmseg's models: how they are prepared, trained and tested."""
+"""Tasks on mmdet's and mmseg's models: preparation, training and testing."""
 
 from collections.abc import Mapping
 
@@ -27,17 +27,17 @@ SPLITS = ("train_dataset", "val_dataset")
 
 
 class DenseTask(Task):
-    """Iterations over a data set of mmdet or mmseg, by a model of theirs on our backbone."""
+    """Trains by iterations on a data set of mmdet or mmseg, with one of their models on our backbone."""
 
     keys = {
         "train_dataset": "the data set trained on, as in mmdet and mmseg",
         "val_dataset": "the data set validated on",
         "val_evaluator": "the metric",
-        "keep_classes": "of a COCO file's categories those that are detected; the others are left out, and counted",
+        "keep_classes": "the categories of a COCO file to detect; the others are left out, and counted",
         "base_batch_size": "images that base_lr belongs to",
         "test_pipeline": "how an image is prepared for prediction",
-        "tta_ratios": "scales, over that of the validation and no smaller, that --tta averages over, each also flipped",
-        "tta": "whether it does so without being asked",
+        "tta_ratios": "scales, relative to the validation's, that --tta averages over, each also flipped; below 1 is 1",
+        "tta": "whether to do so by default",
         "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
     }
     roots = ("train_dataset.data_root", "val_dataset.data_root")
@@ -45,20 +45,20 @@ class DenseTask(Task):
     averages = True
 
     def enter(self, cfg: Config) -> None:
-        """Make the types of the config known by their names."""
+        """Register the types that the config names."""
         dense.enter(cfg)
 
     def check_plan(self, cfg: Config, plan: BatchPlan, processes: int) -> None:
         """`UserError` for a batch that the model cannot train with."""
 
     def describe_data(self, cfg: Config, sets: Mapping[str, BaseDataset]) -> list[str]:
-        """What the labels of these splits hold, for the log; `UserError` where they are no good for this config."""
+        """What the labels of these splits contain, for the log; `UserError` if they do not suit this config."""
         return []
 
     def data(
         self, cfg: Config, splits: tuple[str, ...], check: bool = True
     ) -> tuple[tuple[BaseDataset, ...], list[str]]:
-        """The images of these splits, and lines about their labels; `UserError` for what would spoil a training."""
+        """The images of these splits, and log lines about their labels; `UserError` for what would spoil a training."""
         if check:
             dense.check_classes_of(cfg, splits)
         sets = dense.build_data(cfg, splits)
@@ -97,19 +97,19 @@ class DenseTask(Task):
         return endless_loader(images, run.plan, cfg.seed, cfg.num_workers, pseudo_collate)
 
     def model_config(self, cfg: Config) -> dict:
-        """The model as the runner builds it."""
+        """The config from which the runner builds the model."""
         return cfg.model
 
     def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
-        """mmengine's arguments that say how long and at which rates, in iterations."""
+        """mmengine's arguments for length and learning rate, in iterations."""
         accumulation = run.plan.accumulation
         scaled = {key: cfg.train_cfg[key] * accumulation for key in ("max_iters", "val_interval")}
         schedule = schedule_of(cfg.param_scheduler, run.plan, cfg.train_cfg.max_iters)
         return {"train_cfg": {**cfg.train_cfg, **scaled}, "param_scheduler": schedule}
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
-        """mmengine's arguments of a validation ("val") or test ("test") on `val_dataset`."""
-        # Of several predictions of an image, the pipeline is another than that of the images looked at.
+        """mmengine's arguments for a validation ("val") or test ("test") on `val_dataset`."""
+        # Test-time augmentation has another pipeline than the images that were checked.
         images = dense.build(cfg.val_dataset, DATASETS, "val_dataset") if cfg.get("tta") else run.val
         loader = {
             "batch_size": 1,
@@ -123,26 +123,26 @@ class DenseTask(Task):
         return {f"{mode}_dataloader": loader, f"{mode}_cfg": loop, f"{mode}_evaluator": dense.evaluator_of(cfg)}
 
     def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: nn.Module) -> list[str]:
-        """The run in lines of the log."""
+        """Log lines that describe the run."""
         steps, images = cfg.train_cfg.max_iters, len(run.train)
         epochs = steps * run.plan.total / images
         return [
-            f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} to validate on",
+            f"schedule: {steps:,} steps = {epochs:.1f} epochs of {images:,} images; {len(run.val):,} for validation",
             f"learning rate: {describe(cfg.param_scheduler, steps)}",
             f"images normalised with {run.statistics}",
         ]
 
     def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
-        """What to warn of."""
+        """Warnings for the log."""
         caution = batch_norm_note(model, run.plan)
         return [caution] if caution else []
 
     def load_encoder(self, cfg: Config, model: BaseModel, path: str) -> checkpoints.LoadReport:
-        """The pretrained encoder into the backbone; `UserError` where it does not fit, or is another task's."""
+        """Load the pretrained encoder into the backbone; `UserError` if it does not fit or is another task's."""
         return load_backbone(model.backbone, path, cfg.default_scope, cfg.get("allow_partial", False))
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
-        """What the last validation measured, and what else results.json has."""
+        """The figures of the last validation, and further values for results.json."""
         return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop)
 
     # Testing
@@ -173,7 +173,7 @@ class DenseTask(Task):
             dense.averaged(cfg)
         runner = make_runner(cfg, model=cfg.model, **self.validation(cfg, run, "test"))
         model = runner.model
-        while hasattr(model, "module"):  # of other processes, and of several predictions
+        while hasattr(model, "module"):  # DDP's and test-time augmentation's wrappers
             model = model.module
         report = dense.load_whole(model, weights, runner.logger.info, cfg.get("allow_partial", False))
         record_load(report, cfg)
@@ -185,9 +185,9 @@ class DenseTask(Task):
 
 
 def batch_norm_note(model: nn.Module, plan: BatchPlan) -> str | None:
-    """What to say of a model whose batch normalisation sees fewer images than a step has; None where it sees them all.
+    """A warning if the model's batch normalisation sees fewer images than a step has; None if it sees them all.
 
-    The model is the one that trains: on a CPU, processes do not exchange what they see.
+    The model is the one that trains: on a CPU, processes do not synchronise batch statistics.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     synced = all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

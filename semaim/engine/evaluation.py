@@ -1,4 +1,4 @@
-"""What the tasks on frozen features share: k-NN, the fast linear probe."""
+"""Shared by the tasks on frozen features: k-NN, the fast linear probe."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from semaim.engine.training import Prepared
 from semaim.reading import forget
 from semaim.registry import build_model
 
-RANDOM = "random"  #: in place of a checkpoint: the encoder as it is initialised
+RANDOM = "random"  #: instead of a checkpoint: the encoder with its initial weights
 
 
 class FeatureTask(ImageTask):
@@ -49,7 +49,7 @@ class FeatureTask(ImageTask):
         record_origin(cfg, path)
         model: Classification = build_model({**cfg.model, "compile": cfg.compile})
         if path is None:
-            log("random weights: the encoder as it is initialised")
+            log("random weights: the encoder as initialised")
         else:
             log(str(record_load(self.load_encoder(cfg, model, path), cfg)))
         log(f"images normalised with {run.statistics}")
@@ -62,7 +62,7 @@ class FeatureTask(ImageTask):
 
 
 def extract_both(cfg: Config, run: Prepared, model: Classification, device: torch.device, log) -> list[tuple]:
-    """(features, labels) of the training and of the validation images, from the work folder where they are there."""
+    """(features, labels) of the training and of the validation images; read from the work folder if they are there."""
 
     def encode(images: Tensor) -> Tensor:
         with model.autocast(device):

@@ -1,6 +1,6 @@
-"""Features of a frozen encoder, extracted once by all processes and kept in files.
+"""Features of a frozen encoder, extracted once by all processes and stored in files.
 
-Shapes: N images, D channels. Features are fp16 where they are kept.
+Shapes: N images, D channels. Stored features are fp16.
 """
 
 import json
@@ -23,7 +23,7 @@ def processes() -> tuple[int, int]:
 
 
 def reduce_sum(values: Tensor) -> Tensor:
-    """Sum over the processes, the same on each; `values` itself where there is one. It waits for all of them."""
+    """Sum over the processes, the same on each; with one process `values` itself. Waits for all processes."""
     if processes()[1] == 1:
         return values
     total = values.cuda() if dist.get_backend() == "nccl" else values
@@ -45,15 +45,15 @@ def extract_features(
     """Features and labels of a whole data set, on every process.
 
     Args:
-        encode: images (B, 3, H, W) -> features (B, D), of a network in eval mode; runs without gradient.
-        loader: gives this process's share of the images, each once: dicts of `image`, float (B, 3, H, W), and `label`
+        encode: images (B, 3, H, W) -> features (B, D), of a network in eval mode; called without gradient.
+        loader: yields this process's share of the images, each once: dicts of `image`, float (B, 3, H, W), and `label`
             and `index`, int64 (B,).
         length, width: N and D.
-        device: where the images go before `encode`.
+        device: of the images given to `encode`.
         cache: folder of `features.npy`, `labels.npy` and `done.json`, on a file system that all processes share; None
-            keeps the features in memory, of one process only.
-        key: names the weights, data, transform and pooling. Finished files of the same key are read, not made again.
-        log: gets lines of progress.
+            keeps the features in memory, for one process only.
+        key: identifies the weights, data, transform and pooling. Complete files with the same key are reused.
+        log: called with lines of progress.
 
     Returns:
         features: (N, D) fp16, with a cache a read-only memory map. labels: (N,) int64.
@@ -76,7 +76,7 @@ def extract_features(
             if log:
                 log(f"{length} features read from {cache}")
             opened = _open(cache, "r")
-            reduce_sum(torch.tensor(0))  # a quick process must not write anew what another has yet to open
+            reduce_sum(torch.tensor(0))  # a fast process must not rewrite what another has yet to open
             return opened
         features, labels = _open(cache, "r+")
 
@@ -102,7 +102,7 @@ def extract_features(
     for rows in (features, labels):
         if isinstance(rows, np.memmap):
             rows.flush()
-    # From here on all processes know the same, so that all raise or none.
+    # From here on all processes have the same numbers, so either all raise or none.
     count, (broken, written) = reduce_sum(count), reduce_sum(torch.tensor([broken, written])).tolist()
     if missing := int((count == 0).sum()):
         raise UserError(f"{missing} of {length} images were not loaded: the first is image {int(count.argmin())}")
@@ -114,7 +114,7 @@ def extract_features(
     if cache is None:
         return features, labels
 
-    # Nodes that do not share their files, or write back whole pages of them (NFS), lose one another's rows.
+    # Nodes that do not share files, or write back whole pages of them (NFS), lose each other's rows.
     features, labels = _open(cache, "r")
     if reduce_sum(torch.tensor(int(_checksum(features) != written))):
         raise UserError(f"{cache} does not hold what the processes wrote: name a folder that all nodes share")
@@ -139,10 +139,10 @@ def _is_finished(cache: Path, stamp: dict) -> bool:
 def _allocate(cache: Path, length: int, width: int) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / "done.json").unlink(missing_ok=True)  # before anything else: what follows is unfinished
+        (cache / "done.json").unlink(missing_ok=True)  # first of all: what follows is incomplete
         for name, shape, dtype in (("features", (length, width), np.float16), ("labels", (length,), np.int64)):
             path = cache / f"{name}.npy"
-            path.unlink(missing_ok=True)  # a new file: to cut the old one would kill whoever still has it mapped
+            path.unlink(missing_ok=True)  # truncating the old file would crash processes that still have it mapped
             np.lib.format.open_memmap(path, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a memory map
                 with open(path, "r+b") as file:

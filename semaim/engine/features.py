@@ -1,8 +1,8 @@
-"""Features of a frozen encoder judged: by k-NN, and by a linear probe of many learning rates.
+"""Evaluation of frozen features: by k-NN, and by a linear probe at many learning rates.
 
 Shapes: N images of the bank (the training images), M queries (the validation images), D channels, C classes, R learning
-rates. Features are computed with in fp32. Accuracies are in per cent. Where several classes score the same, the one of
-lower number comes first.
+rates. Computation is in fp32. Accuracies are in percent. Of classes with equal scores, the one with the lower number
+comes first.
 """
 
 import math
@@ -28,7 +28,7 @@ Split = tuple[Rows, Rows]  #: features (N, D) and labels (N,)
 
 
 def _tensor(rows: Rows, device: torch.device | str) -> Tensor:
-    # Copied, as tensors over read-only memory maps are not allowed.
+    # Copied, as PyTorch does not support read-only arrays such as memory maps.
     return (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).to(device)
 
 
@@ -42,7 +42,7 @@ def _check(features: Rows, labels: Rows, classes: int) -> None:
 
 
 def _rank(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes come before the right one: scores (..., B, C), labels (B,) -> (..., B)."""
+    """How many classes rank above the right one: scores (..., B, C), labels (B,) -> (..., B)."""
     labels = labels.view(-1, 1).expand(*scores.shape[:-1], 1)
     own = scores.gather(-1, labels)
     ties = (scores == own) & (torch.arange(scores.shape[-1], device=scores.device) < labels)
@@ -66,18 +66,18 @@ def knn_accuracy(
 ) -> dict[int, tuple[float, float]]:
     """Weighted k-NN by cosine similarity: a neighbour votes for its class with exp(similarity / temperature).
 
-    Each process classifies queries[rank::world], and the result is that of all. The bank is read once, `chunk` rows at
-    a time.
+    Each process classifies queries[rank::world]; the result is over all processes. The bank is read once, `chunk` rows
+    at a time.
 
     Args:
         bank: (N, D), may be a memory map. bank_labels: (N,).
         queries: (M, D). labels: (M,).
         classes: C.
-        ks: numbers of neighbours, each judged.
+        ks: numbers of neighbours, each evaluated.
         chunk: rows of the bank, and of the queries, that are compared at once: chunk^2 fp32 similarities in memory.
 
     Returns:
-        For each k, top-1 and top-5 accuracy (top-C where C is below 5).
+        For each k, top-1 and top-5 accuracy (top-C if C is below 5).
 
     Source: DINO, `eval_knn.py`.
     """
@@ -91,7 +91,7 @@ def knn_accuracy(
     labels, bank_labels = _tensor(labels[rank::world], device), _tensor(bank_labels, device)
     blocks = [slice(start, start + chunk) for start in range(0, len(own), chunk)]
 
-    # The `most` nearest so far. N is at least that, so no -inf is left at the end.
+    # The `most` nearest so far. N is at least `most`, so no -inf is left at the end.
     similarity = own.new_full((len(own), most), -torch.inf)
     votes = bank_labels.new_zeros(len(own), most)
     for start in range(0, len(bank), chunk):
@@ -103,7 +103,7 @@ def knn_accuracy(
             similarity[block], index = nearest.topk(most)
             votes[block] = found.gather(1, index)
 
-    # Relative to the nearest, which changes no ranking and cannot overflow.
+    # Relative to the nearest neighbour: it changes no ranking and cannot overflow.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=own.device)
     for block in blocks:
@@ -121,13 +121,13 @@ def knn_accuracy(
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A probe's outcome: `held_out` is the accuracy of every learning rate on held-out training images."""
+    """A probe's result; `held_out` is the accuracy of each learning rate on held-out training images."""
 
     lr: float
     top1: float
     top5: float
     held_out: dict[float, float]
-    at_border: bool  #: the best learning rate is the smallest or the largest of several: a better one may lie outside
+    at_border: bool  #: the best learning rate is the smallest or largest of several: a better one may lie outside
 
     def __str__(self) -> str:
         text = f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % with lr {self.lr:g}"
@@ -165,8 +165,9 @@ def fast_probe(
 ) -> ProbeResult:
     """Linear probe on fixed features, at the learning rate that is best on a held-out part of the bank.
 
-    All learning rates are trained side by side on the rest of the bank. The best one - the middle one where several
-    are best - is then trained anew on the whole bank, and judged on the queries, which choose nothing. In one process.
+    All learning rates are trained in parallel on the rest of the bank. The best one (of several, the middle one) is
+    then trained anew on the whole bank and evaluated on the queries, which have no part in the choice. Uses one
+    process.
 
     Args:
         bank: (N, D), kept on `device` in its own precision. bank_labels: (N,).
@@ -199,7 +200,7 @@ def fast_probe(
 
 
 def split_held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out: `share` of each class, at least one, but never its last; labels (N,)."""
+    """Rows to train on, and held-out rows: `share` of each class, at least one, but never all; labels (N,)."""
     if not 0 < share < 1:
         raise UserError(f"a share of {share:g} cannot be held out: give one between 0 and 1")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed)))
@@ -215,7 +216,7 @@ def split_held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Ten
 
 
 def probe_batches(rows: Tensor, epochs: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Rows of each step (B,): every epoch a new shuffle, without the images that fill no batch."""
+    """Rows of each step (B,): shuffled anew every epoch, without an incomplete last batch."""
     batch = min(batch, len(rows))
     for epoch in range(epochs):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
@@ -226,9 +227,9 @@ def probe_batches(rows: Tensor, epochs: int, batch: int, seed: int) -> Iterator[
 def train_heads(
     bank: Tensor, labels: Tensor, rows: Tensor, classes: int, lrs: Sequence[float], epochs: int, batch: int, seed: int
 ) -> Heads:
-    """One linear head per learning rate, from the same weights: cross-entropy, SGD, cosine to 0 over all steps.
+    """One linear head per learning rate, with the same initial weights: cross-entropy, SGD, cosine to 0 over all steps.
 
-    bank (N, D) and labels (N,) on one device; rows (n,) on the CPU are those to train on, and their mean and variance
+    bank (N, D) and labels (N,) are on one device; rows (n,) to train on are on the CPU, and their mean and variance
     standardise the features. Batches are those of `probe_batches`.
     """
     device, width, count = bank.device, bank.shape[1], len(lrs)
@@ -248,7 +249,7 @@ def train_heads(
     for step, part in enumerate(probe_batches(rows, epochs, batch, seed)):
         part = part.to(device)
         features = heads.standardise(bank[part])
-        # Gradient of the mean cross-entropy by the logits, (R, B, C). Heads share no number: none spoils another.
+        # Gradient of the mean cross-entropy by the logits, (R, B, C). Heads share nothing: none affects another.
         error = (features @ heads.weight + heads.bias[:, None]).softmax(dim=-1)
         error[:, torch.arange(len(part), device=device), labels[part]] -= 1
         error /= len(part)
@@ -262,7 +263,7 @@ def train_heads(
 
 @torch.no_grad()
 def score_heads(heads: Heads, features: Tensor, labels: Tensor, rows: Tensor) -> list[tuple[float, float]]:
-    """Top-1 and top-5 accuracy of each head on some rows (m,) of features (M, D); 0 where its logits are not finite."""
+    """Top-1 and top-5 accuracy of each head on rows (m,) of features (M, D); 0 if its logits are not finite."""
     hits = torch.zeros(len(heads.weight), 2, dtype=torch.int64, device=features.device)
     finite = torch.ones(len(heads.weight), 1, dtype=torch.bool, device=features.device)
     for part in rows.to(features.device).split(4096):

@@ -24,15 +24,15 @@ from semaim.models.targets import ema_decay
 
 @HOOKS.register_module()
 class DeferredRuntimeInfo(RuntimeInfoHook):
-    """mmengine's, but losses and the gradient norm are read when a log line or a checkpoint needs them, all at once.
+    """mmengine's, but losses and the gradient norm are read all at once, when a log line or a checkpoint needs them.
 
-    To read a number is to wait until the GPU has computed it, while it waits for nothing but its next work. A CPU has
-    nothing to wait for, and reads in each iteration. The loss is the mean over all processes; one that is
-    NaN or infinite is `Diverged`, at the latest before anything is saved. Each process also sends the others whether it
-    was asked to stop.
+    Reading a number waits until the GPU has computed it and leaves the GPU without work. On a CPU there is no wait, so
+    numbers are read in each iteration. The loss is the mean over all processes; if it is NaN or infinite, `Diverged` is
+    raised, at the latest before anything is saved. Each process also tells the others whether it received a stop
+    signal.
 
     Args:
-        late: whether to wait for the next log line; None for doing so on a GPU.
+        late: whether to read only at log lines; None to do so on a GPU.
     """
 
     def __init__(self, late: bool | None = None):
@@ -40,7 +40,7 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
         self.waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Keep what the iteration gave; read it at once, or where a log line is due."""
+        """Keep the iteration's outputs; read them at once, or when a log line is due."""
         values = dict(outputs)
         if (norm := getattr(runner.optim_wrapper, "grad_norm", None)) is not None:
             values["grad_norm"], runner.optim_wrapper.grad_norm = norm, None
@@ -51,7 +51,7 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
             self.read(runner)
 
     def read(self, runner) -> None:
-        """All that waits into the message hub; every process has to call it."""
+        """Write all pending numbers to the message hub; every process has to call it."""
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
@@ -78,7 +78,7 @@ class UpdateEma(Hook):
     """Updates the guide's running average after every optimizer step, with the decay of the epoch."""
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Update where the optimizer has just stepped."""
+        """Update if the optimizer has just stepped."""
         network = getattr(runner.model, "module", runner.model).network
         accumulation = runner.train_dataloader.batch_sampler.accumulation
         if hasattr(network, "ema") and (runner.iter + 1) % accumulation == 0:
@@ -87,9 +87,9 @@ class UpdateEma(Hook):
 
 @LOG_PROCESSORS.register_module()
 class TrainLog(LogProcessor):
-    """One line: place in the run, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
+    """One line: progress, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
 
-    mean_pattern: re.Pattern[str]  #: mmengine's: of which values a line gives the mean
+    mean_pattern: re.Pattern[str]  #: mmengine's: the values whose mean a line shows
 
     def get_log_after_iter(self, runner, batch_idx: int, mode: str) -> tuple[dict, str]:
         """Scalars for the writers and the line for the terminal."""
@@ -99,7 +99,7 @@ class TrainLog(LogProcessor):
         batches = runner.train_dataloader.batch_sampler
         tag["images_per_second"] = batches.images * get_world_size() / tag["time"]
         tag["data_share"] = tag["data_time"] / tag["time"]
-        # Peaks in MB: of the GPU's allocations, which mmengine logs, or of the process.
+        # Peak in MB: of GPU allocations, which mmengine logs, or of the process.
         tag.setdefault("memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         eta = datetime.timedelta(seconds=int(runner.message_hub.get_info("eta")))
         if self.by_epoch:
@@ -120,7 +120,7 @@ class TrainLog(LogProcessor):
         return tag, line
 
     def get_log_after_epoch(self, runner, batch_idx: int, mode: str, with_non_scalar: bool = False) -> tuple[dict, str]:
-        """As mmengine's, but a validation's loss is its own: mmengine gives the mean over the last `window_size`."""
+        """As mmengine's, but with the validation's own loss: mmengine gives the mean over the last `window_size`."""
         smoothed, self.mean_pattern = self.mean_pattern, re.compile("time")
         try:
             return super().get_log_after_epoch(runner, batch_idx, mode, with_non_scalar)
@@ -130,7 +130,7 @@ class TrainLog(LogProcessor):
 
 @HOOKS.register_module()
 class ProgressBar(Hook):
-    """A bar under the log lines, where the terminal is interactive."""
+    """A progress bar under the log lines, if the terminal is interactive."""
 
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
@@ -144,21 +144,21 @@ class ProgressBar(Hook):
             TimeRemainingColumn(),
         )
         self.progress.start()
-        atexit.register(self.progress.stop)  # a run that fails must not leave the terminal without its cursor
+        atexit.register(self.progress.stop)  # after a failed run the terminal must have its cursor back
         self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
         for handler in self.streams:
-            handler.setStream(sys.stdout)  # rich has put its own in place
+            handler.setStream(sys.stdout)  # now rich's own
         self.task = self.progress.add_task("training", total=runner.max_iters, completed=runner.iter)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self.progress:
             loss = runner.message_hub.log_scalars.get("train/loss")
             shown = f"loss {loss.current():.4f}" if loss else "training"
             self.progress.update(self.task, completed=runner.iter + 1, description=shown)
 
     def after_train(self, runner) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.progress:
             self.progress.stop()
             for handler in self.streams:
@@ -167,14 +167,14 @@ class ProgressBar(Hook):
 
 @HOOKS.register_module()
 class OrderPictures(Hook):
-    """Pictures of what the network makes of a few images, as its method is drawn: its order, or its reconstruction.
+    """Pictures of a few images, drawn as the method specifies: their orders or their reconstructions.
 
-    Written to `orders/epoch_NNNN.png` (or `reconstructions/`) in the work folder, and to TensorBoard, before the first
-    epoch, then every `interval` epochs and after the last.
+    Written to `orders/epoch_NNNN.png` (or `reconstructions/`) in the work folder, and to TensorBoard: before the first
+    epoch, every `interval` epochs, and after the last.
 
     Args:
         interval: epochs between two pictures; 0 for none.
-        images: how many images a picture shows.
+        images: number of images in a picture.
     """
 
     priority = "LOW"

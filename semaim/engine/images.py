@@ -1,4 +1,4 @@
-"""What the tasks on folders of images share: pretraining, fine-tuning, linear probing."""
+"""Shared by the tasks on image folders: pretraining, fine-tuning, linear probing."""
 
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from semaim.registry import Task, build_model
 
 
 class ImageTask(Task):
-    """Epochs over a folder of images, `cfg.dataset`, by the suite's own models.
+    """Trains by epochs on a folder of images, `cfg.dataset`, with the suite's own models.
 
     Attributes:
-        labelled: whether the images have classes; then there are validation images, and the model is a classifier.
+        labelled: whether the images have classes; if so, there are validation images and the model is a classifier.
     """
 
     keys = {
@@ -39,7 +39,7 @@ class ImageTask(Task):
     labelled = True
 
     def enter(self, cfg: Config) -> None:
-        """Make the types of the config known by their names."""
+        """Register the types that the config names."""
         init_default_scope(cfg.default_scope)
 
     # Training
@@ -53,10 +53,10 @@ class ImageTask(Task):
             raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
         statistics = settle(cfg, resume_from or cfg.get("pretrained"))
         train, val = build_datasets(cfg, self.labelled)
-        if model is not None:  # as it is to be checked
+        if model is not None:  # it is to be checked
             ResumableBatches(len(train), plan.images, plan.accumulation, processes)
             if cfg.get("pretrained") and resume_from is None:
-                if self.labelled:  # its head has as many classes as the data now
+                if self.labelled:  # the number of classes is known now
                     model = empty_model(cfg)
                 fit_encoder(cfg, model.network, cfg.pretrained)
         return PreparedTraining(self, statistics, train, val, plan=plan)
@@ -66,16 +66,16 @@ class ImageTask(Task):
         return training_loader(run.train, run.plan, cfg.seed, cfg.num_workers)
 
     def model_config(self, cfg: Config) -> dict:
-        """The model as the runner builds it."""
+        """The config from which the runner builds the model."""
         return {**cfg.model, "compile": cfg.compile}
 
     def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
-        """mmengine's arguments that say how long and at which rates."""
+        """mmengine's arguments for length and learning rate."""
         steps = cfg.train_cfg.max_epochs * (len(loader) // run.plan.accumulation)
         return {"train_cfg": cfg.train_cfg, "param_scheduler": schedule_of(cfg.param_scheduler, run.plan, steps)}
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
-        """mmengine's arguments of a validation ("val") or test ("test")."""
+        """mmengine's arguments for a validation ("val") or test ("test")."""
         batch = run.plan.images if isinstance(run, PreparedTraining) else cfg.images_per_gpu
         return {
             f"{mode}_dataloader": evaluation_loader(run.val, batch, cfg.num_workers),
@@ -84,7 +84,7 @@ class ImageTask(Task):
         }
 
     def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: NetworkModel) -> list[str]:
-        """The run in lines of the log."""
+        """Log lines that describe the run."""
         epochs, steps = cfg.train_cfg.max_epochs, len(loader) // run.plan.accumulation
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [
@@ -93,19 +93,19 @@ class ImageTask(Task):
             model.describe(),
             f"images normalised with {run.statistics}",
             f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"
-            + (f", {len(run.val):,} to validate on" if run.val is not None else ""),
+            + (f", {len(run.val):,} for validation" if run.val is not None else ""),
         ]
 
     def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
-        """What to warn of."""
+        """Warnings for the log."""
         return []
 
     def load_encoder(self, cfg: Config, model: NetworkModel, path: str) -> checkpoints.LoadReport:
-        """The encoder of a checkpoint of any dialect into the model."""
+        """Load the encoder of a checkpoint of any dialect into the model."""
         return load_pretrained(model.network, path, cfg.get("allow_partial", False))
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
-        """What the last validation measured, and what else results.json has."""
+        """The figures of the last validation, and further values for results.json."""
         hub = runner.message_hub
         return {name: hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}, {
             "epochs": runner.epoch
@@ -130,7 +130,7 @@ class ImageTask(Task):
             raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(val.classes)}")
         if found.classes and list(found.classes) != val.classes:
             other = next(name for name, ours in zip(found.classes, val.classes, strict=True) if name != ours)
-            raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} has not, or in another place")
+            raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} lacks or has elsewhere")
         return Prepared(self, statistics, val=val)
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
@@ -155,7 +155,7 @@ class ImageTask(Task):
 
 
 def build_datasets(cfg: Config, labelled: bool = True) -> tuple[PretrainImages | LabelledImages, LabelledImages | None]:
-    """The training images, and for labelled data the validation images; fills in the number of classes."""
+    """The training images, and for labelled data the validation images; sets the config's number of classes."""
     network = cfg.model.network
     if not labelled:
         sizes = {"img_size": network.img_size, "patch_size": network.patch_size}
@@ -176,7 +176,7 @@ def build_datasets(cfg: Config, labelled: bool = True) -> tuple[PretrainImages |
 
 
 def build_validation(cfg: Config) -> LabelledImages:
-    """The validation images of labelled data, as they are measured on."""
+    """The validation images of labelled data, with the evaluation transform."""
     img_size = cfg.model.network.img_size
     return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
 
@@ -185,19 +185,19 @@ def empty_model(cfg: Config) -> NetworkModel:
     """The config's model on the meta device: its sizes and names are checked without memory."""
     network = dict(cfg.model.network)
     if isinstance(network.get("guide"), dict):
-        network["guide"] = "online"  # a teacher's weights wait
+        network["guide"] = "online"  # do not load a teacher's weights yet
     if "num_classes" in network:
-        network["num_classes"] = network["num_classes"] or 1  # the data will say how many
+        network["num_classes"] = network["num_classes"] or 1  # the data determines it later
     with torch.device("meta"):
         return build_model({**cfg.model, "network": network})
 
 
 def fit_encoder(cfg: Config, network: nn.Module, path: str) -> checkpoints.LoadReport:
-    """`UserError` where the encoder of a checkpoint does not go into a network, which may be on the meta device."""
+    """`UserError` if the encoder of a checkpoint does not fit a network, which may be on the meta device."""
     found = checkpoints.read(path)
     return checkpoints.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))[0]
 
 
 def load_pretrained(network: nn.Module, path: str | Path, partial: bool = False) -> checkpoints.LoadReport:
-    """The encoder of a checkpoint of any dialect into a network, whatever stands around it; see `checkpoints.load`."""
+    """Load the encoder of a checkpoint of any dialect into a network with any other parts; see `checkpoints.load`."""
     return checkpoints.load(network, path, NEW_IN_CLASSIFIERS, partial)

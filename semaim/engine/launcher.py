@@ -1,4 +1,4 @@
-"""One process per GPU or, without GPUs, on the CPU: how many, how they start, how they join."""
+"""One process per GPU or, without GPUs, CPU processes: how many, how they start, how they join."""
 
 import ctypes
 import datetime
@@ -24,12 +24,12 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> bool:
-    """Have a signal sent to this process when the one that started it ends, however it does; False where not Linux."""
+    """Have a signal sent to this process when its parent ends for any reason; False if this is not Linux."""
     return _LIBC is not None and _LIBC.prctl(_PR_SET_PDEATHSIG, int(number)) == 0
 
 
 def check_processes(processes: int | str) -> int:
-    """How many processes to start here: as asked, or for "all" all visible GPUs, or one on a CPU."""
+    """Number of processes to start here: as given, or for "all" one per visible GPU, or one on a CPU."""
     gpus = torch.cuda.device_count()
     if processes == "all":
         return gpus or 1
@@ -52,13 +52,13 @@ def launched() -> bool:
 
 
 def join() -> int:
-    """Where launched as one of several processes, join the others; the number of processes."""
+    """Join the other processes, if launched as one of several; returns the number of processes."""
     if not launched():
         return 1
     if not torch.distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Before mmengine's runner does it, whose start-up needs CUDA.
+        # mmengine's runner would do it later, but its start-up needs CUDA.
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=1)
         )
@@ -66,11 +66,11 @@ def join() -> int:
 
 
 def leave() -> None:
-    """End the group, once all processes are here.
+    """Close the process group when all processes have arrived here.
 
-    One that is gone may take with it what another has yet to receive; one that exits with its group open may abort in
-    gloo's threads (two small processes did so in 26 of 60 tries). So all say in the store, which no process holds up,
-    that they are through.
+    A process that exits early may lose what another has yet to receive; one that exits with its group open may abort in
+    gloo's threads (two small processes did so in 26 of 60 tries). So each process reports in the store, which blocks
+    none, that it is done.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
     if store.add("semaim/through", 1) == torch.distributed.get_world_size():
@@ -80,18 +80,18 @@ def leave() -> None:
 
 
 def command(prepare: Callable[[int], Any], work: Callable[[Any], object], gpus: int | str) -> int:
-    """`run_command`, with every file read once until the work begins."""
+    """`run_command`, where each file is read only once until the work begins."""
     with read_once():
         return run_command(prepare, work, gpus)
 
 
 def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gpus: int | str) -> int:
-    """Run a tool's work in as many processes as asked for; returns the exit status.
+    """Run a tool's work in the given number of processes; returns the exit status.
 
     Args:
         prepare: called once, with the number of processes, before any is started: raises `UserError` early.
-        work: what every process does; it gets what `prepare` gave, or None where another process has called that.
-        gpus: GPUs of this machine ("all" for all), or CPU processes where it has none.
+        work: what every process does; its argument is the result of `prepare`, or None if another process called it.
+        gpus: GPUs of this machine ("all" for all), or CPU processes if it has none.
     """
     prepared = None
     if not launched():
@@ -116,27 +116,27 @@ def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gp
     except KeyboardInterrupt:
         if world == 1:
             raise
-        return 130  # the one who started this process says so
+        return 130  # the parent process reports it
     except RuntimeError as error:
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
-            time.sleep(60)  # another process stopped, has said why, and ends this one when it exits, with its status
+            time.sleep(60)  # another process failed and reported why; the launcher ends this one with its status
             return 1
         raise
     finally:
-        # After an error nobody is waited for; NCCL, whose work may hang, is left to its watchdog.
+        # After an error no process waits for the others; NCCL, whose work may hang, is left to its watchdog.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
 
 
 def own_line() -> list[str]:
-    """What Python was started with here, to start it again; `python -m semaim.cli` is no path of a file."""
+    """The arguments that Python was started with, to start it again, also for `python -m semaim.cli`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["-m", "semaim.cli"] if spec and spec.name == "semaim.cli.__main__" else sys.argv[:1]
     return [*start, *sys.argv[1:]]
 
 
 def spawn(arguments: list[str], processes: int) -> int:
-    """Run this command in `processes` processes; several nodes by NNODES, NODE_RANK, MASTER_ADDR, PORT, as in mm."""
+    """Run this command in `processes` processes; NNODES, NODE_RANK, MASTER_ADDR, PORT for several nodes as in mmdet."""
     nodes = int(os.environ.get("NNODES", 1))
     endpoint = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('PORT', 29500 if nodes > 1 else 0)}"
     config = LaunchConfig(
@@ -150,13 +150,13 @@ def spawn(arguments: list[str], processes: int) -> int:
         max_restarts=0,
     )
     for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the failing process has said why
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the failing process has reported why
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, threads)
-    # A Ctrl-C comes here alone and is passed on, for the processes to save; so is SIGTERM, but as Ctrl-C: they take
-    # SIGTERM itself for the end that comes to those whom another's failure has left behind.
-    config.signals_to_handle, config.shutdown_timeout = "SIGINT,SIGHUP", 120  # s; not looked at by older torch
+    # Only this process receives Ctrl-C, and passes it on so that the others save. SIGTERM is passed on as Ctrl-C, too:
+    # SIGTERM itself ends the remaining processes after one has failed.
+    config.signals_to_handle, config.shutdown_timeout = "SIGINT,SIGHUP", 120  # s; older torch ignores these
     os.environ[SPAWNED] = "1"
     handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

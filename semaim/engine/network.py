@@ -1,4 +1,4 @@
-"""What all our models under mmengine's runner share: precision, compilation, normalisation on the device."""
+"""Shared by all our models under mmengine's runner: precision, compilation, normalisation on the device."""
 
 import torch
 from mmengine.model import BaseDataPreprocessor, BaseModel
@@ -12,7 +12,7 @@ from semaim.models.vit import Block
 
 @MODELS.register_module()
 class NormaliseImages(BaseDataPreprocessor):
-    """Moves a batch to the device and turns uint8 images into normalised floats there: a quarter of the traffic."""
+    """Moves a batch to the device and normalises its uint8 images there, for a quarter of the traffic of floats."""
 
     def __init__(self, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__(non_blocking=True)
@@ -36,7 +36,7 @@ class NormaliseImages(BaseDataPreprocessor):
 def compile_blocks(network: nn.Module) -> None:
     """Compile each transformer block of a network, in place; the first step then takes a while."""
     blocks = [module for module in network.modules() if isinstance(module, Block)]
-    # They share their code, of which torch keeps 8 variants; each drop path rate makes one, training or not.
+    # Blocks share their code, of which torch keeps 8 variants; each drop path rate adds one for training, one for eval.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     for block in blocks:
         block.compile()
@@ -47,7 +47,7 @@ class NetworkModel(BaseModel):
 
     Args:
         network: what is trained.
-        precision: "bf16" (autocast on a GPU; a CPU computes in fp32 all the same) or "fp32".
+        precision: "bf16" (autocast on a GPU; a CPU always computes in fp32) or "fp32".
         compile: compile the blocks with torch.compile; takes minutes on a CPU.
         data_preprocessor: config of what moves a batch to the device.
     """
@@ -71,5 +71,5 @@ class NetworkModel(BaseModel):
         """The network initialises itself when it is built."""
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """bf16 on a GPU, where asked for; nothing elsewhere."""
+        """bf16 autocast on a GPU if `precision` is "bf16"; else disabled."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16" and device.type == "cuda")

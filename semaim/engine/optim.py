@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from semaim.errors import UserError, nearest
 
-#: What weight decay acts on: weights of two dimensions and more, as in MAE and SemAIM; all but PyTorch's norms, as in
-#: ViTDet-B and -L; all, as in ViTDet-H.
+#: What weight decay applies to: weights with two or more dimensions, as in MAE and SemAIM; all but PyTorch's norms, as
+#: in ViTDet-B and -L; all, as in ViTDet-H.
 DECAYS = ("matrices", "all but norms", "all")
 
 
@@ -29,14 +29,14 @@ def group_parameters(
     decay: str = "matrices",
     norms: Container[str] = (),
 ) -> list[dict]:
-    """Optimizer groups, equal ones merged.
+    """Optimizer parameter groups; groups with equal settings are merged.
 
     Args:
         parameters: (name, parameter) pairs; those without gradient are left out.
         lr, weight_decay: of the whole model.
-        layer_decay: learning rate of a layer over that of the layer above it.
+        layer_decay: learning rate of a layer relative to the layer above it.
         depth_of: name -> (layer, layers), layer 0 being the embeddings and layer `layers` - 1 the head; the
-            learning rate is scaled by layer_decay ** (layers - 1 - layer). Needed where `layer_decay` is not 1.
+            learning rate is scaled by layer_decay ** (layers - 1 - layer). Required unless `layer_decay` is 1.
         undecayed: last parts of names without weight decay, whatever `decay` says.
         decay: one of `DECAYS`; "matrices" leaves out all biases and one-dimensional parameters.
         norms: names of the parameters of norms, for "all but norms".
@@ -60,7 +60,7 @@ def group_parameters(
         decayed = 0.0 if left_out[decay] or last in undecayed else weight_decay
         scale = 1.0
         if layer_decay != 1:
-            assert depth_of is not None  # it is needed here, see above
+            assert depth_of is not None  # required here, see above
             layer, layers = depth_of(name)
             scale = layer_decay ** (layers - 1 - layer)
         group = groups.setdefault(
@@ -69,7 +69,7 @@ def group_parameters(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    # The highest rate first: it is the one that is logged.
+    # The highest rate first: mmengine logs the first group's.
     return sorted(groups.values(), key=lambda group: -group["lr_scale"])
 
 
@@ -77,7 +77,7 @@ def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:
     """Name of a parameter -> (layer, layers), as the encoder inside the model numbers its layers.
 
     The encoder is the first module with a `get_layer_depth(name)`: `network` of our own models, `backbone` of detectors
-    and segmentors. What lies outside of it, necks and heads, is of the last layer.
+    and segmentors. Parameters outside of it, in necks and heads, belong to the last layer.
     """
     found = ((prefix, module) for prefix, module in model.named_modules() if hasattr(module, "get_layer_depth"))
     prefix, encoder = next(found, ("", None))
@@ -95,8 +95,8 @@ def layer_depths(model: nn.Module) -> Callable[[str], tuple[int, int]]:
 def norm_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters of PyTorch's norms.
 
-    Not of `LayerNorm2d`, which normalises the channels of maps: detectron2 has a class of its own in its place, which
-    its rule for norms does not know.
+    `LayerNorm2d`, which normalises the channels of maps, is not among them: detectron2 uses a custom class there, which
+    its rule for norms does not cover.
     """
     norms = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # _NormBase: batch and instance norms
     return {
@@ -108,24 +108,24 @@ def norm_parameters(model: nn.Module) -> set[str]:
 
 
 def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0, **rules) -> list[dict]:
-    """`group_parameters` of a whole model, which is asked for its layers and norms; `rules`: undecayed, decay."""
+    """`group_parameters` for a whole model, with its layers and norms; `rules`: undecayed, decay."""
     depth_of = layer_depths(model) if layer_decay != 1 else None
     norms = norm_parameters(model)
     return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
 
 
-# A config's paramwise_cfg may have those that no model gives.
+# A config's paramwise_cfg may have the arguments that the model does not give.
 setattr(group_model, "arguments_of", group_parameters)  # noqa: B010
 
 
 def fuse(optimizer: dict) -> dict:
-    """The config of an optimizer, with AdamW in one kernel: the same update, in a third of the time or less."""
+    """The config of an optimizer, with fused AdamW: the same update, in a third of the time or less."""
     return {"fused": True, **optimizer} if optimizer["type"] == "AdamW" else optimizer
 
 
 @OPTIMIZERS.register_module(name="LARS")
 class Lars(timm.optim.Lars):
-    """timm's LARS as MAE probes with it: learning rates adapt for matrices only, also where nothing decays."""
+    """timm's LARS as MAE's linear probe uses it: learning rates adapt for matrices only, also without weight decay."""
 
     def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0):
         groups = [
@@ -139,7 +139,7 @@ class Lars(timm.optim.Lars):
 
 @OPTIM_WRAPPERS.register_module()
 class DeferredOptimWrapper(OptimWrapper):
-    """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until somebody reads it."""
+    """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until it is read."""
 
     grad_norm: Tensor | None = None
 
@@ -152,12 +152,12 @@ class DeferredOptimWrapper(OptimWrapper):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GroupedOptimizer(DefaultOptimWrapperConstructor):
-    """Builds the optimizer from `group_model`; `paramwise_cfg` holds its layer_decay, undecayed and decay."""
+    """Builds the optimizer by `group_model`; `paramwise_cfg` has its layer_decay, undecayed and decay."""
 
     arguments_of = group_model
 
     def __call__(self, model: nn.Module):
-        """The optimizer wrapper of a model, possibly one wrapped for distributed training."""
+        """The optimizer wrapper for a model, which may be wrapped for distributed training."""
         model = getattr(model, "module", model)
         wrapper, optimizer = dict(self.optim_wrapper_cfg), dict(self.optimizer_cfg)
         paramwise = self.paramwise_cfg or {}

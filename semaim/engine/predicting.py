@@ -1,4 +1,4 @@
-"""A trained detector or segmentor on images: what it finds, as COCO results, and beside what is annotated."""
+"""Running a trained detector or segmentor on images: COCO results, and comparison with annotations."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +31,7 @@ from semaim.drawing.objects import (
 from semaim.engine.dense import build, build_data, check_dense, enter, load_whole
 from semaim.errors import UserError
 
-#: COCO's ids of its 80 classes, in the order of their labels: 1 to 90, but for those whose classes were dropped.
+#: COCO's ids of its 80 classes, in the order of their labels: 1 to 90 without the ids of dropped classes.
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 
@@ -39,7 +39,7 @@ COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69,
 
 
 def class_names(cfg: Config, weights: str) -> list[str]:
-    """Names of the classes: those the checkpoint was trained on, else the config's, else its data set's own."""
+    """Names of the classes: the checkpoint's, else the config's, else its data set's own."""
     if names := checkpoints.classes_of(checkpoints.read_file(weights)):
         return names
     name = cfg.val_dataset.type
@@ -49,16 +49,16 @@ def class_names(cfg: Config, weights: str) -> list[str]:
 
 
 def _dataset_class(cfg: Config, name: str) -> type[Any] | None:
-    """The data set of this name among those of the config's scope; None where it has none."""
+    """The data set class of this name in the config's scope; None if there is none."""
     with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
         return registry.get(name)
 
 
 def category_ids(cfg: Config, names: Sequence[str]) -> tuple[list[int], str]:
-    """The category id of each label, and what they were taken from.
+    """The category id of each label, and where the ids come from.
 
-    Ids are those of the config's validation annotations where that file is there and names the classes; else COCO's own
-    (1 to 90) where the classes are COCO's 80; else label + 1.
+    Ids are those of the config's validation annotations, if that file exists and names the classes; else COCO's own
+    (1 to 90), if the classes are COCO's 80; else label + 1.
     """
     data = cfg.val_dataset
     file = Path(data.get("data_root") or "") / (data.get("ann_file") or "")
@@ -86,11 +86,11 @@ def _transform(step: dict) -> Callable[[dict], dict]:
 
 @torch.no_grad()
 def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
-    """An image as the pipeline read it, turned as its camera says, and the model's data sample of it.
+    """An image as the pipeline reads it, with EXIF rotation applied, and the model's data sample for it.
 
     `UserError` for an image that cannot be read, prepared or predicted.
     """
-    width, height = load_image(path).size  # raises for a truncated file, of which OpenCV reads a part
+    width, height = load_image(path).size  # raises for a truncated file, which OpenCV would read partly
     image = None
     data: dict[str, Any] = {"img_path": path, "img_id": 0}
     try:
@@ -102,7 +102,7 @@ def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: 
     except Exception as error:  # OpenCV and the transforms raise many types
         reason = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
         raise UserError(f"cannot prepare image {path} of {width} x {height} pixels: {reason}") from None
-    assert image is not None  # a pipeline loads the image, without which there is nothing to predict
+    assert image is not None  # every pipeline loads the image
     try:
         return image, model.test_step(batch)[0]
     except torch.cuda.OutOfMemoryError:
@@ -113,7 +113,7 @@ def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: 
 
 
 def to_picture(bgr: np.ndarray) -> Image.Image:
-    """Pixels (H, W, 3) as mm's pipelines hold them, blue first, as an image."""
+    """BGR pixels (H, W, 3), as in mmcv's pipelines, as an image."""
     return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]).clip(0, 255).astype(np.uint8))
 
 
@@ -121,7 +121,7 @@ def to_picture(bgr: np.ndarray) -> Image.Image:
 
 
 def encode(mask: np.ndarray) -> dict:
-    """A mask (H, W) in COCO's compressed run lengths, as JSON takes them."""
+    """A mask (H, W) as COCO's compressed run lengths, in a form that JSON accepts."""
     try:
         from pycocotools import mask as coco
     except ImportError:
@@ -131,7 +131,7 @@ def encode(mask: np.ndarray) -> dict:
 
 
 def coco_results(path: str, found: Instances, ids: Sequence[int]) -> list[dict]:
-    """Objects of an image as COCO results; `image_id` is its path, as the path's number in a data set is not known."""
+    """Objects of an image as COCO results; `image_id` is its path, as the image's id in a data set is not known."""
     assert found.scores is not None  # of a prediction, not of an annotation
     results = []
     for i, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
@@ -150,7 +150,7 @@ def coco_results(path: str, found: Instances, ids: Sequence[int]) -> list[dict]:
 
 
 def class_results(path: str, classes: np.ndarray, ids: Sequence[int]) -> list[dict]:
-    """A class map (H, W) as COCO's results of "stuff": one mask for each class in it."""
+    """A class map (H, W) as COCO "stuff" results: one mask for each class in it."""
     return [
         {
             "image_id": path,
@@ -162,13 +162,13 @@ def class_results(path: str, classes: np.ndarray, ids: Sequence[int]) -> list[di
     ]
 
 
-# Predictions beside annotations
+# Predictions next to annotations
 
 
 class Comparison(NamedTuple):
-    """An image with its annotation and with its prediction, both drawn alike, and a line on how they compare.
+    """An image drawn with its annotation and with its prediction, and a line that compares them.
 
-    Of classes also the two class maps, each flat; None of objects.
+    For class maps it also has the two maps, flattened; for objects these are None.
     """
 
     annotated: Image.Image
@@ -186,7 +186,7 @@ def compare_objects(image: Image.Image, info: dict, sample: Any, names: Sequence
 
 
 def compare_classes(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
-    """Annotated and predicted class maps, which no threshold applies to; arguments as for `compare`."""
+    """Annotated and predicted class maps, without a threshold; arguments as for `compare`."""
     annotated, found = info["gt_seg_map"], sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
     known = annotated < len(names)
     right = f"{percent((annotated == found)[known].mean())} of the pixels right" if known.any() else "unlabelled"
@@ -195,16 +195,16 @@ def compare_classes(image: Image.Image, info: dict, sample: Any, names: Sequence
     return Comparison(there, predicted, right, (annotated.ravel(), found.ravel()))
 
 
-#: What a predicted data sample may hold -> how it is compared; the first that it holds counts.
+#: Field of a predicted data sample -> function that compares it; the first existing field is used.
 COMPARISONS = {"pred_instances": compare_objects, "pred_sem_seg": compare_classes}
 
 
 def compare(image: Image.Image, info: dict, sample: Any, names: Sequence[str], threshold: float) -> Comparison:
-    """An image's prediction beside its annotation, as the prediction's kind asks.
+    """An image's prediction next to its annotation, drawn by the kind of prediction.
 
     Args:
         image: RGB, as it was read.
-        info: its entry of the data set after the steps of the pipeline that load.
+        info: its entry in the data set after the pipeline's loading steps.
         sample: the model's data sample.
         names: of the classes.
         threshold: least score of an object.
@@ -218,15 +218,15 @@ def compare(image: Image.Image, info: dict, sample: Any, names: Sequence[str], t
 def draw_predictions(
     cfg: Config, weights: str, paths: Sequence[str] = (), most: int = 8, threshold: float = 0.3, columns: int = 1
 ) -> Image.Image:
-    """What is annotated and what is predicted side by side, an image a row; of classes also their annotated shares.
+    """Annotations and predictions side by side, one image per row; for class maps also the classes' annotated shares.
 
     Args:
         cfg: the detector's or segmentor's config; names the validation set.
         weights: its checkpoint.
-        paths: images of that set; nothing for `most` spread over it.
-        most: show at most so many.
-        threshold: least score of a found object.
-        columns: pairs beside each other.
+        paths: images of that set; if empty, `most` images spread over it.
+        most: largest number of images.
+        threshold: least score of a predicted object.
+        columns: pairs per row.
     """
     check_dense(cfg)
     enter(cfg)
@@ -237,7 +237,7 @@ def draw_predictions(
     load_whole(model, weights, lambda line: None)
     model.eval()
     pipeline, names = build_pipeline(cfg), class_names(cfg, weights)
-    # The annotation is that of the whole image, so of the steps only those that load.
+    # The annotation is that of the whole image, so only loading steps are applied.
     loading = [_transform(step) for step in cfg.test_pipeline if step["type"].startswith("Load")]
     pairs, classes = [], []
     for index in chosen:
@@ -258,7 +258,7 @@ def draw_predictions(
 
 
 def choose_images(images: BaseDataset, paths: Sequence[str], most: int) -> list[int]:
-    """Indices of these paths in a data set, or of images spread over it; `UserError` for a path that is not in it."""
+    """Indices of these paths in a data set, or of images spread over it; `UserError` for a path not in the data set."""
     if not paths:
         return np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
     places = {Path(images.get_data_info(index)["img_path"]).resolve(): index for index in range(len(images))}
@@ -273,7 +273,7 @@ def choose_images(images: BaseDataset, paths: Sequence[str], most: int) -> list[
 
 
 def annotated_objects(info: dict) -> Instances:
-    """The annotated objects of an image as mmdet's loading left them, without crowds."""
+    """The annotated objects of an image as loaded by mmdet, without crowds."""
     kept = ~np.asarray(info["gt_ignore_flags"], dtype=bool)
     boxes, labels = info["gt_bboxes"].tensor.numpy().reshape(-1, 4), np.asarray(info["gt_bboxes_labels"])
     masks = info.get("gt_masks")

@@ -24,7 +24,7 @@ MODELS.register_module(module=FeatureTarget)
 
 
 def build_target(target: dict, patch_size: int | tuple[int, int], guide_width: int | None = None) -> Any:
-    """A target from dict(type=..., ...): what patches it cuts, and how wide the guide's tokens are, is filled in."""
+    """Build a target from dict(type=..., ...), filling in the patch size and the width of the guide's tokens."""
     target = dict(target)
     kind = MODELS.get(target.pop("type"))
     if kind is FeatureTarget:
@@ -51,7 +51,7 @@ class Pretraining(NetworkModel):
     Args:
         network: config of the network; its `type` names the method.
         precision, compile: as for `NetworkModel`.
-        mean, std: that images are normalised with, of the three channels of pixels from 0 to 1; None for ImageNet's.
+        mean, std: for normalising images, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pretraining(NetworkModel):
         self.method = method
 
     def describe(self) -> str:
-        """What is predicted, and how, in a line."""
+        """What is predicted, and how, in one line."""
         return f"{type(self.network).__name__}: {self.method.describe(self.network)}"
 
     def forward(self, images: Tensor, draw: Tensor, mode: str = "loss") -> dict[str, Tensor]:
@@ -82,13 +82,13 @@ class Pretraining(NetworkModel):
 
 
 def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pretraining:
-    """The model of a checkpoint of `files.read_checkpoint`, with its weights, in eval mode.
+    """The model of a checkpoint from `files.read_checkpoint`, with its weights, in eval mode.
 
-    The config in the file is data from elsewhere: it names sizes and options, never what else to build.
+    The config in the file is not trusted: it gives sizes and options, but cannot name other things to build.
 
     Args:
         checkpoint: with the run's `config`, which has the statistics of its images, and `model`.
-        options: keys of the config to change, as `--cfg-options` gives them.
+        options: config keys to change, as for `--cfg-options`.
     """
     if not checkpoint.get("config"):
         raise UserError("the checkpoint holds weights without a config: only those of a pretraining run can be drawn")

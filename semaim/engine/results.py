@@ -1,4 +1,4 @@
-"""What a stage measured, and where it came from: `results.json` in its work folder."""
+"""Writes `results.json` to the work folder: what a stage measured, and its origin."""
 
 import datetime
 import subprocess
@@ -19,10 +19,10 @@ from semaim.models.vit import SIZES
 from semaim.record import record_of
 from semaim.registry import method_of, task_of
 
-ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, where there is one
-CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: the folders in it that a figure depends on
+ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, if there is one
+CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: its folders that a figure depends on
 
-ENCODERS = ("Classifier", "ViTDet", "SegmentationViT")  #: types beside the methods' that take sizes of `SIZES`
+ENCODERS = ("Classifier", "ViTDet", "SegmentationViT")  #: types besides the methods' that take a size of `SIZES`
 
 
 def write_results(
@@ -31,12 +31,12 @@ def write_results(
     """Write `results.json`, on the main process.
 
     Args:
-        cfg: of the run; names the work folder; `record_origin` has noted in it where weights and code came from.
+        cfg: of the run; names the work folder; `record_origin` has recorded in it where weights and code come from.
         metrics: name -> number.
-        train_images, val_images: how many were trained (or searched) and evaluated on; None for as many as the
-            measured checkpoint says that it was trained on.
+        train_images, val_images: number of images trained on (or searched) and evaluated on; None for the number
+            recorded in the measured checkpoint.
         checkpoint: whose encoder was measured; None for random weights.
-        **more: further plain values; `data`, where it is not `cfg.dataset.root`.
+        **more: further plain values; `data`, if it is not `cfg.dataset.root`.
     """
     if not is_main_process():
         return
@@ -45,13 +45,13 @@ def write_results(
     trained_on = origin.pop("train_images", None)
     trained_with = origin.pop("cfg_options", None) or {}
     task = task_of(cfg)
-    assert task is not None  # what has run is of a task
+    assert task is not None  # every run has a task
     values = {
         "config": origin.pop("config", None) or config_name(cfg),
         "metrics": {name: float(value) for name, value in metrics.items()},  # some are numpy's
         "method": origin.pop("method", None),
         "backbone": backbone_of(cfg),
-        "task": None if task.pretrains else task.title,  # whose figures are those of other tasks
+        "task": None if task.pretrains else task.title,  # a pretraining is measured by other tasks
         "reported": {name: asdict(metric) for name, metric in task.reported(metrics).items()},
         "checkpoint": checkpoint,
         **origin,
@@ -72,19 +72,19 @@ def write_results(
 
 
 def statistics_of(cfg: Config) -> dict:
-    """mean, std of pixels from 0 to 1 that `normalisation.settle` has left in the config, and where they are from."""
+    """mean, std for pixels from 0 to 1 that `normalisation.settle` has set in the config, and their origin."""
     found = of_config(cfg)
     return {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
 
 
 def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:
-    """Note in `cfg.origin`, on the main process, where weights and code come from; checkpoints and results keep it.
+    """Record in `cfg.origin`, on the main process, where weights and code come from; checkpoints and results keep it.
 
     Args:
         cfg: of the run; its `origin` is set.
         weights: the checkpoint started from or measured; None for none.
-        resumed: a checkpoint of this very run to go on from; what it records of the run's start counts.
-        whole: the weights are measured as they were trained, head and all: how long and with which changes is noted.
+        resumed: this run's own checkpoint to resume from; its record of the run's start is kept.
+        whole: the weights are measured as trained, with their head: length and changes of their training are recorded.
     """
     if not is_main_process():
         return
@@ -96,10 +96,10 @@ def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, 
 
 
 def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
-    """Note in the origin of these configs, on the main process, what was loaded; the report itself again.
+    """Record in the origin of these configs, on the main process, what was loaded; returns the report.
 
-    `load_report` is the last load's; `partly_loaded` says in words which loads, also those before that the weights come
-    from, left something out.
+    `load_report` is the last load's; `partly_loaded` says in words which loads left something out, including earlier
+    ones in the history of the weights.
     """
     for cfg in cfgs if is_main_process() else ():
         origin = dict(cfg.get("origin") or {})
@@ -115,11 +115,11 @@ def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
 
 
 def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
-    """method and pretrain_config, _epochs, _images and _options of a checkpoint of ours; nothing of others.
+    """method and pretrain_config, _epochs, _images and _options of one of our checkpoints; empty for others.
 
     Args:
         path: the checkpoint.
-        same: it belongs to the run itself; else a fine-tuned one is of another method than what it was made of.
+        same: it belongs to the run itself; else a fine-tuned checkpoint has another method than its pretraining.
         trained: also its own length, epochs or iterations, its number of images, and its own cfg_options.
     """
     content = _mapping(read_file(path))
@@ -129,7 +129,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
     known = _mapping(config.get("origin"))
     partly = {"partly_loaded": known["partly_loaded"]} if isinstance(known.get("partly_loaded"), str) else {}
     if _pretrains(config):
-        recorded = known.get("method")  # its module may be one that only the pretraining's config names
+        recorded = known.get("method")  # perhaps from a module that only the pretraining config names
         return {
             **partly,
             "method": recorded if isinstance(recorded, str) else title_of(_mapping(config.get("model"))),
@@ -139,7 +139,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
             "pretrain_options": dict(_mapping(config.get("cfg_options"))),
         }
     names: tuple[str, ...] = ("method", "pretrain_config", "pretrain_epochs", "pretrain_images", "pretrain_options")
-    if same and not trained:  # a run that goes on: its own load too
+    if same and not trained:  # a resumed run: also its own load
         names += ("load_report", "allow_partial")
     origin = {name: known[name] for name in names if known.get(name) is not None} | partly
     if not same and "method" in origin:
@@ -155,7 +155,7 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
 
 
 def config_name(cfg: Config) -> str | None:
-    """The name of a config's file; with its folder's where it is none of the suite, whose recipes are known."""
+    """The name of a config's file, with its folder if it is not one of the suite's."""
     if not cfg.filename:
         return None
     path = Path(cfg.filename).resolve()
@@ -165,16 +165,16 @@ def config_name(cfg: Config) -> str | None:
 
 
 def title_of(model: Mapping) -> str | None:
-    """The method that a pretraining's config of the model describes, as published.yaml spells it."""
+    """The method that a pretraining's model config describes, as published.yaml spells it."""
     network = _mapping(model.get("network"))
     method = method_of(network)
     return method.title(network) if method else None
 
 
 def backbone_of(cfg: Mapping) -> str | None:
-    """ViT-B for a config's encoder of a published size, its sizes in words for another; None where it is not ours."""
+    """ViT-B for a config's encoder of a published size, its sizes in words for another; None if it is not ours."""
     model = _mapping(cfg.get("model"))
-    model = _mapping(model.get("module")) or model  # of several predictions
+    model = _mapping(model.get("module")) or model  # inside test-time augmentation
     encoder = _mapping(model.get("network")) or _mapping(model.get("backbone"))
     preset = SIZES.get(encoder.get("size", "base"))
     known = encoder.get("type") in ENCODERS or method_of(encoder) is not None
@@ -189,7 +189,7 @@ def backbone_of(cfg: Mapping) -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's git commit, "+changes" after it where code or configs differ; None where it is no checkout."""
+    """The checkout's git commit, with "+changes" if code or configs differ; None if it is not a checkout."""
 
     def git(*arguments: str) -> str:
         line = ["git", "-C", str(ROOT), *arguments]
@@ -205,7 +205,7 @@ def commit() -> str | None:
 
 
 def _pretrains(config: Mapping) -> bool:
-    """Whether a config pretrains: its figures are those of later tasks."""
+    """Whether a config pretrains, so that other tasks measure it."""
     task = task_of(config)
     return task is not None and task.pretrains
 
@@ -215,5 +215,5 @@ def _whole(value: object) -> int | None:
 
 
 def _mapping(value: object) -> Mapping:
-    """A mapping as it is, anything else as an empty one: configs in checkpoints are data from elsewhere."""
+    """A mapping unchanged, anything else as an empty one: configs in checkpoints are not trusted."""
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""A resumed run goes on with its own settings: its checkpoint's word against the config's and the command line's."""
+"""Settings of a resumed run: those in its checkpoint take precedence over the config and the command line."""
 
 import copy
 import os
@@ -14,25 +14,25 @@ from semaim.engine.results import config_name
 from semaim.engine.saving import choose_checkpoint
 from semaim.errors import UserError
 
-#: What may be another in a resumed run without --override: where and how it computes, writes and logs, as the number of
-#: GPUs may. Patterns of whole paths.
+#: Settings that a resumed run may change without --override: where and how it computes, writes and logs. Patterns of
+#: whole paths.
 FREE = re.compile(
     r"work_dir|num_workers|images_per_gpu|compile|fsdp|(log_processor|visualizer)(\..*)?"
     r"|default_hooks\.(logger|timer|checkpoint|pictures|progress|runtime_info)(\..*)?|.*\.with_cp"
 )
 
-#: What is no setting: the run has put it there itself.
-NOTED = re.compile(
+#: Keys that are not settings but records that the run itself has added.
+RECORDED = re.compile(
     r"(origin|cfg_options|overrides)(\..*)?|statistics_from|allow_partial|work_dir|optim_wrapper\.optimizer\.lr|optim_wrapper\.accumulative_counts"
 )
 
-#: What the run fills in where the config leaves it open, from the weights it starts from.
+#: Settings that the run fills in from the weights it starts from, if the config leaves them open.
 FILLED = re.compile(r"(dataset|model\.data_preprocessor)\.(mean|std)")
 
-#: Last parts of keys that name what is built. A file does not say that; the config and the command line do.
+#: Last parts of keys that name what is built. They are taken from the config and the command line, never from a file.
 NAMES_CODE = ("type", "constructor", "resize_type", "imports", "task")
 
-#: Last parts of keys that name a place.
+#: Last parts of keys that are paths.
 PLACES = ("root", "data_root", "pretrained")
 
 ABSENT = type("Absent", (), {"__repr__": lambda self: "not set"})()
@@ -42,13 +42,13 @@ SHOWN = 8  #: differences that an error lists at most
 def go_on(
     cfg: Config, given: Mapping[str, object], resume: str | None, override: bool = False
 ) -> tuple[str | None, list[str]]:
-    """The checkpoint to go on from, or None, and lines for the log; the config becomes the run's own.
+    """The checkpoint to resume from, or None, and log lines; sets the config to the run's own settings.
 
     Args:
-        cfg: the config's file with what was given; names the work folder. Changed in place.
-        given: what the command line gives, as options: dotted path -> value.
+        cfg: the config with the options of the command line; names the work folder. Changed in place.
+        given: the options of the command line: dotted path -> value.
         resume: as for `choose_checkpoint`.
-        override: what is given counts where the run had another value; both are noted in `cfg.overrides`.
+        override: given options replace the run's own values; both are recorded in `cfg.overrides`.
     """
     if override and resume is None:
         raise UserError("--override is for --resume: it lets what is given here change the run")
@@ -61,9 +61,9 @@ def go_on(
 def own_settings(
     cfg: Config, given: Mapping[str, object], checkpoint: Mapping, path: str, override: bool = False
 ) -> list[str]:
-    """Set the config to that of the run whose checkpoint this is; lines for the log. Arguments as of `go_on`.
+    """Set the config to that of the checkpoint's run; returns log lines. Arguments as for `go_on`.
 
-    The file's config is data from elsewhere: it gives values, and names nothing to build that the config does not.
+    The file's config is not trusted: it gives values, but names nothing to build that the config does not name.
     """
     if "optimizer" not in checkpoint or not isinstance(checkpoint.get("config"), Mapping):
         raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
@@ -77,13 +77,13 @@ def own_settings(
     strict = {key: pair for key, pair in changed.items() if not FREE.fullmatch(key)}
     if strict and not override or "pretrained" in strict:
         _refuse(strict, path)
-    # Of what is otherwise in the config now, the rest was given at the start; or the file is another, or was edited.
+    # Differences from the current config were given at the start; or the config file is another, or was edited.
     kept = {key: pair for key, pair in kept.items() if _given(key, first) or not FILLED.fullmatch(key)}
     edited = {key: pair for key, pair in kept.items() if not _given(key, first)}
     _check_same(kept, edited, first, origin.get("config"), config_name(cfg), path)
 
     lines = [
-        f"goes on with the run's own settings, {why}: {_listed(part)}"
+        f"continues with the run's own settings, {why}: {_listed(part)}"
         for why, part in (
             ("given at its start", {key: new for key, (_, new) in kept.items() if key not in edited}),
             ("which the config has otherwise now", {key: new for key, (_, new) in edited.items()}),
@@ -107,19 +107,19 @@ def own_settings(
 
 
 def _saved(config: Mapping, cfg: Config) -> dict:
-    """A checkpoint's config without what the run has filled in or the config cannot have."""
+    """A checkpoint's config without what the run filled in or the config cannot have."""
     saved = {key: copy.deepcopy(value) for key, value in config.items() if key in top_keys(cfg)}
     for key, value in _settings(saved):
         if not _is_plain(value):
             raise UserError(f"the checkpoint's config holds a {type(value).__name__} in {key}, where values are plain")
     network = _mapping(_mapping(saved.get("model")).get("network"))
     if "num_classes" in network and _mapping(_mapping(cfg.get("model")).get("network")).get("num_classes") is None:
-        saved["model"]["network"]["num_classes"] = None  # the data has said how many, and will again
+        saved["model"]["network"]["num_classes"] = None  # the data determined it, and will again
     now = cfg.to_dict()
     for key, value in now.items():
         if key not in saved and FREE.fullmatch(key):
             saved[key] = value
-    # Which writers and hooks there are, beside the training, is the config's to say.
+    # Which writers and hooks run besides the training is up to the current config.
     for key in differences(saved, now):
         if FREE.fullmatch(key) and _last(key) in NAMES_CODE:
             top, part = key.split(".")[:2]
@@ -131,7 +131,7 @@ def _saved(config: Mapping, cfg: Config) -> dict:
 
 
 def _entered(cfg: Config, kept: object) -> dict:
-    """The config as a run would change it at its start that keeps these classes."""
+    """The config as changed at the start of a run with this `keep_classes`."""
     now = Config(cfg.to_dict())
     if kept and "keep_classes" in top_keys(cfg):
         now.keep_classes = kept
@@ -141,19 +141,19 @@ def _entered(cfg: Config, kept: object) -> dict:
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, tuple[object, object]]:
-    """Path of a setting -> its two values, where they differ; `ABSENT` for none."""
+    """Path of a setting -> its two values, if they differ; `ABSENT` for a missing one."""
     before, after = dict(_settings(old)), dict(_settings(new))
     found = {}
     for key in dict.fromkeys((*before, *after)):
         pair = before.get(key, ABSENT), after.get(key, ABSENT)
-        if not NOTED.fullmatch(key) and not _same(key, *pair):
+        if not RECORDED.fullmatch(key) and not _same(key, *pair):
             found[key] = pair
-    # Where a dict stands in place of None, its keys say so.
+    # If a dict replaces None, its keys are reported.
     return {key: pair for key, pair in found.items() if ABSENT not in pair or not _inside(key, found)}
 
 
 def _settings(node: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Paths and values of all that is no dict, nor a list of dicts."""
+    """Paths and values of everything except dicts and lists of dicts."""
     if isinstance(node, Mapping) and node:
         for key, item in node.items():
             yield from _settings(item, f"{path}.{key}" if path else str(key))
@@ -175,7 +175,7 @@ def _last(key: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """A value as JSON holds it."""
+    """A value in JSON's types."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if value is ABSENT else value
@@ -192,17 +192,17 @@ def _inside(key: str, keys: Iterable[str]) -> bool:
 
 
 def _given(key: str, options: Iterable[str]) -> bool:
-    """Whether the first call gave a setting: by --cfg-options, or by the flag of a place."""
+    """Whether the run's first command line gave a setting: by --cfg-options, or by the flag of a path."""
     return _last(key) in PLACES or any(f"{key}.".startswith(f"{option}.") for option in options)
 
 
 def _listed(part: Mapping[str, object]) -> str:
-    by_weight = sorted(part.items(), key=lambda item: bool(FREE.fullmatch(item[0])))  # what the result hangs on first
+    by_weight = sorted(part.items(), key=lambda item: bool(FREE.fullmatch(item[0])))  # what affects the result first
     return ", ".join(f"{key} = {value}" for key, value in by_weight)
 
 
 def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
-    """`UserError` for what is given and differs from the run's own."""
+    """`UserError` for given options that differ from the run's own."""
     if "pretrained" in strict:
         old, new = strict["pretrained"]
         begun = "random weights" if old in (None, ABSENT) else old
@@ -214,7 +214,7 @@ def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
     changes = [f"{key} = {old}, given is {new}{flags.get(_last(key), '')}" for key, (old, new) in strict.items()]
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     raise UserError(
-        f"--resume: {path} has {'; '.join(changes[:SHOWN])}{more}: leave it out to go on as the run was, or add"
+        f"--resume: {path} has {'; '.join(changes[:SHOWN])}{more}: leave it out to keep the run's value, or add"
         " --override"
     )
 
@@ -227,7 +227,7 @@ def _check_same(
     name: str | None,
     path: str,
 ) -> None:
-    """`UserError` for a config that is another than the run's."""
+    """`UserError` for a different config than the run's."""
     if edited and isinstance(begun, str) and begun != name:
         raise UserError(
             f"--resume: {path} was begun with {begun}, not with {name}, which has others of its settings, such as"
@@ -243,5 +243,5 @@ def _check_same(
 
 
 def _mapping(value: object) -> Mapping:
-    """A mapping as it is, anything else as an empty one."""
+    """A mapping unchanged, anything else as an empty one."""
     return value if isinstance(value, Mapping) else {}

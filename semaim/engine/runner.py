@@ -23,10 +23,10 @@ from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.errors import Diverged, UserError
 
-if TYPE_CHECKING:  # it registers types, which other tasks than the dense ones do without
+if TYPE_CHECKING:  # importing it registers types that only dense tasks need
     from semaim.engine.dense import SeededImages
 
-if get_device() == "mps":  # mmengine's choice on Apple's machines; fp64 and gloo do not go there
+if get_device() == "mps":  # mmengine's choice on Apple machines; it supports neither fp64 nor gloo
     mmengine.device.utils.DEVICE = "cpu"
 
 
@@ -45,13 +45,13 @@ def endless_loader(images: "SeededImages", plan: BatchPlan, seed: int, num_worke
 
 
 def evaluation_loader(images: LabelledImages, batch: int, num_workers: int) -> DataLoader:
-    """Every image once: the processes take turns through the data set."""
+    """Every image once: the data set is interleaved over the processes."""
     share = range(get_rank(), len(images), get_world_size())
     return _loader(images, num_workers, batch_size=batch, sampler=share)
 
 
 def _loader(images: Dataset, num_workers: int, collate=default_collate, **batches) -> DataLoader:
-    """With at most as many workers as the process has cores."""
+    """A loader with at most as many workers as the process has cores."""
     if num_workers:
         num_workers = max(1, min(num_workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
@@ -66,10 +66,10 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 
 
 def prepare_worker(worker: int) -> None:
-    """What a loader's worker does at its start."""
+    """Set up a loader's worker at its start."""
     torch.set_num_threads(1)
-    # Ctrl-C, or what a queue sends to the process group, is for the main process, which ends its workers when it has
-    # saved. A worker outside of the group would outlive a main process that is killed, and wait for ever.
+    # Ctrl-C, or what a scheduler sends to the process group, is for the main process, which ends its workers when it
+    # has saved. A worker outside of the group would outlive a killed main process and wait forever.
     if end_with_parent(signal.SIGKILL):
         os.setpgid(0, 0)
     else:
@@ -77,26 +77,26 @@ def prepare_worker(worker: int) -> None:
 
 
 class Stopped(KeyboardInterrupt):
-    """Asked to, between two iterations, all processes at the same."""
+    """A signal stopped the run between two iterations, the same ones in all processes."""
 
 
 class Resumable(BaseLoop):
-    """What the loops share: they start anywhere, draw from (seed, iteration, rank) alone, and save when stopped.
+    """Base of the loops: they start at any iteration, seed from (seed, iteration, rank) alone, and save when stopped.
 
     Attributes:
-        stop_signal: the signal that asked this process to stop, by its name.
-        stopping: whether this iteration is the last; of several processes all have to know, see `DeferredRuntimeInfo`.
+        stop_signal: name of the signal that asked this process to stop.
+        stopping: whether this iteration is the last; all processes have to agree, see `DeferredRuntimeInfo`.
     """
 
     stop_signal: str | None = None
     stopping = False
 
     def seek(self, epoch: int, iteration: int) -> None:
-        """Stand after `epoch` whole epochs and `iteration` iterations in all."""
+        """Start after `epoch` whole epochs and `iteration` iterations in all."""
         self._epoch, self._iter = epoch, iteration
 
     def run(self) -> torch.nn.Module:
-        """Train; Ctrl-C or SIGTERM save the run's state first, and so does bad data in a single process."""
+        """Train; on Ctrl-C or SIGTERM, or in a single process on bad data, save the run's state before ending."""
         self.stop_signal, self.stopping = None, False
         several = get_world_size() > 1
         # Our launcher passes Ctrl-C on, and ends with SIGTERM the processes that remain after another has failed.
@@ -108,30 +108,30 @@ class Resumable(BaseLoop):
             raise
         except (UserError, KeyboardInterrupt) as error:
             if several and not isinstance(error, Stopped):
-                raise  # the others know nothing of it
+                raise  # the other processes do not know of it
             saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
             if saver and steps:
                 saver.save(self.runner, self.epoch, self._iter - rest, "interrupted.pth")
             if several:
-                torch.distributed.barrier()  # one that is gone would have the launcher end the one that saves
+                torch.distributed.barrier()  # if one exited, the launcher would end the one that saves
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame) -> None:
-        """Stop where weights and counters agree: after an iteration, or in a validation; a second signal, at once."""
+        """Stop where weights and counters agree: after an iteration or in a validation; at a second signal, at once."""
         alone = get_world_size() == 1
         if self.stop_signal or alone and self.runner.message_hub.get_info("loop_stage") == "val":
             raise KeyboardInterrupt
         self.stop_signal, self.stopping = signal.Signals(number).name, alone
         if is_main_process():
             when = "this iteration" if self.stopping else "the next iteration in which losses are read"
-            os.write(2, f"{self.stop_signal}: stopping after {when}\n".encode())  # the logger may be at work below this
+            os.write(2, f"{self.stop_signal}: stopping after {when}\n".encode())  # the logger may hold its lock
 
     def share_buffers(self) -> None:
-        """Running statistics of batch normalisation: all processes validate with, and go on from, the same."""
+        """Give all processes the same running statistics of batch normalisation, to validate and continue with."""
         if get_world_size() > 1:
             for buffer in self.runner.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -152,10 +152,10 @@ class Resumable(BaseLoop):
 
 @LOOPS.register_module()
 class ResumableLoop(Resumable, EpochBasedTrainLoop):
-    """Epochs."""
+    """Training by epochs."""
 
     def work(self) -> torch.nn.Module:
-        """mmengine's loop over epochs, with validation; of a run that was cut in its last validation, that."""
+        """mmengine's loop over epochs, with validation; also repeats a last validation that was interrupted."""
         cut = self._epoch >= self.max_epochs
         model = EpochBasedTrainLoop.run(self)
         if cut and self.runner.val_loop:
@@ -163,7 +163,7 @@ class ResumableLoop(Resumable, EpochBasedTrainLoop):
         return model
 
     def run_epoch(self) -> None:
-        """One epoch, from where the run stands in it."""
+        """One epoch, or the rest of it after resuming."""
         batches = self.dataloader.batch_sampler
         batches.epoch, batches.start = self._epoch, self._iter - self._epoch * len(batches)
         self.runner.call_hook("before_train_epoch")
@@ -177,18 +177,18 @@ class ResumableLoop(Resumable, EpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class ResumableIterations(Resumable):
-    """A number of iterations, over as many epochs as that takes.
+    """Training by iterations, over as many epochs as needed.
 
     Args:
-        runner, dataloader: as mmengine gives them; batches are `EndlessBatches`.
+        runner, dataloader: as mmengine passes them; batches are `EndlessBatches`.
         max_iters: iterations of the run.
         val_interval: iterations between two validations; the last is always followed by one.
 
     Attributes:
-        metrics: what the last validation gave.
+        metrics: of the last validation.
     """
 
-    stop_training = False  # mmengine's early stopping asks for it
+    stop_training = False  # set by mmengine's early stopping
 
     def __init__(self, runner, dataloader, max_iters: int, val_interval: int = 5000):
         super().__init__(runner, dataloader)
@@ -208,7 +208,7 @@ class ResumableIterations(Resumable):
         return self._iter
 
     def work(self) -> torch.nn.Module:
-        """Train and validate; of a run that was cut in its last validation, do that."""
+        """Train and validate; also repeats a last validation that was interrupted."""
         runner = self.runner
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")  # as mmengine: the whole run is one long epoch to the hooks
@@ -230,7 +230,7 @@ class ResumableIterations(Resumable):
 
 @MODEL_WRAPPERS.register_module()
 class DistributedModel(MMDistributedDataParallel):
-    """DDP that also runs on a CPU: without `device_ids` and synchronised batch normalisation there."""
+    """DDP that also runs on a CPU, there without `device_ids` and without synchronised batch normalisation."""
 
     def __init__(self, module, device_ids=None, **kwargs):
         if not torch.cuda.is_available():
@@ -240,7 +240,7 @@ class DistributedModel(MMDistributedDataParallel):
 
 @RUNNERS.register_module()
 class SeededRunner(Runner):
-    """Runner that resumes our own checkpoints and reports its set-up in a line."""
+    """Runner that resumes our own checkpoints and logs its set-up in one line."""
 
     model: BaseModel  #: or its wrapper
     _has_loaded: bool  #: mmengine's
@@ -252,28 +252,28 @@ class SeededRunner(Runner):
         checkpoint = read_checkpoint(self._load_from)
         restore_training_state(self, checkpoint, self._load_from)
         self._has_loaded = True
-        self.logger.info(f"resumed from {self._load_from}: {self.epoch} epochs, {checkpoint['step']} steps behind it")
+        self.logger.info(f"resumed from {self._load_from}, after {self.epoch} epochs and {checkpoint['step']} steps")
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """As mmengine does, but None takes any hook away, not only one of mmengine's own."""
+        """As mmengine does, but None removes any hook, not only mmengine's own."""
         own = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
         super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in own})
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
-        """On one process the model itself, on several `DistributedModel`, or with `fsdp` divided among them."""
+        """With one process the model itself, with several `DistributedModel`, or with `fsdp` the sharded model."""
         if not self.distributed:
             return model.to(get_device())
         if self.cfg.get("fsdp"):
             self.model = model.to(get_device())
-            self._init_model_weights()  # from whole weights
+            self._init_model_weights()  # before sharding
             return shard(self.model)
         return super().wrap_model({"type": "DistributedModel"}, model)
 
     def _maybe_compile(self, target: str) -> None:
-        """Not the whole step, as mmengine does for a config's `compile`: the network has compiled its blocks."""
+        """Do nothing: mmengine would compile the whole step for a config's `compile`; our networks compile blocks."""
 
     def _init_model_weights(self) -> None:
-        """As mmengine: initialise, and give all processes the weights of the first; a divided model has its own."""
+        """As mmengine: initialise, and give all processes the first one's weights, but not in a sharded model."""
         if not is_sharded(self.model):
             super()._init_model_weights()
 

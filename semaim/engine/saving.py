@@ -17,11 +17,11 @@ from semaim.engine.hooks import DeferredRuntimeInfo
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.errors import UserError
 
-HISTORY = 100  #: logged values kept per scalar, so that smoothed numbers go on where they stood
+HISTORY = 100  #: logged values saved per scalar, so that smoothed numbers continue after resuming
 
 
 def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
         cfg: names the work folder.
@@ -39,13 +39,13 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
 
 
 def saved_module(runner) -> torch.nn.Module:
-    """What a checkpoint holds the weights of: the bare network, so that its names have no prefix, or a detector."""
+    """The module whose weights are saved: the bare network, so that its names have no prefix, or a whole detector."""
     model = getattr(runner.model, "module", runner.model)
     return getattr(model, "network", model)
 
 
 def training_state(runner, epoch: int, iteration: int) -> dict:
-    """Everything a run needs to go on from `epoch` finished epochs and `iteration` finished iterations."""
+    """Everything a run needs to continue after `epoch` finished epochs and `iteration` finished iterations."""
     accumulation = runner.train_dataloader.batch_sampler.accumulation
     history = {
         name: [(torch.from_numpy(part[-HISTORY:].copy())) for part in buffer.data]
@@ -66,13 +66,13 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
 
 
 def for_mm(runner, state: dict) -> dict:
-    """What mmdet's and mmseg's own loaders read of a detector's or segmentor's file; nothing of another network's.
+    """What mmdet's and mmseg's own loaders read from a detector's or segmentor's file; empty for other networks.
 
-    `state_dict` holds the tensors of `model` again, which torch writes once, and `meta` the classes and their colours.
+    `state_dict` has the same tensors as `model`, which torch writes only once; `meta` has the classes and colours.
 
     Args:
         runner: of the run.
-        state: of `training_state`, on the CPU.
+        state: from `training_state`, on the CPU.
     """
     model = getattr(runner.model, "module", runner.model)
     if saved_module(runner) is not model:
@@ -98,11 +98,11 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
     iteration = checkpoint["step"] * batches.accumulation
     epoch = checkpoint["epoch"]
     if checkpoint["images"] != batches.length:
-        # Another data set has another shuffle: begin its epoch anew.
+        # A data set of another size has another shuffle: restart its epoch.
         runner.logger.warning(f"the data had {checkpoint['images']} images and has {batches.length} now")
         iteration = epoch * len(batches)
     runner.train_loop.seek(epoch, iteration)
-    # The config's rates and schedule, not the file's: accumulation or the base rate may be others now.
+    # The config's rates and schedule, not the file's: accumulation or the base rate may have changed.
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group.update(rate)
     for scheduler in runner.param_schedulers:
@@ -114,11 +114,11 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
 
 @HOOKS.register_module()
 class SaveCheckpoints(Hook):
-    """Saves epoch_N.pth or iter_N.pth, points latest.pth at it; older files go only after the new one is whole.
+    """Saves epoch_N.pth or iter_N.pth and points latest.pth at it; deletes older files only after that.
 
     Args:
-        interval: epochs, or iterations, between two checkpoints; the last is always saved.
-        keep: newest checkpoints to keep; 0 keeps all.
+        interval: epochs or iterations between two checkpoints; the last is always saved.
+        keep: number of newest checkpoints to keep; 0 keeps all.
         by_epoch: whether the run counts in epochs.
     """
 
@@ -140,10 +140,10 @@ class SaveCheckpoints(Hook):
             self.save(runner, done // len(runner.train_dataloader.batch_sampler), done, f"iter_{done}.pth")
 
     def save(self, runner, epoch: int, iteration: int, name: str) -> None:
-        """Write `name` in the work folder, point latest.pth at it, and drop what is too old."""
+        """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints."""
         for hook in runner.hooks:
             if isinstance(hook, DeferredRuntimeInfo):
-                hook.read(runner)  # a run that has diverged is not saved
+                hook.read(runner)  # raises if the run has diverged, so that it is not saved
         state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
         if not is_main_process():
             return

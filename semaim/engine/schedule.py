@@ -1,4 +1,4 @@
-"""Learning rate: the schedules of the published recipes as shares of a run, and batch arithmetic."""
+"""Learning rate schedules of the published recipes, as shares of a run, and batch arithmetic."""
 
 import math
 from collections.abc import Mapping
@@ -11,38 +11,38 @@ from semaim.errors import UserError
 
 
 def warm_up(step: float, length: float, start: float = 0.0) -> float:
-    """Share of the peak learning rate at a step of the warm-up: from `start` in a straight line to 1 at `length`."""
+    """Share of the peak learning rate at a step of the warm-up: linear from `start` to 1 at `length`."""
     return start + (1 - start) * step / length if step < length else 1.0
 
 
 def cosine(done: float, floor: float = 0.0) -> float:
-    """Share of the peak after `done`, from 0 to 1, of the way down: half a cosine from 1 to `floor`."""
+    """Share of the peak when a share `done` (0 to 1) of the decay has passed: half a cosine from 1 to `floor`."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if done > 0 else 1.0
 
 
 def cosine_with_warmup(now: float, length: float, warmup: float, floor: float = 0.0) -> float:
     """Share of the peak learning rate: MAE's and SemAIM's schedule.
 
-    It rises linearly from 0, then falls as half a cosine to `floor`. It is taken at the start of each step, so the very
+    It rises linearly from 0, then falls as half a cosine to `floor`. It is evaluated at the start of each step, so the
     first step has learning rate 0.
 
     Args:
-        now, length, warmup: the time, the length of the run and of its warm-up, all in epochs or all in steps.
-        floor: the share that the cosine ends at.
+        now, length, warmup: the time, the length of the run, and that of its warm-up, all in epochs or all in steps.
+        floor: the share at the end of the cosine.
     """
     return warm_up(now, warmup) * cosine((now - warmup) / (length - warmup), floor)
 
 
 class ScheduleInShares(_ParamScheduler):
-    """A learning rate in closed form, so that it can start anywhere: a warm-up, and what follows by `fall`.
+    """A learning rate in closed form, so that a run can resume at any step: a warm-up, then a decay given by `fall`.
 
-    Config files give shares of the run, so that a run of another length has a schedule of the same shape. mmengine's
-    schedulers have places in iterations, and multiply step by step.
+    Configs give shares of the run, so that a run of another length has a schedule of the same shape. mmengine's
+    schedulers count in iterations and multiply step by step.
 
     Args:
-        steps: optimizer steps of the run; the engine gives it.
-        accumulation: iterations of one optimizer step, within which the rate stays; the engine gives it.
-        peak_lr: the highest rate of a parameter group of scale 1; the engine gives it.
+        steps: optimizer steps of the run; set by the engine.
+        accumulation: iterations per optimizer step, during which the rate is constant; set by the engine.
+        peak_lr: the highest rate of a parameter group of scale 1; set by the engine.
         warmup: share of the run, from 0 to below 1, after which the rate is at its peak: 40 / 800.
         start_factor: share of the peak that the warm-up starts from.
         end, by_epoch, verbose: as for mmengine's schedulers; `by_epoch` is always False.
@@ -62,15 +62,15 @@ class ScheduleInShares(_ParamScheduler):
     ):
         check_share("warmup", warmup)
         self.steps, self.accumulation, self.peak_lr = steps, accumulation, peak_lr
-        self.warmup, self.start_factor = warmup * steps, start_factor  # in steps, not always whole
+        self.warmup, self.start_factor = warmup * steps, start_factor  # in steps, not always an integer
         super().__init__(optimizer, param_name="lr", end=end, by_epoch=by_epoch, verbose=verbose)
 
     def fall(self, step: int) -> float:
-        """What a step's share of the peak is multiplied by, beside the warm-up."""
+        """The decay factor of a step, by which the warm-up's share of the peak is multiplied."""
         raise NotImplementedError
 
     def share(self, step: int) -> float:
-        """Share of the peak learning rate in a step, counted from 0."""
+        """Share of the peak learning rate in a step; steps count from 0."""
         return warm_up(step, self.warmup, self.start_factor) * self.fall(step)
 
     def _get_value(self) -> list[float]:
@@ -78,7 +78,7 @@ class ScheduleInShares(_ParamScheduler):
         return [base * share for base in self.base_values]
 
     def seek(self, iteration: int) -> None:
-        """Continue as after `iteration` iterations."""
+        """Set the state to that after `iteration` iterations."""
         self.last_step = iteration - 1
         self._global_step = iteration - 1
         self.step()
@@ -90,9 +90,9 @@ class CosineWithWarmup(ScheduleInShares):
 
     Args:
         min_lr: the rate of a parameter group of scale 1 at the end.
-        from_start: whether the cosine spans the whole run, warm-up included, as in hustvl/MIMDet; else it starts where
-            the warm-up ends.
-        run: as of `ScheduleInShares`.
+        from_start: whether the cosine spans the whole run, including the warm-up, as in hustvl/MIMDet; else it starts
+            where the warm-up ends.
+        run: as for `ScheduleInShares`.
     """
 
     def __init__(self, optimizer, min_lr: float = 0.0, from_start: bool = False, **run):
@@ -107,14 +107,14 @@ class CosineWithWarmup(ScheduleInShares):
 
 @PARAM_SCHEDULERS.register_module()
 class PolyWithWarmup(ScheduleInShares):
-    """Down by a power of what is left of the run, to `min_lr` in its last step: mmsegmentation's.
+    """mmsegmentation's polynomial decay: a power of the remaining share of the run, to `min_lr` in the last step.
 
-    As there, the peak lasts two steps: the last of the warm-up, and the first of what follows.
+    As there, the peak lasts two steps: the last of the warm-up and the first of the decay.
 
     Args:
         min_lr: the rate of a parameter group of scale 1 in the last step.
-        power: 1 is a straight line.
-        run: as of `ScheduleInShares`.
+        power: 1 is linear.
+        run: as for `ScheduleInShares`.
     """
 
     def __init__(self, optimizer, min_lr: float = 0.0, power: float = 1.0, **run):
@@ -132,12 +132,12 @@ class PolyWithWarmup(ScheduleInShares):
 
 @PARAM_SCHEDULERS.register_module()
 class StepsWithWarmup(ScheduleInShares):
-    """Times `gamma` from every milestone on: detectron2's.
+    """detectron2's step decay: multiplied by `gamma` at every milestone.
 
     Args:
-        milestones: shares of the run; the nearest whole step is the first of the lower rate.
+        milestones: shares of the run; the nearest whole step is the first with the lower rate.
         gamma: factor.
-        run: as of `ScheduleInShares`.
+        run: as for `ScheduleInShares`.
     """
 
     def __init__(self, optimizer, milestones: tuple[float, ...] = (), gamma: float = 0.1, **run):
@@ -149,12 +149,12 @@ class StepsWithWarmup(ScheduleInShares):
         return self.gamma ** sum(milestone <= step for milestone in self.milestones)
 
 
-#: Arguments that the engine gives to every schedule.
+#: Arguments that the engine sets in every schedule.
 GIVEN = ("optimizer", "steps", "accumulation", "peak_lr", "end", "by_epoch")
 
 
 def check_share(name: str, value: object) -> None:
-    """`UserError` for what is no share of a run."""
+    """`UserError` if a value is not a share of a run."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise UserError(
             f"param_scheduler.{name} is {value!r}: give a share of the run, from 0 to below 1: 0.05 for 40 of 800"
@@ -163,7 +163,7 @@ def check_share(name: str, value: object) -> None:
 
 
 def milestones_in_steps(milestones: object, steps: int) -> list[int]:
-    """Shares of a run -> its steps; `UserError` for others."""
+    """Shares of a run -> its steps; `UserError` if they are not shares."""
     if not isinstance(milestones, list | tuple):
         raise UserError(f"param_scheduler.milestones is {milestones!r}: give a list of shares of the run")
     for index, milestone in enumerate(milestones):
@@ -172,7 +172,7 @@ def milestones_in_steps(milestones: object, steps: int) -> list[int]:
 
 
 def check_schedule(settings: object) -> None:
-    """`UserError` for a config's `param_scheduler` that is none of the schedules here, or has impossible numbers."""
+    """`UserError` if a config's `param_scheduler` is not one of these schedules or has impossible numbers."""
     kinds = PARAM_SCHEDULERS.module_dict.items()
     known = [name for name, kind in kinds if isinstance(kind, type) and issubclass(kind, ScheduleInShares)]
     if not isinstance(settings, Mapping) or settings.get("type") not in known:
@@ -191,9 +191,9 @@ def describe(settings: Mapping, steps: int, epochs: int | None = None) -> str:
     """A config's `param_scheduler` in words.
 
     Args:
-        settings: as `check_schedule` passes them.
+        settings: checked by `check_schedule`.
         steps: optimizer steps of the run.
-        epochs: of the run, where it is counted in epochs.
+        epochs: of the run, if it is counted in epochs.
     """
     warm = settings.get("warmup", 0.0)
     in_epochs = f"{round(warm * epochs, 9):g} epochs = " if epochs else ""
@@ -208,7 +208,7 @@ def describe(settings: Mapping, steps: int, epochs: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a total batch is carried: `total = processes * images * accumulation`."""
+    """How a total batch is split: `total = processes * images * accumulation`."""
 
     total: int
     processes: int
@@ -243,6 +243,6 @@ def plan_batch(total: int, processes: int, most_images: int, base_lr: float, bas
 
 
 def schedule_of(settings: Mapping, plan: BatchPlan, steps: int) -> dict:
-    """A config's `param_scheduler` as mmengine's runner builds it, for a run of so many optimizer steps."""
+    """A config's `param_scheduler` for mmengine's runner, for a run of `steps` optimizer steps."""
     run = {"steps": steps, "accumulation": plan.accumulation, "peak_lr": plan.lr}
     return {**settings, **run, "by_epoch": False}

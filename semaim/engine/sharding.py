@@ -1,6 +1,6 @@
-"""Weights, gradients and optimizer state divided among the processes: PyTorch's FSDP2, for what no GPU holds alone.
+"""Weights, gradients and optimizer state sharded over the processes by PyTorch's FSDP2, for models too large for a GPU.
 
-Checkpoints hold whole tensors under the same names, so that a run goes on sharded or not, on any number of processes.
+Checkpoints hold whole tensors under the same names, so a run can resume sharded or not, on any number of processes.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ from semaim.models.vit import Block
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Divide a model in place, block by block: a process holds whole weights of the block at work alone.
+    """Shard a model in place, block by block: a process gathers whole weights only for the block being computed.
 
-    Gradients are the mean over the processes, as by DDP, and weights stay fp32: the numbers are DDP's but for the order
-    of sums.
+    Gradients are the mean over the processes, as with DDP, and weights stay fp32: the results are DDP's except for the
+    order of sums.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        model = revert_sync_batchnorm(model)  # torch refuses it on a CPU
+        model = revert_sync_batchnorm(model)  # torch refuses SyncBN on a CPU
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (get_world_size(),))
     for module in list(model.modules()):
         if isinstance(module, Block):
@@ -35,14 +35,14 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has divided it."""
+    """Whether `shard` has sharded the model."""
     return isinstance(model, FSDPModule)
 
 
 def gathered(value: Any) -> Any:
-    """A nest of dicts and lists with its tensors whole on the main process, on its CPU; every process has to call it.
+    """Nested dicts and lists with whole tensors, on the main process's CPU; every process has to call it.
 
-    On the others, None is in the place of what was divided.
+    On the others, sharded tensors are replaced by None.
     """
     if isinstance(value, DTensor):
         whole = value.full_tensor()
@@ -55,7 +55,7 @@ def gathered(value: Any) -> Any:
 
 
 def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of whole tensors, also for a divided model."""
+    """`optimizer.load_state_dict` with whole tensors, also for a sharded model."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def fitted(number: int, values: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Frozen networks of timm as guides: built by their names, with their weights from a file or the hub."""
+"""Frozen timm networks as guides: built by name, with weights from a file or the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +23,9 @@ def build_teacher(
     """A frozen timm model as guide.
 
     Args:
-        name: in timm, such as vit_base_patch16_224.dino or vit_base_patch16_clip_quickgelu_224.openai. It says how the
-            network is built: which activation a CLIP has is not seen in its weights.
-        weights: a local file (.safetensors, or .pth of tensors only), of timm's or OpenAI's names; None fetches them
+        name: in timm, such as vit_base_patch16_224.dino or vit_base_patch16_clip_quickgelu_224.openai. It determines
+            how the network is built: the weights do not show which activation a CLIP has.
+        weights: a local file (.safetensors, or .pth of tensors only) with timm's or OpenAI's names; None downloads them
             from the hub.
         project, normalisation, mean, std: as for `Teacher`.
     """
@@ -35,7 +35,7 @@ def build_teacher(
     overlay = {"file": weights} if weights else None
     try:
         network = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, dynamic_img_size=True)
-    except Exception as error:  # timm, the hub client and the network each raise their own
+    except Exception as error:  # timm, the hub client and the network raise many types
         cause = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         if weights:
             raise UserError(f"cannot load teacher {name} from {weights}: {cause}") from None
@@ -52,9 +52,9 @@ def build_teacher(
 
 
 def check_activation(name: str, weights: str | None = None) -> None:
-    """`UserError` where timm would build a CLIP with the exact GELU around weights trained with QuickGELU.
+    """`UserError` if timm would build a CLIP with exact GELU for weights trained with QuickGELU.
 
-    timm says of each of its weights whether they are; of a local file only the tag in its name says whose they are.
+    timm records this for its own weights; for a local file, only the tag in `name` says whose weights they are.
     """
     architecture, _, tag = name.partition(".")
     quick = architecture.replace("_clip_", "_clip_quickgelu_")

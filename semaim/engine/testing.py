@@ -12,12 +12,12 @@ from semaim.reading import forget
 
 
 def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepared:
-    """Build the data of a test and check what can be checked; the config is completed in place.
+    """Build the data of a test and check what can be checked in advance; the config is completed in place.
 
     Args:
         cfg: of the test.
-        weights: a checkpoint of any dialect, or what else the task measures, such as "random".
-        check: look for everything that would end the test later; else the process that started this one has done so.
+        weights: a checkpoint of any dialect, or another value that the task accepts, such as "random".
+        check: check for everything that would end the test later; else the parent process has done so.
 
     Raises:
         UserError: something is wrong that would end the test, or give a wrong figure.
@@ -31,15 +31,15 @@ def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepar
 
 
 def test(cfg: Config, weights: str, prepared: Prepared | None = None) -> dict[str, float]:
-    """Measure a checkpoint as the config says, in this process and, where launched so, in step with its siblings.
+    """Measure a checkpoint as the config says, in this process, together with any others of a distributed launch.
 
     Args:
         cfg: of the test.
         weights: as for `prepare_test`.
-        prepared: what that gave for this config, in this process; None to prepare here.
+        prepared: result of `prepare_test` for this config, in this process; None to prepare here.
 
     Returns:
-        Metrics by name, which stand in results.json too.
+        Metrics by name, as in results.json.
     """
     join()
     torch.manual_seed(cfg.seed)

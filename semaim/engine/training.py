@@ -25,14 +25,14 @@ from semaim.registry import task_named
 
 @dataclass
 class Prepared:
-    """What a run needs and what has been checked before it starts, so that nothing is read twice.
+    """What has been read and checked before a run starts, so that nothing is read twice.
 
     Attributes:
         task: of the config.
-        statistics: mean and standard deviation of its images; they stand in the config too.
-        train, val: the images, in a data set of ours or of mm as the task built it; None where the task has none.
+        statistics: mean and standard deviation of its images, as in the config.
+        train, val: the images, as a data set of ours or of OpenMMLab's built by the task; None if the task has none.
         lines: what the checks found, for the log.
-        recorded: what is known of the run from here on, for results.json.
+        recorded: what is already known about the run, for results.json.
     """
 
     task: "RunnableTask"
@@ -45,7 +45,7 @@ class Prepared:
 
 @dataclass(kw_only=True)
 class PreparedTraining(Prepared):
-    """What a training needs besides.
+    """`Prepared` for a training.
 
     Attributes:
         plan: the batch arithmetic.
@@ -56,10 +56,10 @@ class PreparedTraining(Prepared):
 
 @runtime_checkable
 class RunnableTask(Protocol):
-    """What `train` and `semaim.engine.testing.test` ask of a task; `ImageTask` and `DenseTask` have it.
+    """What `train` and `semaim.engine.testing.test` require of a task; `ImageTask` and `DenseTask` provide it.
 
     Attributes:
-        title, trains: as of `semaim.registry.Task`.
+        title, trains: as in `semaim.registry.Task`.
         instead: what may be measured in place of a checkpoint, in words.
     """
 
@@ -74,35 +74,35 @@ class RunnableTask(Protocol):
         """Shuffled batches of this process."""
 
     def model_config(self, cfg: Config) -> dict:
-        """The model as the runner builds it."""
+        """The config from which the runner builds the model."""
 
     def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
-        """mmengine's arguments that say how long and at which rates."""
+        """mmengine's arguments for length and learning rate."""
 
     def validation(self, cfg: Config, run: Prepared, mode: str) -> dict:
-        """mmengine's arguments of a validation ("val") or test ("test")."""
+        """mmengine's arguments for a validation ("val") or test ("test")."""
 
     def describe(self, cfg: Config, run: PreparedTraining, loader: DataLoader, model: Any) -> list[str]:
-        """The run in lines of the log."""
+        """Log lines that describe the run."""
 
     def cautions(self, run: PreparedTraining, model: Any) -> list[str]:
-        """What to warn of."""
+        """Warnings for the log."""
 
     def load_encoder(self, cfg: Config, model: Any, path: str) -> LoadReport:
-        """The pretrained encoder of a checkpoint into the model."""
+        """Load the pretrained encoder of a checkpoint into the model."""
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
-        """What the last validation measured, and what else results.json has."""
+        """The figures of the last validation, and further values for results.json."""
 
     def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
         """See `semaim.engine.testing.prepare_test`."""
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
-        """The metrics of a checkpoint, written to results.json too."""
+        """The metrics of a checkpoint, which are also written to results.json."""
 
 
 def runnable_task(cfg: Config) -> RunnableTask:
-    """The task of a config; `UserError` where there is none of that name, or it has no way to run."""
+    """The task of a config; `UserError` if there is none of that name, or it cannot run."""
     task = task_named(cfg.get("task"), f"{cfg.filename or 'the config'}: task")
     if not isinstance(task, RunnableTask):
         raise UserError(f"task {task.name}: derive {type(task).__name__} from ImageTask, FeatureTask or DenseTask")
@@ -112,13 +112,13 @@ def runnable_task(cfg: Config) -> RunnableTask:
 def prepare_training(
     cfg: Config, processes: int, resume_from: str | None = None, check: bool = True
 ) -> PreparedTraining:
-    """Build the data of a run and check what can be checked; the config is completed in place.
+    """Build the data of a run and check what can be checked in advance; the config is completed in place.
 
     Args:
         cfg: of the run.
-        processes: how many it will have.
-        resume_from: a checkpoint of this very run to go on from.
-        check: look for everything that would end the run later; else the process that started this one has done so.
+        processes: number of processes it will have.
+        resume_from: this run's own checkpoint to resume from.
+        check: check for everything that would end the run later; else the parent process has done so.
 
     Raises:
         UserError: something is wrong that would end the run, or silently spoil it.
@@ -132,17 +132,17 @@ def prepare_training(
 def train(
     cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: PreparedTraining | None = None
 ) -> SeededRunner:
-    """Train as the config says, in this process and, where launched so, in step with its siblings.
+    """Train as the config says, in this process, together with any others of a distributed launch.
 
     Args:
         cfg: of the run.
-        resume_from: a checkpoint of this very run to go on from.
+        resume_from: this run's own checkpoint to resume from.
         notes: lines for the log.
-        prepared: what `prepare_training` gave for this config, in this process; None to prepare here.
+        prepared: result of `prepare_training` for this config, in this process; None to prepare here.
     """
     world = join()
     for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
-        # Its successor is not in torch 2.6; and with accumulation the schedule moves before the first step, on purpose.
+        # The new argument is not in torch 2.6; with accumulation the schedule moves before the first optimizer step.
         warnings.filterwarnings("ignore", message=message)
     run = prepared or prepare_training(cfg, world, resume_from, check=False)
     task, plan = run.task, run.plan
@@ -181,7 +181,7 @@ def train(
 
 
 def make_runner(cfg: Config, **parts) -> SeededRunner:
-    """The runner of a training or a test; `parts` are mmengine's arguments that differ."""
+    """The runner of a training or a test; `parts` are the arguments of mmengine's runner that depend on it."""
     training = "train_dataloader" in parts
     return SeededRunner(
         work_dir=cfg.work_dir,

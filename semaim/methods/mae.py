@@ -21,7 +21,7 @@ class MAEMethod(Method):
                     "study": "semaim/configs/pretrain/mae_vit_tiny_cifar10.py",
                     "paper": "semaim/configs/pretrain/mae_vit_base_1600e.py",
                 },
-                "linear": {"paper": "semaim/configs/linear/vit_base_90e_mae.py"},  # by its own published protocol
+                "linear": {"paper": "semaim/configs/linear/vit_base_90e_mae.py"},  # its own published protocol
                 "detection": {"paper": "mmdet_configs/mae_mask_rcnn.py"},
                 "segmentation": {"paper": "mmseg_configs/mae_upernet.py"},
             },
@@ -37,5 +37,5 @@ class MAEMethod(Method):
 
     @staticmethod
     def describe(network: MAE) -> str:
-        """How much is removed, and the target."""
+        """The mask ratio, and the target."""
         return f"mask ratio {network.mask_ratio:g}; target {type(network.target).__name__}"

@@ -1,11 +1,11 @@
-"""Random weights: no pretraining at all, what every method has to beat."""
+"""Random weights: no pretraining, the baseline that every method has to beat."""
 
 from semaim.registry import METHODS, Method, Variant
 
 
 @METHODS.register_module(name="random weights")
 class Scratch(Method):
-    """It has no network: the tasks start from, or measure, an encoder as it is initialised."""
+    """A method without a network: tasks start from, or measure, an encoder with its initial weights."""
 
     place = 1000
     variants = {

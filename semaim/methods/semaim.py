@@ -32,14 +32,14 @@ def _variant(name: str, configs: Mapping[str, str], **more) -> Variant:
     option = {"model.network.order": ORDERS[name]}
     changed = {scale: option for scale, path in configs.items() if ORDERS[name] != "semantic"}
     own = {"saim": "saim_vit_base_800e.py", "raster": "raster_vit_base_800e.py"}.get(name)
-    if own and configs is PIXELS:  # a config of its own, which names the order
+    if own and configs is PIXELS:  # it has its own config, which sets the order
         configs, changed = {**configs, "paper": f"{CONFIGS}/{own}"}, {**changed, "paper": {}}
     return Variant({"pretrain": configs}, changed, centre=name in ("semaim", "similarity"), **more)
 
 
 @METHODS.register_module(name="SemAIM")
 class SemAIMMethod(Method):
-    """Patches are predicted one after another, in an order that the image itself decides."""
+    """Patches are predicted one after another, in an order that the image itself determines."""
 
     network = SemAIM
     place = 0
@@ -79,13 +79,13 @@ class SemAIMMethod(Method):
 
     @classmethod
     def title(cls, config: Mapping) -> str:
-        """By the order; other features, guides and similarities than the paper's are named."""
+        """By the order; features, guides and similarities are added if they differ from the paper's."""
         order, guide = config.get("order", "semantic"), config.get("guide", "online")
         settings = guide if isinstance(guide, Mapping) else {}
         teacher = str(settings.get("name", ""))
         features = {"online": "own", "ema": "EMA"}.get(guide, teacher) if isinstance(guide, str) else teacher
         features = "DINO" if teacher.endswith(".dino") else "CLIP" if "_clip_" in teacher else features
-        # Published is CLIP as OpenAI built it, on images with ImageNet's statistics. Earlier versions did neither.
+        # The published setting is OpenAI's CLIP on images with ImageNet's statistics. Earlier versions had neither.
         official = "_quickgelu_" in teacher and settings.get("normalisation") == "student"
         parts = [TITLES.get(order, f"order {order}")]
         target = config.get("target")

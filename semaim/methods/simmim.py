@@ -24,7 +24,7 @@ from semaim.registry import METHODS, Method, Variant
 
 
 class Output(NamedTuple):
-    """What a training step produced; patches stand in image order (row by row)."""
+    """What a training step produced; patches are in image order (row by row)."""
 
     loss: Tensor  #: scalar, mean over the masked patches of all images
     loss_map: Tensor  #: (B, L), of all patches
@@ -37,7 +37,7 @@ class SimMIM(VisionTransformer):
     """The encoder with a mask token and a linear prediction head.
 
     Args:
-        target: the pixels of each patch, in the paper neither blurred nor normalised by patch, with an L1 loss.
+        target: the pixels of each patch; in the paper neither blurred nor normalised per patch, with an L1 loss.
         mask_ratio: share of the squares that is masked, rounded up.
         mask_size: side or (height, width) in pixels of a square; a whole number of patches.
         **encoder: arguments of `VisionTransformer`.
@@ -61,7 +61,7 @@ class SimMIM(VisionTransformer):
         """Choose the masked patches.
 
         Args:
-            draw: (B, L) uniform numbers; a square has that of its first patch, and those with the smallest are masked.
+            draw: (B, L) uniform numbers; a square uses that of its first patch, and the smallest are masked.
             grid: rows and columns of patches.
 
         Returns:
@@ -123,7 +123,7 @@ class SimMIMMethod(Method):
 
     @staticmethod
     def describe(network: SimMIM) -> str:
-        """How much is masked, in which squares, and the target."""
+        """The mask ratio, the size of the squares, and the target."""
         height, width = (s * p for s, p in zip(network.square, network.patch_size, strict=True))
         share = f"mask ratio {network.mask_ratio:g} in squares of {height} x {width} px"
         return f"{share}; target {type(network.target).__name__}"

@@ -1,4 +1,4 @@
-"""The methods: encoder, orders, targets, the two-stream model and MAE. Independent of runner, files and configs."""
+"""Networks: encoder, orders, targets, the two-stream model and MAE. Independent of runner, files and configs."""
 
 from semaim.models.mae import MAE
 from semaim.models.semaim import SemAIM

@@ -14,7 +14,7 @@ class Classifier(VisionTransformer):
 
     Args:
         num_classes: of the head; 0 for no head.
-        pool: "avg" pools the patch tokens of the last block, followed by a norm of its own (`fc_norm`); "cls" takes the
+        pool: "avg" pools the patch tokens of the last block, followed by a separate norm (`fc_norm`); "cls" takes the
             class token after the encoder's `norm`.
         probe: linear probing: the encoder is frozen and always in eval mode, and the head is
             preceded by a batch normalisation without affine parameters.

@@ -112,7 +112,7 @@ class Case:
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """The gradient of a parameter; `UserError` where none reached it."""
+    """The gradient of a parameter; `UserError` if it got none."""
     if parameter.grad is None:
         raise UserError("a parameter whose gradient is recorded got none")
     return parameter.grad

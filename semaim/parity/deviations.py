@@ -1,4 +1,4 @@
-"""Deliberate differences of the suite from its references: `deviations.yaml` as data and as the table of the docs."""
+"""Deliberate differences of the suite from its references: `deviations.yaml` as data and as the docs' table."""
 
 from dataclasses import dataclass
 from importlib.resources import files

@@ -23,7 +23,7 @@ from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
 
-TimmNetwork = Any  #: one of timm's ViTs, whose classes differ in what they declare
+TimmNetwork = Any  #: one of timm's ViTs, whose classes declare different attributes
 #: timm's modules of plain ViTs.
 MODULES = ("vision_transformer", "deit", "beit", "eva")
 #: Right means equal up to rounding in float64: an epsilon of 1e-5 for 1e-6 changes tokens of variance 1 by 4.5e-6.
@@ -71,7 +71,7 @@ def _input_size(tag: str) -> tuple[int, ...]:
     return cfg.input_size
 
 
-# Networks: what a user's config for this encoder builds, and the same features by timm.
+# Networks as a user's config for this encoder builds them, and the same features from timm.
 
 
 def _class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:

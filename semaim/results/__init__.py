@@ -1,17 +1,17 @@
-"""Published figures as data, and the table of ours beside them."""
+"""Published figures as data, and the results table that compares ours with them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-STATUSES = ("read", "derived", "remembered", "unknown")  #: what each means stands at the head of published.yaml
+STATUSES = ("read", "derived", "remembered", "unknown")  #: explained at the top of published.yaml
 
-SINGLE = (1.0,)  #: scales of a prediction that is no mean of several
+SINGLE = (1.0,)  #: scales of a prediction that is not averaged
 
 
 def measured(metric: str, scales: tuple[float, ...] | None) -> str:
-    """A metric's name, which says where predictions were averaged over scales; None where those are not known."""
+    """A metric's name, with the scales if predictions were averaged; `scales` is None if they are not known."""
     if scales == SINGLE:
         return metric
     return f"{metric}, {len(scales) if scales else 'several'} scales and flipped"
@@ -19,14 +19,14 @@ def measured(metric: str, scales: tuple[float, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """One published figure. None: not stated, or, as `value`, not known.
+    """One published figure. None means not stated or, for `value`, not known.
 
     Args:
-        value: percent, points for gains; the lower end where `value_to` closes a range.
+        value: percent, or points for gains; the lower end of a range if `value_to` is given.
         status: one of `STATUSES`.
         source: where it was read.
-        notes: what is to be printed wherever the figure is.
-        scales: of the image, over which the prediction is the mean, each also flipped; `SINGLE` for one, unflipped.
+        notes: printed wherever the figure is.
+        scales: image scales that predictions are averaged over, each also flipped; `SINGLE` for one, unflipped.
     """
 
     method: str
@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Dataset:
-    """How many images the whole data set has: `train_images` holds the numbers that count as all of it."""
+    """Number of images in the whole data set: `train_images` has the numbers that count as complete."""
 
     name: str
     train_images: tuple[int, ...]
@@ -66,7 +66,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All that is known of what others measured."""
+    """Everything known about published figures."""
 
     figures: list[Published] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by config file
@@ -74,7 +74,7 @@ class Catalogue:
 
 
 def load_published() -> Catalogue:
-    """Read `published.yaml`; sources and notes are put in their full words."""
+    """Read `published.yaml`; sources and notes are expanded to their full text."""
     text = (Path(__file__).parent / "published.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
     figures = []

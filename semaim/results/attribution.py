@@ -1,4 +1,4 @@
-"""Whether a run's pictures show the built-in scenes, whose emoji have a licence that asks for attribution."""
+"""Whether a run's pictures show the built-in scenes, whose emoji require attribution."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from semaim.data.scenes import MARKER
 
 CREDIT = "Emoji: OpenMoji, CC BY-SA 4.0"
 SOURCES = "openmoji.org, creativecommons.org/licenses/by-sa/4.0"
-#: Where a config, as it is written to the work folder, names folders of images.
+#: Image folders in a config as written to the work folder.
 FOLDERS = re.compile(r"\b(?:data_)?root\s*=\s*(['\"])(.+?)\1")
 #: The usual names of folders of scenes (scenes, scenes_easy) and of their configs (vit_tiny_scenes_easy.py).
 USUAL_FOLDER = re.compile(r"scenes(?:_[a-z]+)?")
@@ -16,9 +16,9 @@ USUAL_CONFIG = re.compile(r"\w+_scenes(?:_[a-z]+)?\.py")
 
 
 def shows_scenes(folder: Path) -> bool:
-    """Whether pictures in a run's folder are of built-in scenes, by the images that the run and its predictions name.
+    """Whether pictures in a run's folder show built-in scenes, by the images that the run and its predictions name.
 
-    A folder of scenes is known by its `scenes.json`. Where the images are no longer there, names decide.
+    A folder of scenes is recognised by its `scenes.json`; if the images are gone, by its name.
     """
     results = _read(folder / "results.json")
     results = results if isinstance(results, dict) else {}
@@ -39,7 +39,7 @@ def shows_scenes(folder: Path) -> bool:
 
 
 def _among_scenes(path: Path) -> bool:
-    """Whether a folder or one that it lies in is a folder of scenes; classes/, coco/ and ade/ lie in one."""
+    """Whether a folder or one of its parents is a folder of scenes, which contains classes/, coco/ and ade/."""
     whole = path.resolve()
     return any((folder / MARKER).is_file() for folder in (whole, *whole.parents))
 

@@ -1,4 +1,4 @@
-"""What stages cost: GPU-hours = images / rate, where a rate was given or measured, and disk for checkpoints."""
+"""Costs of stages: GPU-hours = images / rate, if a rate was given or measured, and disk space for checkpoints."""
 
 import logging
 import math
@@ -21,21 +21,21 @@ from semaim.results.logs import read_scalars
 from semaim.results.running import read
 from semaim.results.stages import Stage, stage_names
 
-MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps of each trained weight
-CLASSES = 1000  #: of ImageNet, where the data decides; fewer make a slightly smaller file
+MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "LARS": 1}  #: numbers that an optimizer keeps per trained weight
+CLASSES = 1000  #: ImageNet's, if the data determines the number; fewer give a slightly smaller file
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage.
+    """The cost of one stage.
 
     Args:
-        images: that pass through the network to be trained on, or measured; None where that is not known.
-        counted: their number's arithmetic, in words.
-        rate: images per second and GPU; None where it is not known.
-        source: where the rate is from.
-        disk: bytes of checkpoints, or of kept features.
-        kept: their arithmetic, in words.
+        images: number that passes through the network in training or measuring; None if not known.
+        counted: how that number is calculated, in words.
+        rate: images per second and GPU; None if not known.
+        source: origin of the rate.
+        disk: bytes of checkpoints or of stored features.
+        kept: how that number is calculated, in words.
     """
 
     stage: Stage
@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def gpu_hours(self) -> float | None:
-        """None where images or rate are not known."""
+        """None if images or rate are not known."""
         return None if self.images is None or self.rate is None else self.images / self.rate / 3600
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Cost:
 
 
 def parse_rates(words: Iterable[str]) -> dict[str, float]:
-    """STAGE=N and METHOD/STAGE=N -> numbers by what stands left; `UserError` for anything else."""
+    """STAGE=N and METHOD/STAGE=N -> numbers by left-hand side; `UserError` for anything else."""
     rates = {}
     for word in words:
         match = re.fullmatch(r"(?:([\w-]+)/)?(\w+)=([0-9.eE+]+)", word)
@@ -85,13 +85,13 @@ def parse_rates(words: Iterable[str]) -> dict[str, float]:
 
 
 def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
-    """The cost of a stage; its rate as given, else as an earlier run in its folder logged it."""
+    """The cost of a stage, at the given rate, else at the rate that an earlier run in its folder logged."""
     from semaim.engine.config import load_config  # takes a second
 
     cfg = load_config(own_config(stage.config), stage.options, check=False)
     given = rates.get(f"{stage.method}/{stage.name}", rates.get(stage.name))
     rate, source = (given, "--rate") if given else measured_rate(stage)
-    batch, length = stage.batch or 0, stage.length or 0  # set where a stage trains
+    batch, length = stage.batch or 0, stage.length or 0  # set if a stage trains
     images: int | None
     if stage.unit == "iterations":
         images = batch * length
@@ -113,7 +113,7 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 
 
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
-    """Images per second and GPU as the stage's own run logged them, the median; None where there is no log."""
+    """Median of the images per second and GPU that the stage's own run logged; None if there is no log."""
     try:
         logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
     except UserError:
@@ -126,7 +126,7 @@ def measured_rate(stage: Stage) -> tuple[float | None, str]:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Without what mmdet, mmseg and mmengine say while they build a model."""
+    """Context without the output of mmdet, mmseg and mmengine while they build a model."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def silence() -> Iterator[None]:
 
 @cache
 def sizes_of(config: str) -> tuple[int, int, int]:
-    """Of a config's model, which is built without memory: bytes of all weights, trained numbers, encoder's width."""
+    """Of a config's model, built on the meta device: bytes of all weights, number of trained ones, encoder width."""
     from semaim.engine.config import load_config
 
     cfg = load_config(own_config(config), check=False)
@@ -153,30 +153,30 @@ def sizes_of(config: str) -> tuple[int, int, int]:
 
 
 def checkpointed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a model."""
+    """The tensors of a model that a checkpoint contains."""
     return getattr(model, "network", model).state_dict()
 
 
 def checkpoint_bytes(cfg: Config, config: str) -> int:
-    """Bytes of a checkpoint: all weights, and for each trained one what the optimizer keeps."""
+    """Bytes of a checkpoint: all weights, and the optimizer's state for the trained ones."""
     weights, trained, _ = sizes_of(config)
     return weights + 4 * MOMENTS[cfg.optim_wrapper.optimizer.type] * trained
 
 
 def checkpoints_kept(cfg: Config, length: int) -> int:
-    """How many checkpoints a run of `length` epochs or iterations leaves."""
+    """Number of checkpoints that a run of `length` epochs or iterations leaves."""
     hook = cfg.default_hooks.checkpoint
     saved = math.ceil(length / hook.get("interval", 20))
     return min(saved, hook.get("keep", 3) or saved)
 
 
 def in_bytes(count: int) -> str:
-    """Bytes in GB, or in MB where they are few."""
+    """Bytes in GB, or in MB if small."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def totals(costs: Iterable[Cost]) -> str:
-    """The sums; what is not known is named."""
+    """The sums; unknown parts are named."""
     costs = list(costs)
     known = [cost.gpu_hours for cost in costs if cost.gpu_hours is not None]
     unknown = [cost for cost in costs if cost.gpu_hours is None]

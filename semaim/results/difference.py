@@ -1,4 +1,4 @@
-"""Whether two shares differ by more than the choice of the validation images explains."""
+"""Whether two shares differ by more than the sampling of the validation images explains."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ LEVEL = 0.95  #: of the interval
 
 @dataclass(frozen=True)
 class Difference:
-    """First less second, and the ends of its interval, in points of percent."""
+    """First minus second, and the ends of its interval, in percentage points."""
 
     points: float
     low: float
@@ -17,7 +17,7 @@ class Difference:
 
     @property
     def side(self) -> int:
-        """1 where the whole interval is above 0, -1 where it is below, 0 where it contains 0: cannot tell."""
+        """1 if the whole interval is above 0, -1 if it is below, 0 if it contains 0: cannot tell."""
         return (self.low > 0) - (self.high < 0)
 
 
@@ -25,23 +25,23 @@ def difference(first: float, first_images: int, second: float, second_images: in
     """The difference of two shares in percent, such as top-1, with its 95 % interval.
 
     The interval is that of Agresti and Caffo (The American Statistician 54(4), 2000): the normal approximation of two
-    independent binomials, after one right and one wrong image were added to each. With p = (right + 1) / (images + 2),
+    independent binomials, after one right and one wrong image are added to each. With p = (right + 1) / (images + 2),
     its middle is p1 - p2 and its half width 1.96 sqrt(p1 (1 - p1) / (n1 + 2) + p2 (1 - p2) / (n2 + 2)). It does
     not shrink to nothing at 0 and 100 %, as Wald's does.
 
-    Two encoders are mostly measured on the same images, which would be paired. Then the variance of the difference is
-    that of independent ones less twice the covariance; images that are hard for one are mostly hard for the other, so
-    the covariance is mostly positive, and to leave it out makes the interval wider: the careful side.
+    Two encoders are usually measured on the same images, so the samples are paired. The variance of the difference is
+    then that of independent samples minus twice the covariance. Images that are hard for one encoder are usually hard
+    for the other, so the covariance is usually positive, and leaving it out makes the interval wider: conservative.
 
-    Of a mean over seeds, give the images of one run. All seeds see the same images, so more seeds do not make the
-    choice of images any larger. What another seed of one run would change is not in the interval.
+    For a mean over seeds, give the number of images of one run: all seeds use the same images, so more seeds do not
+    enlarge the sample. The interval does not cover the variation between seeds.
 
     Args:
         first, second: shares, 0 to 100.
-        first_images, second_images: how many each was measured on.
+        first_images, second_images: number of images that each was measured on.
 
     Raises:
-        ValueError: a share outside 0 to 100, or no images.
+        ValueError: a share is outside 0 to 100, or there are no images.
     """
     shares = []
     for share, images in ((first, first_images), (second, second_images)):

@@ -10,15 +10,15 @@ from semaim.results.table import HEADER, ORIGIN, Table, at_a_glance, print_form
 
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    **{sign: f"{{{sign}}}" for sign in "[*"},  # after a line break they would belong to it
+    **{sign: f"{{{sign}}}" for sign in "[*"},  # after a line break they would be read as its arguments
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"},
     **{"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"},
 }
-WIDE = {"Recipe": "p{3cm}", "Remark": "p{4cm}"}  #: LaTeX's columns of words
+WIDE = {"Recipe": "p{3cm}", "Remark": "p{4cm}"}  #: LaTeX columns with text
 
 
 def markdown(table: Table) -> str:
-    """A pipe table, and lists below it."""
+    """A Markdown table, and lists below it."""
     printed = print_form(table)
     lines = [*pipes([HEADER, *printed.rows]), ""]
     lines += [*(f"* {escaped(note)}" for note in printed.notes), ""]
@@ -27,7 +27,7 @@ def markdown(table: Table) -> str:
 
 
 def glance(table: Table) -> str:
-    """A pipe table of our figures, a line an encoder; nothing of a single one."""
+    """A Markdown table of our figures, one line per encoder; empty for a single encoder."""
     return "".join(line + "\n" for line in pipes(at_a_glance(table)))
 
 
@@ -39,13 +39,13 @@ def pipes(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text escaped for Markdown."""
     text = re.sub(r"[\\|*`<>&\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda sign: f"\\{sign[0]}", text)
     return " ".join(text.split())
 
 
 def comma_separated(table: Table) -> str:
-    """One line a row, with unrounded numbers and everything else of it in columns of its own."""
+    """One line per row, with unrounded numbers and all other values in separate columns."""
     columns = ["published", "published_to", "status", "source", "ours", "std", "n", "difference", "remark", "notes"]
     origin = [*ORIGIN, "folder"]
     file = io.StringIO()
@@ -66,12 +66,12 @@ def comma_separated(table: Table) -> str:
 
 
 def number(value: float | None) -> str:
-    """All digits that are meant, without those of binary fractions."""
+    """All significant digits, without binary rounding noise."""
     return "" if value is None else f"{value:.10g}"
 
 
 def latex(table: Table) -> str:
-    """A tabular of booktabs, and paragraphs below it."""
+    """A booktabs table, and paragraphs below it."""
 
     def escape(text: str) -> str:
         return " ".join("".join(TEX.get(sign, sign) for sign in text).split())
@@ -88,7 +88,7 @@ def latex(table: Table) -> str:
 
 
 def hypertext(table: Table) -> str:
-    """A fragment that takes the colours of the page it stands in, light or dark."""
+    """An HTML fragment that takes its colours from the page, light or dark."""
     printed = print_form(table)
 
     def line(cells, tag: str) -> str:

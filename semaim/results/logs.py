@@ -1,4 +1,4 @@
-"""What a run has logged: the scalars in its work folder, as training and validation wrote them."""
+"""The scalars that a run's training and validation have logged to its work folder."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from semaim.errors import UserError
 
 
 def read_lines(work_dir: str | Path) -> list[dict]:
-    """All logged scalars of a run in the order of time, resumed parts in place of what they repeat.
+    """All logged scalars of a run in order of time; resumed parts replace what they repeat.
 
-    Lines of training have `iter`; each of validation gets it here, that of the line of training before it, and a
-    `validation` of True. The line that a running training has half written is left out.
+    Training lines have `iter`. Validation lines get the `iter` of the training line before them, and `validation=True`.
+    An incomplete last line of a running training is left out.
     """
     kept: list[dict] = []
     for file in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
@@ -33,7 +33,7 @@ def read_lines(work_dir: str | Path) -> list[dict]:
 
 
 def read_scalars(work_dir: str | Path) -> list[dict]:
-    """The logged scalars of a run's training, by rising iteration; `UserError` where nothing was logged."""
+    """The logged scalars of a run's training, by rising iteration; `UserError` if nothing was logged."""
     lines = read_lines(work_dir)
     if not lines and not list(Path(work_dir).glob("*/vis_data/scalars.json")):
         raise UserError(f"no logged scalars in {work_dir}: name the work folder of a run")

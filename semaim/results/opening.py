@@ -1,4 +1,4 @@
-"""What a report opens with: pretrained encoders beside random weights, and what of each difference is sure."""
+"""The start of a report: pretrained encoders against random weights, and which differences are significant."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from semaim.results.runs import HARMLESS, Run, read_runs
 from semaim.results.table import Cell, data_of, make_cells
 
 RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
-#: Pictures of a pretraining, of which the first that is there is shown.
+#: Pictures of a pretraining; the first existing one is shown.
 LOOKS = {
     "orders.png": "validation images, in which order it predicts their patches (bright first), and what it predicts",
     "reconstruction.png": "validation images, and what it predicts of them",
@@ -21,7 +21,7 @@ LOOKS = {
 
 
 class Place(NamedTuple):
-    """All that two encoders must have in common to be compared: task, config and data, as far as recorded."""
+    """What two encoders must have in common to be compared: task, config and data, as far as recorded."""
 
     task: str
     metric: str
@@ -32,12 +32,12 @@ class Place(NamedTuple):
     train_images: int | None
     folder: str | None  #: of the data
     stage: str | None
-    kept: tuple  #: length, scales, changed options, and what was left out where weights were loaded
+    kept: tuple  #: length, scales, changed options, and what was left out when weights were loaded
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference in words; side: 1 above 0, -1 below, 0 cannot tell, None where there is no interval."""
+    """A difference in words; side: 1 above 0, -1 below, 0 cannot tell, None if there is no interval."""
 
     words: str = ""
     side: int | None = None
@@ -45,7 +45,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Line:
-    """A measure: its name, and in full; validation images, figures by encoder, differences by pretrained encoder."""
+    """A measure: short and full name, validation images, figures by encoder, differences by pretrained encoder."""
 
     name: str
     measure: str
@@ -56,7 +56,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Opening:
-    """All of it: encoders (random weights last), lines, sentences, and pictures as (words, file)."""
+    """The whole opening: encoders (random weights last), lines, sentences, and pictures as (caption, file)."""
 
     encoders: list[str]
     lines: list[Line]
@@ -66,13 +66,13 @@ class Opening:
 
     @property
     def headings(self) -> list[str]:
-        """Of the differences."""
+        """Headings of the differences."""
         pretrained = self.encoders[:-1]
         return ["Difference"] if len(pretrained) == 1 else [f"Difference of {name}" for name in pretrained]
 
 
 def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
-    """The opening of these results.json; None where no measure has a pretrained encoder beside random weights."""
+    """The opening for these results.json; None if no measure has both a pretrained encoder and random weights."""
     runs = [run for file in files for run in headline_runs(file, catalogue)]
     places: dict[Place, dict[tuple, list[Cell]]] = {}
     for cell in make_cells(runs, catalogue):
@@ -105,7 +105,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
 
 
 def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
-    """The measures of a results.json that have a short name; of k-NN the usual k, or else the smallest."""
+    """The measures of a results.json that have a short name; for k-NN the usual k, else the smallest."""
     found = read_runs(file, catalogue)
     for run in found[:1]:
         task = task_titled(run.task)
@@ -113,7 +113,7 @@ def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
             value = run.record.metrics.get(name)
             if value is not None and metric.short and not metric.tabled and metric.measured(value):
                 found.append(replace(run, metric=metric.label, value=metric.factor * float(value)))
-    first: dict[str, Run] = {}  # of one short name, the first: numbers of neighbours are by rising k
+    first: dict[str, Run] = {}  # the first of each short name: numbers of neighbours are by rising k
     for run in found:
         if measure := measure_of(run.task, run.metric):
             first.setdefault(measure[1], run)
@@ -121,7 +121,7 @@ def headline_runs(file: Path, catalogue: Catalogue) -> list[Run]:
 
 
 def measure_of(title: str, label: str) -> tuple[int, str] | None:
-    """Place among all measures, and short name, of a task's metric, whatever its label says besides; None without."""
+    """Position among all measures, and short name, of a task's metric, by the start of its label; None without one."""
     wanted, place = label.partition(",")[0], 0
     for task in tasks():
         for metric in task.metrics.values():
@@ -132,7 +132,7 @@ def measure_of(title: str, label: str) -> tuple[int, str] | None:
 
 
 def place_of(run: Run, catalogue: Catalogue) -> Place:
-    """Where a run is compared."""
+    """The `Place` at which a run is compared."""
     options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
     kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.record.partly_loaded)
     val, train, folder, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "data", "stage"))
@@ -141,13 +141,13 @@ def place_of(run: Run, catalogue: Catalogue) -> Place:
 
 
 def encoder_of(run: Run) -> tuple:
-    """Method, epochs of pretraining and its changes but of the schedule; of random weights the method alone."""
+    """Method, epochs of pretraining and its changes except to the schedule; for random weights only the method."""
     changes = ", ".join(part for part in run.changes.split(", ") if part.startswith("pretraining's "))
     return (run.method, None, "") if run.method == RANDOM else (run.method, run.record.pretrain_epochs, changes)
 
 
 def names_of(encoders: list[tuple]) -> list[str]:
-    """Methods, with as much besides as it takes to distinguish them."""
+    """Method names, with as many details as needed to distinguish them."""
     for count in (1, 2, 3):
         names = [
             ", ".join(str(part) + " epochs" * (place == 1) for place, part in enumerate(it[:count]) if part)
@@ -159,12 +159,12 @@ def names_of(encoders: list[tuple]) -> list[str]:
 
 
 def named_measure(place: Place) -> tuple[int, str]:
-    """As `measure_of`, of a place that has one."""
+    """`measure_of` for a place, which always has one."""
     return measure_of(place.task, place.metric) or (0, place.metric)
 
 
 def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
-    """The measure's name, and in full; both with data, backbone and config where another line is of the same."""
+    """The measure's short and full name, with data, backbone and config if another line has the same measure."""
     name = named_measure(place)[1]
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
     where = ""
@@ -179,18 +179,18 @@ def seeds_words(cell: Cell) -> str:
     return f"{cell.mean:.1f}" if count == 1 else f"{cell.mean:.1f} ± {cell.spread:.1f} ({count} seeds)"
 
 
-# What is sure
+# Significance
 
 
 def judge(ours: list[Cell], random: list[Cell]) -> Judged:
-    """Pretrained less random weights, in words; nothing where one is missing."""
+    """Pretrained minus random weights, in words; empty if one is missing."""
     if not ours:
         return Judged()
     if len(ours) > 1 or len(random) > 1:
         return Judged("not averaged: one seed more than once")
     (mine,), (theirs,) = ours, random
     points = f"{mine.mean - theirs.mean:+.1f}"
-    images = mine.runs[0].record.val_images  # the same of both
+    images = mine.runs[0].record.val_images  # the same for both
     if not mine.runs[0].metric.startswith("top-1"):
         several = max(len(mine.runs), len(theirs.runs)) > 1
         return Judged(f"{points} ({'mean over seeds' if several else 'one run'}: no interval)")
@@ -198,7 +198,7 @@ def judge(ours: list[Cell], random: list[Cell]) -> Judged:
         return Judged(f"{points} (validation images not recorded: no interval)")
     try:
         found = difference(mine.mean, int(images), theirs.mean, int(images))
-    except ValueError:  # a file from elsewhere may hold anything
+    except ValueError:  # results.json from elsewhere may contain anything
         return Judged(f"{points} (no shares: no interval)")
     return Judged(interval_words(found), found.side)
 
@@ -210,7 +210,7 @@ def interval_words(found: Difference) -> str:
 
 
 def verdict(name: str, place: int, lines: list[Line]) -> str:
-    """A sentence on the accuracies of an encoder."""
+    """A sentence about the accuracies of an encoder."""
     sides: dict[int, list[str]] = {}
     for line in lines:
         side = line.differences[place].side
@@ -226,15 +226,15 @@ def listed(names: list[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-# Of its pretraining
+# The encoder's pretraining
 
 
 def pretrainings_of(cells: list[Cell]) -> dict[Path, float | None]:
-    """Folders of the pretrainings that the runs started from, and the seeds, as far as they are there."""
+    """Existing folders of the pretrainings that the runs started from -> seed, if known."""
     found: dict[Path, float | None] = {}
     for run in (run for cell in cells for run in cell.runs):
         named = Path(run.record.checkpoint or "").parent
-        beside = Path(run.folder).resolve().parent / named.name  # also where all runs were moved together
+        beside = Path(run.folder).resolve().parent / named.name  # if all runs were moved together
         if beside.is_dir() and beside.parts[-3:] == named.parts[-3:]:
             found.setdefault(beside, run.record.seed)
         elif named.is_dir() and named.name:
@@ -243,7 +243,7 @@ def pretrainings_of(cells: list[Cell]) -> dict[Path, float | None]:
 
 
 def centres_of(name: str, cells: list[Cell]) -> list[str]:
-    """A sentence a pretraining on where its centre falls, from the file of `semaim.benchmarks.centres`."""
+    """One sentence per pretraining on where its centre falls, from the file that `semaim.benchmarks.centres` wrote."""
     found = [(folder / "centres.json", seed) for folder, seed in pretrainings_of(cells).items()]
     found = [(file, seed) for file, seed in found if file.is_file()]
     lines = []
@@ -253,7 +253,7 @@ def centres_of(name: str, cells: list[Cell]) -> list[str]:
             (row, *_) = [row for row in rows if row["used"] and row["checkpoint"]]
             on, chance, fixed = (100 * float(row[key]) for key in ("on_object", "chance", "best_fixed"))
             judged = difference(on, int(row["images"]), fixed, int(row["images"]))
-        except (OSError, ValueError, KeyError, TypeError):  # a report is made of what can be read
+        except (OSError, ValueError, KeyError, TypeError):  # a report skips what it cannot read
             continue
         sure = {1: "", 0: "; cannot tell it from that place", -1: "; that place does better"}[judged.side]
         whose = f"{name}, seed {seed}" if len(found) > 1 else name
@@ -265,7 +265,7 @@ def centres_of(name: str, cells: list[Cell]) -> list[str]:
 
 
 def pictures_of(name: str, cells: list[Cell]) -> list[tuple[str, Path]]:
-    """Pictures of an encoder's first pretraining, detector and segmentor that have one: words and file."""
+    """Pictures of the first pretraining, detector and segmentor of an encoder that have one: (caption, file)."""
     looks = [(words, folder / look) for folder in pretrainings_of(cells) for look, words in LOOKS.items()]
     found = [(f"{name}: {words}", file) for words, file in looks if file.is_file()][:1]
     for task in (task for task in tasks() if task.shows):

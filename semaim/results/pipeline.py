@@ -1,4 +1,4 @@
-"""Works through stages: each by its command, side by side where asked for, then the table and the report."""
+"""Runs stages, each by its command, optionally several at a time; then writes the table and the report."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ from semaim.results.stages import PICTURES, Stage
 from semaim.results.table import make_table
 
 FILES = {"md": "table.md", "csv": "table.csv", "html": "table.html", "latex": "table.tex"}
-#: What the report of scale quick says first.
+#: The first sentences of the report at scale quick.
 LEAD = (
     "These are drawn scenes at level {level}, a tiny encoder and minutes of training. They show whether the parts work"
     " together, and whether pretraining helps here; nothing about the paper's comparison of orders and methods, and"
@@ -30,7 +30,7 @@ LEAD = (
 
 
 def count_images(root: Path | None) -> tuple[int, int] | None:
-    """Training and validation images in class folders, or None where there are none."""
+    """Numbers of training and validation images in class folders, or None if there are none."""
     if root is None or not (root / "train").is_dir():
         return None
     train, val = (
@@ -40,7 +40,7 @@ def count_images(root: Path | None) -> tuple[int, int] | None:
 
 
 def check(stages: list[Stage], chosen: list[Stage]) -> None:
-    """`UserError` for what would stop the stages, or mix their results, before any starts."""
+    """Before any stage starts, `UserError` for what would stop the stages or mix their results."""
     for stage in stages:
         if stage.name == "scenes":
             drawn = read(stage.result)
@@ -65,13 +65,13 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
 
 
 def typed(stage: Stage) -> str:
-    """The command line, with the environment of several nodes where it runs on them."""
+    """The command line, with the environment variables for several nodes if it runs on several."""
     nodes = f"NNODES={stage.nodes} NODE_RANK=$NODE_RANK MASTER_ADDR=$MASTER_ADDR PORT=29500 "
     return nodes * (stage.nodes > 1) + shlex.join(stage.command())
 
 
 def show(chosen: list[Stage], rates: dict[str, float]) -> None:
-    """All commands, and what each costs."""
+    """Print all commands, and what each costs."""
     if any(stage.nodes > 1 for stage in chosen):
         most = max(stage.nodes for stage in chosen)
         print(f"# On every node, with its NODE_RANK (0 to {most - 1}) and the first one's name as MASTER_ADDR;")
@@ -87,7 +87,7 @@ def show(chosen: list[Stage], rates: dict[str, float]) -> None:
 
 
 def work_through(chosen: list[Stage], jobs: int = 1) -> int:
-    """Run what has not finished, `jobs` stages at a time; the exit status."""
+    """Run what has not finished, `jobs` stages at a time; returns the exit status."""
     left, code = list(chosen), 0
     running: dict[str, Stage] = {}
     ended: queue.Queue[tuple[Stage, int | BaseException]] = queue.Queue()
@@ -96,7 +96,7 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
         def work(stage: Stage) -> None:
             try:
                 ended.put((stage, carry_out(stage, children, jobs)))
-            except BaseException as error:  # in a thread nobody would see it
+            except BaseException as error:  # it would be lost in a thread
                 ended.put((stage, error))
 
         while True:
@@ -125,7 +125,7 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
             elif failed:
                 print(f"{stage.title} failed with exit status {failed}; what has finished stays", file=sys.stderr)
                 code = failed
-                children.stop(signal.SIGTERM)  # those beside it save and end
+                children.stop(signal.SIGTERM)  # the other running stages save and end
         if not code and children.stopped:
             return 130
         if not code and left:
@@ -134,18 +134,18 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
 
 
 def weight_of(stage: Stage) -> int:
-    """Which stages begin first, where several can: the short ones then fill what is left."""
+    """Priority of a stage when several can start: long ones first, so that short ones fill the gaps."""
     return stage.task.weight if stage.task else 100
 
 
 def carry_out(stage: Stage, children: Children, jobs: int) -> int:
-    """Run a stage to its end, where it has not finished, and what else the report shows of it; the exit status.
+    """Run a stage if it has not finished, then make its pictures for the report; returns the exit status.
 
-    A failure of the latter stops nothing.
+    A failed picture stops nothing.
     """
     title = stage.title if jobs > 1 else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Each with its share of the cores: more threads than those would wait for one another.
+    # Each job gets its share of the cores: more threads would wait for each other.
     shared = {} if jobs == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     if not stage.result.exists():
         if stage.method:
@@ -163,14 +163,14 @@ def carry_out(stage: Stage, children: Children, jobs: int) -> int:
             continue
         print(shlex.join(line), flush=True)
         if children.follow(line, title, shared) and not children.stopped:
-            print(f"{stage.title}: {file.name} could not be made: it will be missing in the report", file=sys.stderr)
+            print(f"{stage.title}: {file.name} could not be made: it will be missing from the report", file=sys.stderr)
     return 0
 
 
 def tabulate(work: Path, scale: str, lead: str | None = None) -> None:
-    """Write the table in all formats, and the report, which opens with `lead`; print our rows.
+    """Write the table in all formats, and the report, which begins with `lead`; print our rows.
 
-    At paper scale they are printed beside the published.
+    At paper scale they are printed together with the published ones.
     """
     if not any(work.rglob("results.json")):
         print("no stage that measures has finished yet: there is no table")

@@ -1,4 +1,4 @@
-"""One HTML file about runs: table, curves, pictures, classes, times and configs. It loads nothing from elsewhere."""
+"""One self-contained HTML file about runs: table, curves, pictures, per-class figures, times and configs."""
 
 import base64
 import datetime
@@ -25,11 +25,11 @@ from semaim.results.runs import read_runs
 from semaim.results.table import HEADER, Table, at_a_glance, make_table, print_form
 
 MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that mark the folder of a run
-WIDEST = 1000  #: pixels of a picture in the report
-MOST = 6  #: pictures of one kind and run, but of orders
+WIDEST = 1000  #: largest width of a picture in the report, in pixels
+MOST = 6  #: largest number of pictures of one kind and run, except of orders
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 STAMP = re.compile(r"^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ")  #: at the start of mmengine's log lines
-TASK = re.compile(r"^task = ['\"](\w+)['\"]$", re.MULTILINE)  #: in a config, as it is written to the work folder
+TASK = re.compile(r"^task = ['\"](\w+)['\"]$", re.MULTILINE)  #: in a config as written to the work folder
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass
 class ClassTable:
-    """Figures of each class: head and rows, as logged."""
+    """Per-class figures: header and rows, as logged."""
 
     title: str
     head: list[str]
@@ -53,7 +53,7 @@ class ClassTable:
 
 @dataclass
 class RunPart:
-    """All that a report shows of one run; what is not recorded is empty."""
+    """Everything that a report shows of one run; empty where not recorded."""
 
     name: str
     stage: str = ""
@@ -67,12 +67,12 @@ class RunPart:
 
 
 def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) -> None:
-    """Write a self-contained HTML file about all runs in the folders, however deep.
+    """Write a self-contained HTML file about all runs in the folders, searched recursively.
 
     Args:
         folders: of runs, or folders of them.
         out: the file.
-        lead: sentences that stand first, on what the runs are and what they can show.
+        lead: first sentences: what the runs are and what they can show.
     """
     runs, catalogue = find_runs(folders), load_published()
     parts = [read_part(folder, name, catalogue) for folder, name in runs.items()]
@@ -109,7 +109,7 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
 
 
 def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
-    """Folders of runs -> their names, which are their paths from the given folder on."""
+    """Folders of runs -> their names, which are their paths relative to the given folder."""
     found: dict[Path, str] = {}
     for given in map(Path, folders):
         if not given.is_dir():
@@ -117,7 +117,7 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
         root = given.resolve()
         files = [path for mark in MARKS for path in root.rglob(mark)]
         inside = {path.parent if path.name == "results.json" else path.parents[2] for path in files}
-        inside = {path for path in inside if path.is_relative_to(root)}  # not of a folder inside a run
+        inside = {path for path in inside if path.is_relative_to(root)}  # if a folder inside a run was given
         if not inside:
             raise UserError(f"no run in {given}: a run's folder holds results.json, or logged scalars and config")
         for folder in sorted(inside):
@@ -127,12 +127,12 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
 
 
 def measured(runs: Iterable[Path]) -> list[Path]:
-    """Those of the folders that hold results.json."""
+    """The folders that contain results.json."""
     return [folder for folder in runs if (folder / "results.json").is_file()]
 
 
 def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Table | None:
-    """The results table of these folders; None where nothing was measured that it has."""
+    """The results table of these folders; None if they have no figure that it shows."""
     tabled = [folder for folder in measured(runs) if read_runs(folder / "results.json", catalogue)]
     return make_table(tabled, catalogue) if tabled else None
 
@@ -141,7 +141,7 @@ def table_of(runs: Iterable[Path], catalogue: Catalogue) -> Table | None:
 
 
 def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
-    """What the files of a run's folder hold."""
+    """The contents of a run's folder."""
     part = RunPart(name, configs=configs_of(folder), pictures=pictures_of(folder))
     lines, results = read_lines(folder), folder / "results.json"
     record = read_record(results) if results.is_file() else Record({})
@@ -164,26 +164,26 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
 
 
 def is_headline(key: str) -> bool:
-    """Whether a measured value stands in the list of runs, where a run has any such."""
+    """Whether a measured value is preferred in the list of runs."""
     found = [task.metrics[key] for task in tasks() if key in task.metrics]
     return any(metric.short and metric.tabled for metric in found)
 
 
 def worded(value: object) -> str:
-    """A value of results.json in words."""
+    """A value of results.json as text."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else json.dumps(value)
 
 
 def configs_of(folder: Path) -> dict[str, str]:
-    """File name -> text of the configs that the run left: as given, or else the newest of its log folders."""
+    """File name -> text of the run's configs: as given, or else the newest in its log folders."""
     files = sorted(folder.glob("*.py")) or sorted(folder.glob("*/vis_data/config.py"))[-1:]
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
 
 
 def facts_of(lines: Sequence[dict], logs: Sequence[str], record: Record) -> dict[str, str]:
-    """Length, time, speed and memory, as far as they were logged."""
+    """Length, time, speed and memory, as far as logged."""
     facts = {}
     training = [line for line in lines if "validation" not in line]
     if training:
@@ -204,13 +204,13 @@ def facts_of(lines: Sequence[dict], logs: Sequence[str], record: Record) -> dict
 
 
 def stamps_of(log: str) -> list[datetime.datetime]:
-    """The times at the starts of a log's lines."""
+    """The timestamps of a log's lines."""
     found = [match[1] for match in map(STAMP.match, log.splitlines()) if match]
     return [datetime.datetime.strptime(stamp, "%Y/%m/%d %H:%M:%S") for stamp in (found[:1] + found[-1:])]
 
 
 def classes_of(logs: Sequence[str]) -> list[ClassTable]:
-    """The last table of each kind that mmdet (by `classwise`) and mmseg log of their classes."""
+    """The last per-class table of each kind that mmdet (with `classwise`) and mmseg log."""
     found: dict[str, ClassTable] = {}
     for log in logs:
         evaluated, head, rows = "", None, []
@@ -235,7 +235,7 @@ def classes_of(logs: Sequence[str]) -> list[ClassTable]:
 
 
 def pictures_of(folder: Path) -> dict[str, list[Picture]]:
-    """Words -> pictures of a run: of its orders over training, of predictions, and what lies in the folder itself."""
+    """Caption -> pictures of a run: its orders during training, predictions, and those in the folder itself."""
     predicted = [path.parent for path in folder.glob("*/predictions.json")]
     chosen = {"Orders over training": spread(listed(folder / "orders"), 3)}  # first, middle, last
     for place in sorted({*predicted, folder / "predictions"}):
@@ -247,20 +247,20 @@ def pictures_of(folder: Path) -> dict[str, list[Picture]]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Picture files of a folder, numbers in names by their size."""
+    """Picture files of a folder; numbers in names are sorted by value."""
     files = [path for path in folder.glob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     return sorted(files, key=lambda path: [(part.zfill(12), part) for part in re.findall(r"\d+|\D+", path.name)])
 
 
 def spread(items: Sequence, most: int) -> list:
-    """At most so many of them, from the first to the last."""
+    """At most `most` of the items, evenly spaced from the first to the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def encode(path: Path) -> Picture | None:
-    """A picture, at most `WIDEST` pixels wide, as the smaller of PNG and JPEG; None where it cannot be read."""
+    """A picture, at most `WIDEST` pixels wide, as the smaller of PNG and JPEG; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGBA")

@@ -1,4 +1,4 @@
-"""What tools that start others share: following a command, going on where it was cut, refusing changed settings."""
+"""Shared by tools that start others: running a command, continuing an interrupted one, refusing changed settings."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from semaim.places import IN_CHECKOUT, ROOT, here
 
 
 def python() -> str:
-    """This Python as one would type it here."""
+    """This Python as it would be typed here."""
     return here(Path(sys.executable))
 
 
@@ -29,7 +29,7 @@ def tool(name: str) -> list[str]:
 
 
 def read(path: Path) -> dict:
-    """The content of a json file, empty where there is none."""
+    """The content of a JSON file; empty if there is no file."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -39,11 +39,11 @@ def read(path: Path) -> dict:
 
 
 def refuse_changes(folder: Path, had: dict, settings: dict) -> None:
-    """`UserError` where a folder's run had other settings: one table must not hold both.
+    """`UserError` if a folder's run had other settings: a table must not mix them.
 
     Args:
         folder: of the run.
-        had, settings: plain values, of the run and asked for now; their `options` are a dict of such.
+        had, settings: plain values, of the earlier run and now; their `options` are dicts of plain values.
     """
     old, new = ({**part, **part["options"], "options": None} for part in (had, settings))
     for key in [*new, *old]:
@@ -53,27 +53,27 @@ def refuse_changes(folder: Path, had: dict, settings: dict) -> None:
 
 
 def as_words(options: dict[str, object]) -> dict[str, str]:
-    """Options as --cfg-options takes them: no spaces."""
+    """Options in the form of --cfg-options, without spaces."""
     return {key: str(value).replace(" ", "") for key, value in options.items()}
 
 
 class Children:
-    """Commands that run now; within it, a signal to this process is passed on to all of them, for them to save.
+    """Context for running commands: a signal to this process is passed on to all of them, so that they save.
 
-    An error that leaves it ends them too.
+    If an error leaves the context, they are ended too.
 
     Attributes:
-        stopped: the signals that came.
+        stopped: the received signals.
     """
 
     def __init__(self) -> None:
-        self.running: dict[subprocess.Popen, int] = {}  # how many of the signals each has been sent
+        self.running: dict[subprocess.Popen, int] = {}  # number of signals that each has been sent
         self.stopped: list[int] = []
-        self.lock = threading.RLock()  # a signal's handler runs in the main thread, which may hold it
+        self.lock = threading.RLock()  # a signal handler runs in the main thread, which may hold the lock
 
     def __enter__(self) -> "Children":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # One that is ignored stays so, as by nohup.
+        # Ignored signals stay ignored, as with nohup.
         self.before = {n: signal.signal(n, self.stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         return self
 
@@ -84,13 +84,13 @@ class Children:
             signal.signal(number, handler)
 
     def stop(self, number: int, frame=None) -> None:
-        """Have all of them end, after saving."""
+        """Stop all commands, after they have saved."""
         self.stopped.append(number)
         for child in list(self.running):
             self.pass_on(child)
 
     def pass_on(self, child: subprocess.Popen) -> None:
-        """Pass the last signal on, once: a second one would cut the saving."""
+        """Pass the last signal on, once: a second one would interrupt the saving."""
         with self.lock:
             new = self.running.get(child, len(self.stopped)) < len(self.stopped)
             if new:
@@ -100,11 +100,11 @@ class Children:
                 os.killpg(child.pid, signal.SIGINT if self.stopped[-1] == signal.SIGINT else signal.SIGTERM)
 
     def follow(self, line: list[str], title: str = "", environment: dict[str, str] | None = None) -> int:
-        """Run a command to its end; its exit status. With a title, which its lines then begin with, in any thread."""
+        """Run a command to its end; returns its exit status. With a title, which prefixes its lines, in any thread."""
         if self.stopped:
             return 128 + self.stopped[0]
-        # In a session of its own: a second Ctrl-C, from the terminal, would cut its saving. And it ends with this
-        # process, which may be killed before it can pass anything on.
+        # In its own session: a second Ctrl-C, from the terminal, would interrupt its saving. And it ends with this
+        # process, which may be killed before it can pass a signal on.
         piped: dict[str, Any] = {
             "stdout": subprocess.PIPE,
             "stderr": subprocess.STDOUT,
@@ -119,12 +119,12 @@ class Children:
             **(piped if title else {}),
         )
         self.running[child] = 0
-        self.pass_on(child)  # of a signal that came while it was started
+        self.pass_on(child)  # for a signal that came while it was being started
         try:
             for text in child.stdout or ():
-                # In one piece, with the end that a last line may lack: others print too.
+                # In one write, with the newline that a last line may lack, as other threads print too.
                 print(f"[{title}] {text.rstrip()}\n", end="", flush=True)
-        except BaseException:  # nobody hears it any more
+        except BaseException:  # its output can no longer be read
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
             raise
@@ -138,14 +138,14 @@ class Children:
 
 
 def follow(line: list[str]) -> tuple[int, bool]:
-    """Run a command to its end; its exit status, and whether a signal came, which is passed on for it to save."""
+    """Run a command to its end; returns its exit status, and whether a signal came, which is passed on to it."""
     with Children() as children:
         code = children.follow(line)
     return code, bool(children.stopped)
 
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:
-    """Options that give a run another length, at whose end it is validated; none where no length is given."""
+    """Options that give a run another length, with a validation at its end; empty if no length is given."""
     if iters is not None:
         unit, length = "max_iters", iters
     elif epochs is not None:
@@ -157,6 +157,6 @@ def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) 
     if length < 1:
         raise UserError(f"a run of {length} {unit[4:]}: give 1 or more")
     options: dict[str, object] = {f"train_cfg.{unit}": length}
-    if cfg.model.type != "Pretraining":  # which validates nothing
+    if cfg.model.type != "Pretraining":  # it has no validation
         options["train_cfg.val_interval"] = length
     return options

@@ -1,4 +1,4 @@
-"""Our own figures: `results.json` files -> runs, and what keeps each from being compared with published figures."""
+"""Our own figures: `results.json` files -> runs, and reasons not to compare them with published figures."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from semaim.record import Record, read_record
 from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
 
-CLS = "class token"  #: the features that a metric's name does not name
+CLS = "class token"  #: the default features, which a metric's name does not mention
 
-#: Changed options that leave the figure what it is.
+#: Changed options that do not affect the figure.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
-#: A shorter run changes several at once; its length stands beside them.
+#: Options that change with a run's length, which is reported itself.
 SCHEDULE = re.compile(r"(train_cfg|param_scheduler)\..*")
 
 SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "huge": "ViT-H"}
@@ -22,9 +22,9 @@ SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "
 
 @dataclass(frozen=True)
 class Run:
-    """One metric, in percent, of one results.json, its `record`; `recipe` is what its config follows.
+    """One metric, in percent, of one results.json, its `record`; `recipe` is the one its config follows.
 
-    the name of `metric` says where predictions were averaged over scales.
+    The name in `metric` says if predictions were averaged over scales.
     """
 
     method: str
@@ -38,24 +38,24 @@ class Run:
 
     @property
     def config(self) -> str:
-        """The config's file name, or nothing."""
+        """The config's file name, or an empty string."""
         return Path(self.record.config or "").name
 
     @property
     def scales(self) -> tuple[float, ...] | None:
-        """Scales of the image that the prediction is the mean over, each also flipped; None where not recorded."""
+        """Image scales that predictions are averaged over, each also flipped; None if not recorded."""
         return scales_of(self.record)
 
     @property
     def length(self) -> tuple[str, float] | None:
-        """("epochs" or "iterations", how many) it was trained for, where that is recorded."""
+        """Length of training, ("epochs" or "iterations", number), if recorded."""
         names = ("iterations", "epochs") if self.recipe and self.recipe.iterations else ("epochs", "iterations")
         found = ((name, getattr(self.record, name)) for name in names)
         return next((pair for pair in found if pair[1] is not None), None)
 
     @property
     def changes(self) -> str:
-        """What differs from the suite's config, where it may change the figure: another file, options, the schedule."""
+        """Differences from the suite's config that may affect the figure: another file, options, the schedule."""
         found = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
             options = getattr(self.record, name) or {}
@@ -68,14 +68,14 @@ class Run:
 
     @property
     def identified(self) -> bool:
-        """Whether the file records which weights were measured, by more than their path."""
+        """Whether the file records more about the measured weights than their path."""
         names = ("method", "pretrain_epochs", "pretrain_images")
         trained = not trains(self.task) or self.length is not None
         return trained and all(getattr(self.record, name) is not None for name in names)
 
 
 def find_results(folders: Iterable[str | Path]) -> list[Path]:
-    """All results.json in the folders, however deep, each once."""
+    """All results.json in the folders, searched recursively, each once."""
     found: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -89,7 +89,7 @@ def find_results(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
-    """What one file measured: a run for each metric that the table reports."""
+    """The runs in one file: one for each metric in the table."""
     record = read_record(path)
     recipe = catalogue.recipes.get(Path(record.config or "").name)
     runs = []
@@ -109,12 +109,12 @@ def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
 def reported(
     names: Iterable[str], title: str | None = None, recorded: Mapping | None = None
 ) -> dict[str, tuple[str | None, Metric]]:
-    """Those of the names that the table has, with the title of their task; None for a name that several tasks have.
+    """The metrics in the table among these names, with their task's title; None for a name that several tasks have.
 
     Args:
         names: keys of the metrics in results.json.
-        title: of the task that it records; None where it records none.
-        recorded: what it says of its metrics, which counts where that task is not known here.
+        title: of the recorded task; None if none is recorded.
+        recorded: the file's own description of its metrics, used if that task is not known here.
     """
     names = list(names)
     task = task_titled(title)
@@ -130,7 +130,7 @@ def reported(
 
 
 def metrics_in(recorded: Mapping) -> dict[str, Metric]:
-    """The metrics that a results.json describes itself; `UserError` where they are none."""
+    """The metrics that a results.json describes itself; `UserError` if the description is invalid."""
     try:
         return {name: Metric(**settings) for name, settings in recorded.items()}
     except TypeError as error:
@@ -144,38 +144,38 @@ def trains(title: str) -> bool:
 
 
 def published(title: str) -> bool:
-    """Whether figures of a task are published that ours may be compared with."""
+    """Whether there are published figures of a task to compare with."""
     task = task_titled(title)
     return task is None or task.published
 
 
 def scales_of(record: Record) -> tuple[float, ...] | None:
-    """The recorded scales; one where a test does not speak of several, None where it does without naming them."""
+    """The recorded scales; `SINGLE` if a test was not multi-scale, None if it was and does not name them."""
     if record.scales is not None:
         return tuple(record.scales)
     return None if "several scales" in (record.stage or "") else SINGLE
 
 
 def words_of(*names: str) -> set[str]:
-    """The words that file names are made of."""
+    """The words in file names."""
     return set(re.split(r"[^a-z0-9]+", " ".join(names).lower()))
 
 
 def method_of(record: Record) -> str:
-    """The recorded method, or what the names of the checkpoint and its folder suggest; else those names."""
+    """The recorded method, or the one that the names of the checkpoint and its folder suggest; else those names."""
     if record.method:
         return record.method
     if not record.checkpoint:
         return "random weights"
     names = Path(record.checkpoint).parts[-2:]
     named = [item for method in methods().values() for item in method.words.items()]
-    named.sort(key=lambda item: len(item[0]), reverse=True)  # the more special first
+    named.sort(key=lambda item: len(item[0]), reverse=True)  # the most specific first
     method = next((method for needed, method in named if needed <= words_of(*names)), None)
     return f"{method} (by its path)" if method else f"unnamed ({'/'.join(names)})"
 
 
 def backbone_of(record: Record, recipe: Recipe | None) -> str | None:
-    """The recorded backbone, that of the config, or what names suggest; None without."""
+    """The recorded backbone, the config's, or the one that names suggest; None if there is none."""
     config, checkpoint = Path(record.config or "").name, Path(record.checkpoint or "")
     if record.backbone or recipe:
         return record.backbone or (recipe.configs[config] if recipe else None)
@@ -184,7 +184,7 @@ def backbone_of(record: Record, recipe: Recipe | None) -> str | None:
 
 
 def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
-    """What keeps a run from being compared with published figures of its task; nothing where nothing does."""
+    """Reasons not to compare a run with published figures of its task; empty if there are none."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
     partly = f"partly loaded: {run.record.partly_loaded}" if run.record.partly_loaded else ""
     remarks = [less, changed, partial(run), partly]
@@ -194,7 +194,7 @@ def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
 
 
 def reduced(run: Run, catalogue: Catalogue) -> str:
-    """On how much less a run was trained, pretrained or validated than published ones; or on more."""
+    """How much less, or more, a run was trained, pretrained or validated on than published ones."""
     imagenet = catalogue.datasets["fine-tuning"]
     whole = catalogue.datasets.get(run.task, imagenet)
     images, validated, pretrained = (getattr(run.record, f"{name}_images") for name in ("train", "val", "pretrain"))
@@ -213,13 +213,13 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
 
 
 def partial(run: Run) -> str:
-    """That a mean over classes leaves some out, which are in no label and no prediction."""
+    """A remark if a mean over classes leaves some out, which are in no label and no prediction."""
     counted, classes = run.record.classes_evaluated, run.record.classes
     return f"mean over {counted} of {classes} classes" if counted is not None and counted != classes else ""
 
 
 def unrecorded(run: Run) -> str:
-    """What a comparison needs to know, and the file does not say."""
+    """What a comparison requires and the file does not record."""
     names = ["train_images", "val_images", "cfg_options"]
     if run.record.checkpoint or run.record.method:
         names += ["method", "pretrain_config", "pretrain_epochs", "pretrain_images"]

@@ -1,4 +1,4 @@
-"""From images to the table as plain data: every stage, its command, and what it depends on."""
+"""The pipeline from images to the results table as plain data: every stage, its command and its dependencies."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,19 +16,19 @@ from semaim.results.running import as_words, python, shortened, tool
 PRETRAIN = "pretrain"  #: the stage whose checkpoint the others start from
 SCALES = ("quick", "study", "paper")
 
-#: What --length changes of the built-in scenes.
+#: Settings of the built-in scenes that --length changes.
 SCENES = ("images", "unlabelled", "size")
 LEVEL = "easy"  #: of the built-in scenes at quick scale
 
-#: How long each stage is, where the config's own length is not meant: epochs of pretrain and finetune, steps of
-#: detection and segmentation; how many scenes with labels, and without, and the side of the former in pixels.
+#: Lengths that differ from the config's: epochs of pretrain and finetune, steps of detection and segmentation; numbers
+#: of scenes with and without labels, and the side of the labelled ones in pixels.
 LENGTHS = {
     "quick": {"images": 2500, "unlabelled": 10000, "size": 96},  # the rest as in the configs
     "study": {"pretrain": 100, "finetune": 30, "detection": 5000, "segmentation": 5000},
     "paper": {},
 }
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  #: endings of images
-#: Changes at a scale.
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  #: file extensions of images
+#: Changes to configs, by scale.
 OPTIONS = {"quick": {}, "study": {"num_workers": 8}, "paper": {}}
 
 #: ImageNet-1k, in training and validation images.
@@ -46,13 +46,13 @@ class Stage:
         folder: where it writes.
         pretrained: the checkpoint it starts from, "random", or None.
         data_root: folder of its images; None for the config's own.
-        options: what --cfg-options changes.
+        options: changes by --cfg-options.
         needs: the title of the stage that makes `pretrained`.
-        unit, length: "epochs" or "iterations" it trains, and how many; None where it only measures.
-        images: that pass in an epoch or, where it only measures, once; None for iterations, or where it is not known.
-        batch: images of an optimizer step; None where it only measures.
-        gpus, nodes: that it runs on: of those given, as many as its batch can be split over.
-        scenes: folder of the built-in scenes that a pretraining is looked at with; None for its own validation images.
+        unit, length: length of training, in "epochs" or "iterations"; None if it only measures.
+        images: per epoch or, if it only measures, in all; None for iterations, or if not known.
+        batch: images per optimizer step; None if it only measures.
+        gpus, nodes: that it runs on: as many of those given as its batch can be split over.
+        scenes: folder of built-in scenes for pictures of a pretraining; None for its own validation images.
         task: what it trains or measures; None for "scenes".
     """
 
@@ -76,23 +76,23 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """Its name among all stages."""
+        """Its unique name."""
         return f"{self.method}/seed{self.seed}/{self.name}" if self.method else self.name
 
     @property
     def trains(self) -> bool:
-        """Whether it trains, so that it can go on where it was cut; else it only measures, or draws."""
+        """Whether it trains, so that it can resume; else it only measures, or draws scenes."""
         return self.unit is not None
 
     @property
     def result(self) -> Path:
-        """The file that is there once it has finished."""
+        """The file that exists once it has finished."""
         own = {"scenes": "scenes.json", "pretrain": f"epoch_{self.length}.pth"}
         return self.folder / own.get(self.name, "results.json")
 
     @property
     def settings(self) -> dict:
-        """What must not change while its folder is in use; on how many GPUs it runs may."""
+        """Settings that must not change while its folder is in use; the number of GPUs may."""
 
         def whole(path: Path | str | None) -> str | None:
             return str(path.resolve()) if isinstance(path, Path) else path
@@ -101,7 +101,7 @@ class Stage:
         return {"config": self.config, **paths, "options": as_words(self.options)}
 
     def command(self) -> list[str]:
-        """The command line as one would type it here, on one node; it goes on with what its folder holds."""
+        """The command line as it would be typed here, on one node; it resumes from its folder."""
         if self.name == "scenes":
             flags = []
             for name, value in self.options.items():
@@ -117,10 +117,10 @@ class Stage:
         return line + (["--cfg-options", *options] if options else [])
 
     def drawings(self) -> list[tuple[Path, list[str]]]:
-        """What else the report shows: file -> the command line that makes it, once the stage has finished.
+        """Further files for the report -> the command lines that make them once the stage has finished.
 
-        Of a detector and a segmentor, what they find. Of a pretraining, eight validation images as its method is drawn;
-        and where the centre falls on built-in scenes, if the order has one.
+        For a detector or segmentor, its predictions. For a pretraining, eight validation images drawn as its method
+        specifies, and where the centre falls on built-in scenes, if the order has one.
         """
         if self.task and self.task.shows:
             file = self.folder / "predictions.png"
@@ -144,7 +144,7 @@ class Stage:
         return found
 
     def shown(self, most: int = 8) -> list[Path]:
-        """Validation images that are spread over the class folders; nothing where there are none."""
+        """Validation images spread over the class folders; empty if there are none."""
         root = self.scenes / "classes" if self.scenes else self.data_root
         images = sorted((root / "val").glob("*/*")) if root else []
         images = [path for path in images if path.suffix.lower() in PICTURES]
@@ -161,17 +161,17 @@ def stage_tasks(scale: str) -> dict[str, Task]:
 
 
 def stage_names() -> list[str]:
-    """All stages but "scenes", whatever the scale."""
+    """All stages except "scenes", of any scale."""
     return list(dict.fromkeys(stage_of(task) for task in tasks() if task.name == PRETRAIN or task.configs))
 
 
 def default_methods(scale: str) -> list[str]:
-    """The methods of a scale, where none are named."""
+    """The default methods of a scale."""
     return [name for name, (_, it) in variants().items() if (it.quick if scale == "quick" else it.compared)]
 
 
 def lengths_of(scale: str, given: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The lengths of a scale, with those given in place of its own; `UserError` for what has none, and for nonsense."""
+    """The lengths of a scale, some replaced by those given; `UserError` for an unknown name or an invalid length."""
     known = [name for name, task in stage_tasks(scale).items() if task.trains]
     known += SCENES if scale == "quick" else ()
     for name, length in (given or {}).items():
@@ -194,17 +194,18 @@ def plan(
     gpus: int = 1,
     nodes: int = 1,
 ) -> list[Stage]:
-    """All stages in the order they run: seed by seed, method by method. Nothing is written or looked at but configs.
+    """All stages in the order they run: seed by seed, method by method. Reads only configs and writes nothing.
 
     Args:
         scale: of `SCALES`.
         work: folder of all runs.
-        methods, seeds: which; None for the scale's methods.
+        methods, seeds: to run; None for the scale's default methods.
         roots: folders of the images by `Task.source`: "images" (class folders), "coco", "ade"; "scenes" at quick scale.
-            None, or missing, is the config's own at paper scale; elsewhere the stages that need it are left out.
-        lengths: in place of some of `LENGTHS`.
-        images: training and validation images in the class folders, where they are known.
-        gpus, nodes: GPUs of a node, and nodes, at most.
+            If one is None or missing, the config's own is used at paper scale; at other scales the stages that need it
+            are left out.
+        lengths: replace some of `LENGTHS`.
+        images: numbers of training and validation images in the class folders, if known.
+        gpus, nodes: largest number of GPUs per node, and of nodes.
     """
     lengths, roots = lengths_of(scale, lengths), dict(roots or {})
     stages, scenes = [], None
@@ -294,14 +295,14 @@ def plan_stage(
 
 
 def length_of(cfg: Config) -> tuple[str | None, int | None]:
-    """What a config counts its training in, epochs or iterations, and how many; None of what only measures."""
+    """The unit of a config's training length, epochs or iterations, and the length; None if it only measures."""
     train = cfg.get("train_cfg") or {}
     units = (("epochs", "max_epochs"), ("iterations", "max_iters"))
     return next(((unit, train[key]) for unit, key in units if key in train), (None, None))
 
 
 def split(batch: int, gpus: int, nodes: int) -> tuple[int, int]:
-    """GPUs of a node and nodes, at most those given, that a batch can be split over evenly."""
+    """GPUs per node, and nodes, at most those given, over which a batch can be split evenly."""
     for count in range(nodes, 0, -1):
         if batch % (gpus * count) == 0:
             return gpus, count

@@ -1,4 +1,4 @@
-"""Runs of one config with several learning rates and layer decays, one after the other, and their table."""
+"""Runs of one config with several learning rates and layer decays, one after another, and their table."""
 
 import argparse
 import csv
@@ -23,12 +23,12 @@ DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
 
 
 def short(number: float) -> str:
-    """All digits, in few characters: 0.0001 -> 1e-4, 0.65 -> 0.65."""
+    """A number with all digits, in its shortest form: 0.0001 -> 1e-4, 0.65 -> 0.65."""
     return f"{Decimal(repr(float(number))).normalize():{'f' if number >= 0.01 else 'e'}}"
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict]:
-    """Name of every run -> its record, which `sweep.json` in its folder keeps."""
+    """Name of every run -> its record, which is stored as `sweep.json` in its folder."""
     given = args.cfg_options or {}
     cfg = load_config(args.config, given)
     if not cfg.get("base_lr") or cfg.model.type == "Pretraining":
@@ -45,7 +45,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     options = given | shortened(cfg, args.iters, args.epochs)
     paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
     settings = {
-        **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth moves on
+        **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth is a moving link
         "options": as_words(options),
     }
     runs = {}
@@ -60,7 +60,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def check_folder(work: Path, runs: dict[str, dict]) -> None:
-    """`UserError` where runs of other settings have begun in the folder: one table must not hold both."""
+    """`UserError` if the folder has runs with other settings: a table must not mix them."""
     settings = next(iter(runs.values()))["settings"]
     for folder in sorted({work / name for name in runs} | {path.parent for path in work.glob("*/sweep.json")}):
         if not any((folder / name).exists() for name in ("results.json", "latest.pth")):
@@ -72,7 +72,7 @@ def check_folder(work: Path, runs: dict[str, dict]) -> None:
 
 
 def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
-    """The command line of a run, as one would type it here."""
+    """The command line of a run, as it would be typed here."""
     line = [*tool("train"), args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
     line += ["--pretrained", args.pretrained] if args.pretrained else []
     line += ["--data-root", args.data_root] if args.data_root else []
@@ -84,7 +84,7 @@ def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
 
 
 def sweep(args: argparse.Namespace, work: Path) -> int:
-    """Train what has not finished; the exit status."""
+    """Train what has not finished; returns the exit status."""
     runs = plan(args)
     check_folder(work, runs)
     check_work_dir(work)
@@ -114,7 +114,7 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
 
 
 def metrics_of(results: dict) -> dict[str, Metric]:
-    """The metrics of a run's task that are shown, the deciding one first."""
+    """The metrics of a run's task to show, the deciding one first."""
     task = task_titled(results.get("task"))
     if task is None and results.get("reported"):
         return metrics_in(results["reported"])
@@ -147,7 +147,7 @@ def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:
 
 
 def remarks(rows: list[dict], metric: str) -> list[str]:
-    """Whether the best is at the border of what was tried, and which runs have no figures."""
+    """Remarks: whether the best is at the border of the values tried, and which runs have no figures."""
     lines, top = [], rows[0]["metrics"][metric]
     for key in ("base_lr", "layer_decay"):
         tried = sorted({row[key] for row in rows if row["metrics"]} - {None})

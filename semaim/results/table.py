@@ -1,8 +1,8 @@
-"""The results table: our runs beside the published figures.
+"""The results table: our runs next to published figures.
 
-Runs that differ by their seed alone are one cell: mean and sample standard deviation. A cell stands in the row of a
-published figure, with the difference, only where method, backbone, pretraining, data, recipe and length are recorded
-and the same. Every other cell has a row of its own, which says what keeps it from being compared.
+Runs that differ only in their seed form one cell: mean and sample standard deviation. A cell is in the row of a
+published figure, with the difference, only if method, backbone, pretraining, data, recipe and length are recorded and
+the same. Every other cell has its own row, which says why it is not compared.
 """
 
 import math
@@ -21,11 +21,11 @@ HEADER = (
     *("Remark", "Origin"),
 )
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
-SPREAD = "Ours: mean ± sample standard deviation over n runs that differ by their seed alone; percent."
-PRETRAINING = "pretraining's "  #: before a changed option, in `Run.changes`
+SPREAD = "Ours: mean ± sample standard deviation over n runs that differ only in their seed; percent."
+PRETRAINING = "pretraining's "  #: prefix of a changed option in `Run.changes`
 NOTHING = "nothing published to compare with"
 
-#: Where a figure comes from: words of the table -> key of results.json.
+#: The origin of a figure: label in the table -> key of results.json.
 ORIGIN = {
     "commit": "commit",
     "config": "config",
@@ -41,7 +41,7 @@ ORIGIN = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ by their seed alone, the data they were measured on, and what keeps them from comparison."""
+    """Runs that differ only in their seed, the data they were measured on, and reasons not to compare them."""
 
     runs: tuple[Run, ...]
     data: str
@@ -49,12 +49,12 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        """Of the runs."""
+        """Mean of the runs."""
         return statistics.fmean(run.value for run in self.runs)
 
     @property
     def spread(self) -> float | None:
-        """Sample standard deviation; None of a single run."""
+        """Sample standard deviation; None for a single run."""
         if len(self.runs) == 1:
             return None
         values = [run.value for run in self.runs]
@@ -62,7 +62,7 @@ class Cell:
 
     @property
     def origin(self) -> dict[str, str]:
-        """Words of `ORIGIN`, and "folder" -> what the runs have there."""
+        """Labels of `ORIGIN`, and "folder" -> the values of the runs."""
         found = {name: joined(getattr(run.record, key) for run in self.runs) for name, key in ORIGIN.items()}
         if all("checkpoint" in run.record.given and not run.record.checkpoint for run in self.runs):
             found["checkpoint"] = "none"
@@ -71,14 +71,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A published figure, a cell of ours, or both where they may be compared."""
+    """A published figure, a cell of ours, or both if they may be compared."""
 
     published: Published | None
     cell: Cell | None
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published."""
+        """Ours minus the published figure."""
         if not self.published or not self.cell or self.published.value is None:
             return None
         return self.cell.mean - self.published.value
@@ -97,7 +97,7 @@ class Row:
         return it.task, it.metric
 
     def labels(self) -> dict[str, str]:
-        """The words of the row, by the columns of `HEADER` up to the recipe, and the data."""
+        """The labels of the row, by the columns of `HEADER` up to the recipe, and the data."""
         if self.published:
             data, recipe = self.published.data, self.published.recipe or "not stated"
             pretrained = self.published.pretrain_epochs
@@ -114,19 +114,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and the warnings that belong to them."""
+    """Rows, and their warnings."""
 
     rows: list[Row]
     notes: list[str]
 
 
 def joined(values: Iterable) -> str:
-    """Values in words, each once."""
+    """Distinct values as text."""
     return ", ".join(dict.fromkeys("unknown" if value is None else str(value) for value in values))
 
 
 def make_table(folders: Iterable[str | Path], catalogue: Catalogue, published: bool = True) -> Table:
-    """All that is measured in the folders; beside it, the published figures of the same tasks."""
+    """Everything measured in the folders, and the published figures of the same tasks."""
     runs = [run for path in find_results(folders) for run in read_runs(path, catalogue)]
     if not runs:
         raise UserError("the results found hold no figure that the table has, such as top1, mIoU or coco/bbox_mAP")
@@ -147,7 +147,7 @@ def make_table(folders: Iterable[str | Path], catalogue: Catalogue, published: b
 
 
 def make_cells(runs: Iterable[Run], catalogue: Catalogue) -> list[Cell]:
-    """Put runs together that differ by their seed alone."""
+    """Group runs that differ only in their seed."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         data, remarks = data_of(run, catalogue), remarks_of(run, catalogue)
@@ -157,20 +157,20 @@ def make_cells(runs: Iterable[Run], catalogue: Catalogue) -> list[Cell]:
         seeds = Counter((run.record.seed, run.record.checkpoint) for run in group)
         if max(seeds.values()) == 1:
             cells.append(Cell(tuple(group), data, remarks))
-        else:  # something that is not recorded differs, or it is the same run twice
+        else:  # something unrecorded differs, or it is the same run twice
             cells += [Cell((run,), data, (*remarks, "one seed more than once: not averaged")) for run in group]
     return cells
 
 
 def data_of(run: Run, catalogue: Catalogue) -> str:
-    """The data set's name where it is whole, else that of its folder."""
+    """The data set's name if it is complete, else its folder's name."""
     whole = catalogue.datasets.get(run.task, catalogue.datasets["fine-tuning"])
     complete = run.record.train_images in whole.train_images and run.record.val_images == whole.val_images
     return whole.name if complete else Path(run.record.data or "data not recorded").name
 
 
 def setting_of(run: Run) -> tuple:
-    """All else that a run's figure depends on, as far as it is recorded, but the seed; changes are in its remarks."""
+    """Everything else recorded that a run's figure depends on, except the seed; changes are in its remarks."""
     names = ("stage", "train_images", "val_images", "pretrain_images")
     recorded = [getattr(run.record, name) for name in names] + [run.scales]
     weights = run.record.pretrain_epochs if run.identified else run.record.checkpoint
@@ -178,7 +178,7 @@ def setting_of(run: Run) -> tuple:
 
 
 def comparable(cell: Cell, figure: Published) -> bool:
-    """Whether the two were measured alike; what is not known is not alike."""
+    """Whether the two were measured in the same way; unknown values count as different."""
     run = cell.runs[0]
     ours = (run.method, run.backbone, run.record.pretrain_epochs, run.task, run.metric, run.scales)
     theirs = (figure.method, figure.backbone, figure.pretrain_epochs, figure.task, figure.metric, figure.scales)
@@ -188,7 +188,7 @@ def comparable(cell: Cell, figure: Published) -> bool:
 
 @dataclass(frozen=True)
 class Printed:
-    """A table in words: rows by `HEADER`, and numbered lists of origins and notes below."""
+    """A table as text: rows by `HEADER`, and numbered lists of origins and notes below."""
 
     rows: list[list[str]]
     origins: dict[str, str]
@@ -196,7 +196,7 @@ class Printed:
 
 
 def print_form(table: Table) -> Printed:
-    """Round and word all figures."""
+    """Round all figures and turn them into text."""
     origins: dict[str, str] = {}  # text -> its mark
     rows = []
     for row in table.rows:
@@ -218,9 +218,9 @@ def print_form(table: Table) -> Printed:
 
 
 def at_a_glance(table: Table) -> list[list[str]]:
-    """Our cells once more: a line an encoder, a column a metric; header and lines, nothing of a single encoder.
+    """Our cells again: one line per encoder, one column per metric; header and lines, empty for a single encoder.
 
-    Two cells of one place, such as two lengths of a training, stand one after the other.
+    If several cells share a place, such as two lengths of a training, all are listed there.
     """
     lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
     columns: list[str] = []
@@ -233,7 +233,7 @@ def at_a_glance(table: Table) -> list[list[str]]:
         lines.setdefault(encoder, {}).setdefault(column, []).append(figure_words(cell))
     if len(lines) < 2:
         return []
-    # Changes are shown where nothing else distinguishes two encoders.
+    # Changes are shown if nothing else distinguishes two encoders.
     distinguishing = range(3 if len({encoder[:3] for encoder in lines}) == len(lines) else 4)
     several = [place for place in distinguishing if len({encoder[place] for encoder in lines}) > 1]
     header = [(*HEADER[:3], "Changed")[place] for place in several] + columns
@@ -244,12 +244,12 @@ def at_a_glance(table: Table) -> list[list[str]]:
 
 
 def figure_words(cell: Cell) -> str:
-    """Mean and spread."""
+    """Mean and spread as text."""
     return f"{cell.mean:.2f}" + ("" if cell.spread is None else f" ± {cell.spread:.2f}")
 
 
 def published_words(figure: Published | None) -> str:
-    """A published figure, and how sure it is."""
+    """A published figure as text, and how certain it is."""
     if figure is None or figure.value is None:
         return "" if figure is None else "unknown"
     return f"{figure.value}{f' to {figure.value_to}' if figure.value_to else ''}{MARKS[figure.status]}"

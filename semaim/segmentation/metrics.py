@@ -5,7 +5,7 @@ from mmseg.evaluation import IoUMetric
 
 
 class CountedIoUMetric(IoUMetric):
-    """mmseg's `IoUMetric`, same figures; `counted` is (classes in the mean, all classes) of the last evaluation.
+    """mmseg's `IoUMetric`, with the same figures; `counted`: (classes in the mean, all classes) of the last evaluation.
 
     A class that is neither in the labels nor in a prediction has no IoU, and mmseg leaves it out of the mean, so an
     mIoU of 100 may be that of a single class. A class that is predicted, but in no label, counts with an IoU of 0.

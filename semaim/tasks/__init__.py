@@ -1,4 +1,4 @@
-"""One file a task. Importing the package registers all that stand in it."""
+"""One file per task. Importing the package registers all of them."""
 
 import importlib
 import pkgutil

@@ -7,7 +7,7 @@ from semaim.registry import TASKS, Metric
 
 
 def _average_precision(label: str, short: str, tabled: bool = True) -> Metric:
-    return Metric(label, short, factor=100, tabled=tabled, least=0)  # COCO's -1: there was nothing to find
+    return Metric(label, short, factor=100, tabled=tabled, least=0)  # COCO's -1: there were no objects
 
 
 @TASKS.register_module()

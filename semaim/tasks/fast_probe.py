@@ -1,4 +1,4 @@
-"""A linear probe in a minute: on features that are extracted once, without augmentation."""
+"""A linear probe that takes a minute, on features extracted once, without augmentation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,15 +14,15 @@ from semaim.registry import TASKS, Metric
 
 @LOOPS.register_module()
 class FastProbe:
-    """A linear classifier on features that are extracted once, without augmentation: many learning rates side by side.
+    """A linear classifier on features extracted once, without augmentation, at many learning rates in parallel.
 
     The learning rate is chosen on a held-out part of the training images. Not comparable with published linear probes,
-    which augment.
+    which use augmentation.
 
     Args:
-        lrs: learning rates tried; None for the default range.
+        lrs: learning rates to try; None for the default range.
         epochs, batch: of the probe's training.
-        held_out: share of the training images on which the learning rate is chosen.
+        held_out: share of the training images for choosing the learning rate.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class FastProbe:
         self.options |= {"lrs": tuple(lrs)} if lrs else {}
 
     def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics; the main process computes, the others get none."""
+        """(features, labels) of both splits -> metrics, on the main process; empty on the others."""
         if not is_main_process():
             return {}
         found = fast_probe(*train, *val, classes, **self.options, device=device)
@@ -46,7 +46,7 @@ class FastProbe:
 
 @TASKS.register_module()
 class FastProbeTask(FeatureTask):
-    """Top-1 at the learning rate that is best on held-out training images."""
+    """Top-1 accuracy at the learning rate that is best on held-out training images."""
 
     name = "fast_probe"
     title = "fast linear probe"

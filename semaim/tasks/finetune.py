@@ -7,7 +7,7 @@ from semaim.registry import TASKS, Metric
 
 
 def accuracies(short: str) -> dict[str, Metric]:
-    """What a classifier is measured by; `short` names the task in a line of several."""
+    """The metrics of a classifier; `short` names the task in the report's first lines."""
     return {
         "top1": Metric("top-1", short),
         "top5": Metric("top-5"),
@@ -17,7 +17,7 @@ def accuracies(short: str) -> dict[str, Metric]:
 
 @TASKS.register_module()
 class Finetune(ImageTask):
-    """Top-1 of a classifier on the mean of the patches, or on the class token."""
+    """Top-1 accuracy of a classifier on the mean of the patches, or on the class token."""
 
     name = "finetune"
     title = "fine-tuning"

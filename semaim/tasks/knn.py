@@ -1,4 +1,4 @@
-"""k nearest neighbours on the features of a frozen encoder: fast and deterministic, nothing is trained."""
+"""k nearest neighbours on the features of a frozen encoder: fast, deterministic, without training."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,8 +10,8 @@ from semaim.engine.evaluation import FeatureTask
 from semaim.engine.features import Split, knn_accuracy
 from semaim.registry import TASKS, Metric
 
-KEY = re.compile(r"knn([1-9]\d*)_top([15])")  #: in results.json, of any number of neighbours
-USUAL = "knn20_top1"  #: where several numbers were tried, the one that was set before looking
+KEY = re.compile(r"knn([1-9]\d*)_top([15])")  #: keys in results.json, for any number of neighbours
+USUAL = "knn20_top1"  #: the number of neighbours chosen in advance, if several were tried
 
 
 @LOOPS.register_module()
@@ -19,7 +19,7 @@ class NearestNeighbours:
     """Weighted k-NN on the encoder's features.
 
     Args:
-        ks: numbers of neighbours; those beyond the number of training images are left out.
+        ks: numbers of neighbours; those above the number of training images are left out.
         temperature: of the weights exp(cosine / temperature).
 
     Source of the numbers: DINO, `eval_knn.py`.
@@ -29,9 +29,9 @@ class NearestNeighbours:
         self.ks, self.temperature = tuple(ks), temperature
 
     def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics; `UserError` where no k is left."""
+        """(features, labels) of both splits -> metrics; `UserError` if no k is left."""
         images = len(train[0])
-        # With none left the smallest is asked for, and refused.
+        # If none is left, the smallest is used and causes the error.
         ks = [k for k in self.ks if k <= images] or [min(self.ks)]
         if len(ks) < len(self.ks):
             left = ", ".join(str(k) for k in self.ks if k not in ks)
@@ -49,7 +49,7 @@ class NearestNeighbours:
 
 @TASKS.register_module()
 class KNN(FeatureTask):
-    """Top-1 by each number of neighbours; the table has that of 20."""
+    """Top-1 accuracy for each number of neighbours; the table has that for 20."""
 
     name = "knn"
     title = "k-NN"
@@ -62,7 +62,7 @@ class KNN(FeatureTask):
     }
 
     def reported(self, names: Iterable[str]) -> dict[str, Metric]:
-        """The usual k, or all where that is not there, by rising k."""
+        """The usual k, or if it is missing all, by rising k."""
         found = {name: int(match[1]) for name in names if (match := KEY.fullmatch(name)) and match[2] == "1"}
         kept = [USUAL] if USUAL in found else sorted(found, key=lambda name: found[name])
         return {name: Metric(f"top-1, k = {found[name]}", "k-NN") for name in kept}

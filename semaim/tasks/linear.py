@@ -9,7 +9,7 @@ from semaim.tasks.finetune import accuracies, classifies
 
 @TASKS.register_module()
 class Linear(ImageTask):
-    """Top-1 of the probe."""
+    """Top-1 accuracy of the probe."""
 
     name = "linear"
     title = "linear probing"

@@ -10,7 +10,7 @@ from semaim.registry import TASKS
 
 @TASKS.register_module()
 class Pretrain(ImageTask):
-    """Its model is a `Pretraining` of a method's network; nothing is validated."""
+    """The model is a `Pretraining` of a method's network; there is no validation."""
 
     name = "pretrain"
     title = "pretraining"
@@ -21,7 +21,7 @@ class Pretrain(ImageTask):
     weight = 5
 
     def model_config(self, cfg: Config) -> dict:
-        """With the statistics of images that come as pixels."""
+        """The model's config, with the statistics that it normalises pixels with."""
         statistics = {"mean": cfg.dataset.get("mean"), "std": cfg.dataset.get("std")}
         return {**super().model_config(cfg), **statistics}
 

@@ -33,7 +33,7 @@ class Segmentation(DenseTask):
     weight = 3
 
     def check_plan(self, cfg: Config, plan: BatchPlan, processes: int) -> None:
-        """UperNet's pyramid normalises maps of one pixel: a batch of one image has no variance there."""
+        """UperNet's pyramid normalises maps of one pixel, where a batch of one image has no variance."""
         if plan.images * (processes if torch.cuda.is_available() else 1) < 2:
             raise UserError(
                 "a segmentor's batch normalisation needs 2 images a pass: raise images_per_gpu or the batch"
@@ -41,7 +41,7 @@ class Segmentation(DenseTask):
 
     def describe_data(self, cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
         """Which values the label maps have, and which class each trains; docs/labels.md has the rules."""
-        from semaim.segmentation.labels import check_labels  # needs mmseg, which `enter` has looked for
+        from semaim.segmentation.labels import check_labels  # needs mmseg, which `enter` has checked for
 
         return check_labels(cfg, sets)
 

@@ -158,8 +158,8 @@ def charted() -> dict[str, dict[str, str]]:
 
 
 def task_for(cfg: Mapping) -> Task:
-    """The task of a config; `UserError` if it has none."""
-    return task_named(cfg.get("task"), "the config's task")
+    """As `task_of`; `UserError` if there is none."""
+    return task_of(cfg) or task_named(cfg.get("task"), "the config's task")
 
 
 def task_named(name: object, where: str = "task") -> Task:

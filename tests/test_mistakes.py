@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def typed(monkeypatch, capfd):
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        monkeypatch.setattr(DefaultScope, "_instance_dict", OrderedDict())  # none yet, as in a new process
         capfd.readouterr()
         return run(tool.main), *capfd.readouterr()
 

@@ -258,6 +258,7 @@ def rows_of(path, name):
         ("loader", ["--img-size", 32, "--batch", 8, "--workers", 1], "loader"),
     ],
 )
+@pytest.mark.slow
 def test_the_tool_measures(name, arguments, first, tmp_path):
     out = tmp_path / "new" / "rows.json"
     if name == "loader":
@@ -272,6 +273,7 @@ def test_the_tool_measures(name, arguments, first, tmp_path):
         assert any(row["verdict"] == "not measured: no GPU" for row in rows) and "no GPU" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_tool_measures_scaling_and_processes(tmp_path):
     out = tmp_path / "scaling.json"
     sizes = ["--depth", 1, "--batch", 2, "--sides", 2, 4, "--batches", 1, 2, "--repeats", 1]
@@ -282,6 +284,7 @@ def test_the_tool_measures_scaling_and_processes(tmp_path):
     assert Image.open(tmp_path / "scaling.png").size[0] > 500
 
 
+@pytest.mark.slow
 def test_the_tool_measures_startup(tmp_path):
     done = tool("benchmark.py", "startup", "--repeats", 1, "--out", tmp_path / "startup.json")
     assert done.returncode == 0, done.stderr

@@ -153,6 +153,7 @@ def test_pretrain_takes_what_the_script_takes(tmp_path, monkeypatch, words):
     assert taken == done.stdout.splitlines()[1:]  # without tools/train.py
 
 
+@pytest.mark.slow
 def test_the_module_starts_its_processes_again_by_name(tiny_config, tmp_path):
     # `python -m semaim.cli` puts the path of a file into sys.argv, whose folder must not hide modules of that name.
     options = flags({**tiny_config().cfg_options, "train_cfg.max_epochs": 1, "param_scheduler.warmup": 0.5})

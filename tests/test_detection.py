@@ -216,6 +216,7 @@ def test_samples_follow_from_seed_epoch_and_index(coco):
     assert other.shape != same.shape or not torch.equal(other, same)
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(coco, pretrained, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     places = ["--data-root", coco, "--pretrained", pretrained]

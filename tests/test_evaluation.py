@@ -97,6 +97,7 @@ def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretr
         assert results(out)["val_images"] == 10
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_as_one_and_count_odd_numbers_once(labelled, pretrained, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(labelled, odd)
@@ -118,6 +119,7 @@ def test_two_processes_fine_tune_as_one_and_count_odd_numbers_once(labelled, pre
     assert found[2][1]["metrics"]["loss"] == pytest.approx(found[1][1]["metrics"]["loss"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_of_a_probe_is_the_same_in_all_processes(labelled, pretrained, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     arguments = ["--pretrained", pretrained, "--data-root", labelled, "--work-dir", out]

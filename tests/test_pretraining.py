@@ -128,6 +128,7 @@ def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
     assert runner.iter == 3 * 5 * 4 and read_checkpoint(newest_checkpoint(again.work_dir))["step"] == 15
 
 
+@pytest.mark.slow
 def test_a_divided_run_is_the_whole_one_and_each_goes_on_as_the_other(tiny_config):
     options = {"model.network.guide": "ema", "default_hooks.pictures.interval": 1, "train_cfg.max_epochs": 1}
     options["param_scheduler.warmup"] = 0.4

@@ -121,6 +121,7 @@ def whole(tmp_path_factory):
 # From images to the table.
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     work, printed = whole
     folders = [work / "semaim/seed0" / name for name in STAGES[1:]] + [work / "scratch/seed0/knn"]
@@ -158,6 +159,7 @@ def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     assert glance.count("\n| ") == 3 and all(f" {float(row['ours']):.2f} " in glance for row in rows)
 
 
+@pytest.mark.slow
 def test_the_report_opens_with_what_pretraining_changed(whole):
     work, printed = whole
     report = (work / "report.html").read_text(encoding="utf-8")
@@ -179,6 +181,7 @@ def test_the_report_opens_with_what_pretraining_changed(whole):
     assert "tools/visualize.py order" in printed[0] and "visualize" not in printed[1], "made once"
 
 
+@pytest.mark.slow
 def test_results_tell_where_weights_and_code_came_from(whole):
     work, _ = whole
     tuned = results(work / "semaim/seed0/finetune")
@@ -198,6 +201,7 @@ def test_results_tell_where_weights_and_code_came_from(whole):
     assert (detector["iterations"], detector["pretrain_epochs"]) == (2, 4)
 
 
+@pytest.mark.slow
 def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
     work, (first, second) = whole
     lines = commands(first)
@@ -221,6 +225,7 @@ def until(pattern, rows, seen):
     pytest.fail(f"no {pattern!r} in:\n" + "".join(seen[-30:]))
 
 
+@pytest.mark.slow
 def test_cut_by_kills_and_an_interrupt_and_with_two_at_a_time_figures_stay_the_same(whole, tmp_path):
     reference, _ = whole
     line, two = command(tmp_path, reference / "scenes", *STAGES), ["--jobs", "2"]
@@ -290,6 +295,7 @@ def test_a_killed_tool_takes_its_stage_along():
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_are_one_cell(whole, tmp_path):
     for method in ("semaim", "scratch"):
         for seed, shift in ((0, 0.0), (1, 2.0)):
@@ -310,6 +316,7 @@ def test_runs_of_several_seeds_are_one_cell(whole, tmp_path):
 # The plan.
 
 
+@pytest.mark.slow
 def test_a_rate_is_taken_from_the_logs_of_an_earlier_run(whole, here):
     work, _ = whole
     status, output, _ = here(*QUICK, "--work-dir", work, "--methods", "semaim", "--only", "pretrain", "--dry-run")
@@ -358,6 +365,7 @@ def test_pictures_of_a_stage_are_made_once_and_a_failure_stops_nothing(tmp_path,
     assert pipeline.carry_out(pretraining, Children(), 1) == 0 and len(begun) == 3
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused(whole, here):
     work, _ = whole
     start = ["--scale", "quick", "--work-dir", work, "--methods", "semaim", "--length"]

@@ -54,6 +54,7 @@ def verdicts():
     return [verdict for group in groups for verdict in tags.judge(group, depth=1, compute=False)]
 
 
+@pytest.mark.slow
 def test_every_tag_of_timm_is_loaded_or_refused_by_the_name_of_a_tensor(verdicts):
     told = ("it computes with ", "it lacks ", " is ", " has eps", "does not tell its activation", "but no blocks.0.")
     for verdict in verdicts:

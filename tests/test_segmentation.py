@@ -115,6 +115,7 @@ def test_the_main_config_is_the_released_recipe():
     assert cfg.model.auxiliary_head.loss_decode.loss_weight == 0.4
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(tmp_path):
     encoder = VisionTransformer(embed_dim=32, depth=4, num_heads=2, img_size=32, patch_size=8)
     pretrained = tmp_path / "encoder.pth"

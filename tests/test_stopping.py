@@ -52,7 +52,10 @@ def test_a_killed_launcher_leaves_no_process(tiny_config):
         launcher.communicate(timeout=60)  # the pipe ends with the last who holds it
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGTERM, 2)],
+)
 def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
         pytest.skip("no parent-death signal here, so workers stay in the process group: runs on Linux")

@@ -162,6 +162,7 @@ def test_numbers_are_short_and_whole(number, text):
 # Whole sweeps.
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_once_and_goes_on_where_it_was_cut(tmp_path, here):
     pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes
@@ -208,6 +209,7 @@ def test_a_sweep_trains_once_and_goes_on_where_it_was_cut(tmp_path, here):
     assert metrics(runs[1]) == pytest.approx(whole, abs=1e-6) and table(resumed.stdout) == table(first.stdout)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_next_start_goes_on(labelled, tmp_path, here):
     work = tmp_path / "work"
     small = {

@@ -123,6 +123,7 @@ def test_an_installed_suite_finds_its_configs_by_name(tree, installed, tmp_path)
     assert to_install == "pip install 'semaim[det]'"
 
 
+@pytest.mark.slow
 def test_from_images_to_the_table_by_the_installed_command(installed, tmp_path):
     semaim = installed / "semaim"
     assert run(semaim, "--version", cwd=tmp_path) == "semaim 0.1.0\n"

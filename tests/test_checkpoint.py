@@ -115,9 +115,9 @@ def test_what_a_dialect_has_no_name_for_is_told(states, tmp_path):
     left = checkpoints.convert(tmp_path / "x.pth", tmp_path / "y.pth", "mmpretrain", partial=True)
     assert left == ["blocks.0.attn.rel_pos_h"]
     report = checkpoints.load(VisionTransformer(**SIZES), tmp_path / "x.pth", partial=True)
-    assert "NOT TAKEN, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h" in str(report)
+    assert "NOT LOADED, though the encoder of the file computes with them: blocks.*.attn.rel_pos_h" in str(report)
     torch.save(states["encoder"], tmp_path / "x.pth")
-    assert "NOT TAKEN" not in str(checkpoints.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
+    assert "NOT LOADED" not in str(checkpoints.load(VisionTransformer(**SIZES), tmp_path / "x.pth"))
 
 
 def test_the_encoder_is_taken_and_not_its_average(states, tmp_path):

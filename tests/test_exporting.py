@@ -169,5 +169,5 @@ def test_a_converted_checkpoint_says_what_it_cannot_do(states, tiny_config, tmp_
     checkpoints.convert(tmp_path / "timm.pth", tmp_path / "ours.pth", "semaim")
     with pytest.raises(UserError, match="weights without a config"):
         model_from_checkpoint(read_checkpoint(tmp_path / "ours.pth"))
-    with pytest.raises(UserError, match="no run to go on with: start from it with --pretrained"):
+    with pytest.raises(UserError, match="no run to resume: start from it with --pretrained"):
         train(tiny_config(), str(tmp_path / "ours.pth"))

@@ -90,7 +90,7 @@ def test_a_failure_ends_the_one_beside_it_and_gives_its_status(tmp_path, carried
     assert status == 3 and (beside.folder / "saved").read_text() == "saved\n" and not waits.folder.exists()
     assert error.splitlines() == [
         "one/seed0/knn failed with exit status 3; what has finished stays",
-        "other/seed0/knn was ended beside it: the same command goes on from there",
+        "other/seed0/knn was stopped with it: the same command continues from there",
     ]
     silent = stage(tmp_path, "three", "true")  # and leaves nothing behind
     assert carried(silent)[0] == 1
@@ -109,7 +109,7 @@ def test_a_signal_ends_both_once(tmp_path, carried, name, trapped):
     assert status == 130 and not waits.folder.exists() and signal.getsignal(signal.SIGINT) is before
     for it in (beside, asks):
         assert (it.folder / "saved").read_text() == "saved\n"
-        assert f"interrupted in {it.title}: the same command goes on from there\n" in error
+        assert f"interrupted in {it.title}: the same command continues from there\n" in error
 
 
 def test_a_signal_while_a_command_starts_reaches_it_once(tmp_path, monkeypatch):

@@ -310,7 +310,7 @@ def test_numbers_read_late_are_those_read_at_once(tiny_config, monkeypatch):
 def test_a_used_work_folder_asks_for_resume(tiny_config):
     cfg = tiny_config(**{"train_cfg.max_epochs": 2})
     train(cfg)
-    with pytest.raises(UserError, match="latest.pth is there already: go on with --resume"):
+    with pytest.raises(UserError, match="latest.pth is there already: continue with --resume"):
         choose_checkpoint(cfg, None)
     assert choose_checkpoint(cfg, "auto").endswith("latest.pth")
     other = tiny_config("other")
@@ -326,7 +326,7 @@ def test_a_used_work_folder_asks_for_resume(tiny_config):
 def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check_processes("all") == 2
-    with pytest.raises(UserError, match="8 GPUs asked for, 2 visible"):
+    with pytest.raises(UserError, match="8 GPUs requested, 2 visible"):
         check_processes(8)
 
 

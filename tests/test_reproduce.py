@@ -255,10 +255,10 @@ def test_cut_by_kills_and_an_interrupt_and_with_two_at_a_time_figures_stay_the_s
             os.killpg(group, signal.SIGCONT)
         seen += parent.stdout
     assert parent.returncode == 130 and set(held) == {"detection", "segmentation"}
-    assert sum("the same command goes on from there" in row for row in seen) == 2
+    assert sum("the same command continues from there" in row for row in seen) == 2
     for name in held:
         assert (own / name / "latest.pth").exists()  # one that was between two stops may have measured, too
-        assert f"interrupted in semaim/seed0/{name}: the same command goes on from there\n" in seen
+        assert f"interrupted in semaim/seed0/{name}: the same command continues from there\n" in seen
     said = [row for row in seen if " INFO " in row or "saved " in row]
     assert all(re.match(r"\[semaim/seed0/(pretrain|detection|segmentation)\] ", row) for row in said), said
     assert any(row.startswith("[semaim/seed0/pretrain] ") and "resumed from" in row for row in said)

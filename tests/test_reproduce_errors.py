@@ -26,7 +26,7 @@ from semaim.results.running import Children
         (["--scale", "quick", "--nodes", "2"], "several nodes: print the commands with --dry-run"),
         (["--scale", "quick", "--nodes", "0"], "--nodes 0: give 1 or more"),
         (["--scale", "quick", "--jobs", "0"], "--jobs 0: give 1 or more"),
-        (["--scale", "quick", "--gpus", "x"], "'x' GPUs asked for"),
+        (["--scale", "quick", "--gpus", "x"], "'x' GPUs requested"),
         (["--scale", "quick", "--only", "knn", "--skip", "knn"], "no stage is left"),
         (["--scale", "quick", "--only", "knn"], "semaim/seed0/knn needs"),
     ],
@@ -39,7 +39,7 @@ def test_errors(arguments, message, tmp_path, here):
 def test_runs_of_other_origin_are_left_alone(tmp_path, here):
     (tmp_path / "semaim/seed0/knn").mkdir(parents=True)
     (tmp_path / "semaim/seed0/knn/results.json").write_text('{"metrics": {}}')
-    refused(here(*QUICK, "--work-dir", tmp_path), "semaim/seed0/knn holds a run of other origin")
+    refused(here(*QUICK, "--work-dir", tmp_path), "semaim/seed0/knn holds a run of another command")
 
 
 def test_a_failed_stage_stops_with_its_status(tmp_path, here):
@@ -54,6 +54,6 @@ def test_an_interrupt_and_a_failure_say_where(tmp_path, here, monkeypatch):
     monkeypatch.setattr(Children, "follow", lambda self, line, *more: self.stop(signal.SIGINT) or 130)
     status, output, error = here(*QUICK, "--work-dir", tmp_path)
     assert status == 130 and len(commands(output)) == 1
-    assert error == "interrupted in scenes: the same command goes on from there\n"
+    assert error == "interrupted in scenes: the same command continues from there\n"
     monkeypatch.setattr(Children, "follow", lambda self, line, *more: 0)  # and leaves nothing behind
     assert here(*QUICK, "--work-dir", tmp_path)[0] == 1

@@ -135,7 +135,7 @@ def test_an_edited_config_does_not_change_a_run(tmp_path):
     made(tmp_path, changes=[("optim_wrapper.optimizer.weight_decay", 0.3), ("dataset.min_scale", 0.5)])
     cfg, (line,) = resumed(tmp_path)
     assert cfg.optim_wrapper.optimizer.weight_decay == 0.3 and cfg.dataset.min_scale == 0.5
-    assert "which the config has otherwise now: " in line and "optim_wrapper.optimizer.weight_decay = 0.3" in line
+    assert "which are different in the config now: " in line and "optim_wrapper.optimizer.weight_decay = 0.3" in line
     # Another config is no edited one.
     with pytest.raises(UserError, match="was begun with semaim_vit_tiny_scenes.py, not with mae_vit_tiny_scenes.py"):
         resumed(tmp_path, "semaim/configs/pretrain/mae_vit_tiny_scenes.py")
@@ -144,7 +144,7 @@ def test_an_edited_config_does_not_change_a_run(tmp_path):
     resumed(tmp_path, **{"dataset.root": f"{tmp_path}/./data"})
     with pytest.raises(UserError, match=r"dataset.root = .*data, given is elsewhere \(--data-root\)"):
         resumed(tmp_path, **{"dataset.root": "elsewhere"})
-    with pytest.raises(UserError, match="started from random weights and goes on from its own weights: leave it out"):
+    with pytest.raises(UserError, match="started from random weights and continues from its own weights: leave it out"):
         resumed(tmp_path, override=True, pretrained="other.pth")
 
 

@@ -56,7 +56,7 @@ def verdicts():
 
 @pytest.mark.slow
 def test_every_tag_of_timm_is_loaded_or_refused_by_the_name_of_a_tensor(verdicts):
-    told = ("it computes with ", "it lacks ", " is ", " has eps", "does not tell its activation", "but no blocks.0.")
+    told = ("it computes with ", "it lacks ", " is ", " has eps", "does not record its activation", "but no blocks.0.")
     for verdict in verdicts:
         assert verdict.refusal is None or any(words in verdict.refusal for words in told), verdict
         assert verdict.word in ("loads", "refused")
@@ -265,7 +265,7 @@ def test_a_whole_model_with_more_tensors_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"which does not read backbone.blocks.\*.ls1.gamma"):
         load_whole(model, path, lines.append)
     report = load_whole(model, path, lines.append, partial=True)
-    assert report.partly == "1 of the file's tensors not read" and "NOT TAKEN: backbone" in lines[0]
+    assert report.partly == "1 of the file's tensors not read" and "NOT LOADED: backbone" in lines[0]
 
 
 def test_conversion_goes_on_where_it_is_told_to(scaled, tmp_path):
@@ -290,7 +290,7 @@ def test_knn_of_another_network_is_refused_or_leaves_a_trace(scaled, labelled, t
     one_line(done, "dinov2.safetensors holds another network's encoder: it computes with blocks.*.ls1.gamma (2)")
     assert not (out / "results.json").exists()
     done = tool("test.py", *line, "--allow-partial", *small)
-    assert done.returncode == 0 and "NOT TAKEN, though the encoder of the file computes with them" in done.stdout
+    assert done.returncode == 0 and "NOT LOADED, though the encoder of the file computes with them" in done.stdout
     found = results(out)
     assert found["allow_partial"] is True and found["load_report"]["matched"] == 30
     assert found["load_report"]["unread"] == ["blocks.*.ls1.gamma (2)", "blocks.*.ls2.gamma (2)"]

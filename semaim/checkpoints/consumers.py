@@ -18,8 +18,11 @@ from semaim.models.vitdet import ViTDet
 NEW_IN_CLASSIFIERS = ("head", "fc_norm")
 #: Parts of backbones that no pretrained encoder has.
 NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
-#: Heads by scope: a file with heads of the other task is not a pretrained encoder.
-HEADS = {"mmdet": ("rpn_head", "roi_head", "bbox_head", "mask_head"), "mmseg": ("decode_head", "auxiliary_head")}
+#: Scope -> what its models are, and their heads: a file with heads of the other task is not a pretrained encoder.
+HEADS = {
+    "mmdet": ("detector", ("rpn_head", "roi_head", "bbox_head", "mask_head")),
+    "mmseg": ("segmentor", ("decode_head", "auxiliary_head")),
+}
 
 
 def buildable(sizes: dict) -> dict:
@@ -81,11 +84,10 @@ CONSUMERS = (
 
 def check_task(found: Checkpoint, scope: str) -> None:
     """`UserError` for a trained detector or segmentor of a task other than that of `scope`."""
-    for other, heads in HEADS.items():
+    for other, (kind, heads) in HEADS.items():
         if other != scope and any(name.startswith(heads) for name in (*found.state, *found.skipped)):
-            task = "detector" if other == "mmdet" else "segmentor"
             raise UserError(
-                f"{found.path} is a trained {task}, whose encoder computes with more than this one has: start from"
+                f"{found.path} is a trained {kind}, whose encoder computes with more than this one has: start from"
                 " the pretrained checkpoint it was made of"
             )
 

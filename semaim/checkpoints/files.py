@@ -48,7 +48,7 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         cause = error if isinstance(error, OSError) else error.__context__ or error.__cause__
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = "no space left on the disk" if full else str(cause or error)
-        raise CannotSave(f"cannot save {path}: {reason}; earlier checkpoints are whole, go on with --resume") from None
+        raise CannotSave(f"cannot save {path}: {reason}; earlier checkpoints are whole: use --resume") from None
     finally:
         partial.unlink(missing_ok=True)
 

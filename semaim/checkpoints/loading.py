@@ -87,7 +87,7 @@ class LoadReport:
         if left:
             lines.append(f"left in the file: {grouped(left)}")
         if self.unread:
-            lines.append(f"NOT TAKEN, though the encoder of the file computes with them: {kinds(self.unread)}")
+            lines.append(f"NOT LOADED, though the encoder of the file computes with them: {kinds(self.unread)}")
         if self.missing:
             lines.append(f"MISSING in the file, left as initialised: {grouped(self.missing)}")
         if self.differs:
@@ -182,7 +182,7 @@ def differences_of(found: Checkpoint, heads: int | None, reads_norm: bool) -> li
         # A detector's encoder has dropped the class token; any other never had one.
         if not found.native and not any(name.endswith(("rel_pos_h", "rel_pos_w")) for name in found.state):
             differences.append(
-                "it does not tell its activation, and encoders without a class token have GELU (SigLIP) or its tanh"
+                "it does not record its activation, and encoders without a class token have GELU (SigLIP) or its tanh"
                 " form (SigLIP 2): put timm's config.json next to a .safetensors"
             )
     if heads and not found.heads_guessed and heads != found.sizes["num_heads"]:

@@ -290,6 +290,6 @@ def load_whole(
             f" {extra[0]}): give the config of its training{flag}"
         )
     model.load_state_dict({name: weights[name] for name in own})
-    left = f"; NOT TAKEN: {checkpoints.kinds(extra)}" if extra else ""
+    left = f"; NOT LOADED: {checkpoints.kinds(extra)}" if extra else ""
     log(f"loaded {len(own)} tensors from {path}{left}")
     return checkpoints.LoadReport(Path(path), "whole model", list(own), unexpected=extra, unread=extra)

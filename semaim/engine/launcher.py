@@ -34,12 +34,12 @@ def check_processes(processes: int | str) -> int:
     if processes == "all":
         return gpus or 1
     if not str(processes).isdigit():
-        raise UserError(f"{processes!r} GPUs asked for: give a number, or all")
+        raise UserError(f"{processes!r} GPUs requested: give a number, or all")
     processes = int(processes)
     if processes < 1:
-        raise UserError(f"{processes} GPUs asked for: give 1 or more")
+        raise UserError(f"{processes} GPUs requested: give 1 or more")
     if gpus and processes > gpus:
-        raise UserError(f"{processes} GPUs asked for, {gpus} visible: give at most {gpus}")
+        raise UserError(f"{processes} GPUs requested, {gpus} visible: give at most {gpus}")
     cores = os.cpu_count() or 1
     if not gpus and processes > cores:
         raise UserError(f"{processes} processes asked for; this machine has no GPU and {cores} CPU cores: give fewer")

@@ -66,7 +66,7 @@ def own_settings(
     The file's config is not trusted: it gives values, but names nothing to build that the config does not name.
     """
     if "optimizer" not in checkpoint or not isinstance(checkpoint.get("config"), Mapping):
-        raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
+        raise UserError(f"{path} holds weights and no run to resume: start from it with --pretrained")
     saved = _saved(checkpoint["config"], cfg)
     now = _entered(cfg, saved.get("keep_classes"))
     first, noted, origin = (_mapping(saved.get(key)) for key in ("cfg_options", "overrides", "origin"))
@@ -86,7 +86,7 @@ def own_settings(
         f"continues with the run's own settings, {why}: {_listed(part)}"
         for why, part in (
             ("given at its start", {key: new for key, (_, new) in kept.items() if key not in edited}),
-            ("which the config has otherwise now", {key: new for key, (_, new) in edited.items()}),
+            ("which are different in the config now", {key: new for key, (_, new) in edited.items()}),
         )
         if part
     ]
@@ -207,7 +207,7 @@ def _refuse(strict: Mapping[str, tuple[object, object]], path: str) -> None:
         old, new = strict["pretrained"]
         begun = "random weights" if old in (None, ABSENT) else old
         raise UserError(
-            f"--pretrained {new}: the run in {path} started from {begun} and goes on from its own weights: leave it"
+            f"--pretrained {new}: the run in {path} started from {begun} and continues from its own weights: leave it"
             " out, or start anew in another --work-dir"
         )
     flags = {"root": " (--data-root)", "data_root": " (--data-root)"}

@@ -30,7 +30,7 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
     newest = newest_checkpoint(cfg.work_dir)
     if resume is None:
         if newest:
-            raise UserError(f"{newest} is there already: go on with --resume, or choose another --work-dir")
+            raise UserError(f"{newest} is there already: continue with --resume, or choose another --work-dir")
         return None
     path = newest if resume == "auto" else Path(resume)
     if path is not None:
@@ -85,7 +85,7 @@ def for_mm(runner, state: dict) -> dict:
 def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) -> None:
     """Continue a run from `training_state`, on any number of processes."""
     if "optimizer" not in checkpoint:
-        raise UserError(f"{path} holds weights and no run to go on with: start from it with --pretrained")
+        raise UserError(f"{path} holds weights and no run to resume: start from it with --pretrained")
     optimizer = runner.optim_wrapper.optimizer
     rates = [{k: v for k, v in group.items() if k in ("lr", "initial_lr")} for group in optimizer.param_groups]
     try:

@@ -51,7 +51,7 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
         elif any((stage.folder / name).exists() for name in ("results.json", "latest.pth")):
             had = read(stage.folder / "stage.json").get("settings")
             if had is None:
-                raise UserError(f"{stage.folder} holds a run of other origin: choose another --work-dir")
+                raise UserError(f"{stage.folder} holds a run of another command: choose another --work-dir")
             refuse_changes(stage.folder, had, stage.settings)
     by_title = {stage.title: stage for stage in stages}
     for stage in chosen:
@@ -119,9 +119,9 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
             if isinstance(failed, BaseException):
                 raise failed
             if code:
-                print(f"{stage.title} was ended beside it: the same command goes on from there", file=sys.stderr)
+                print(f"{stage.title} was stopped with it: the same command continues from there", file=sys.stderr)
             elif children.stopped:
-                print(f"interrupted in {stage.title}: the same command goes on from there", file=sys.stderr)
+                print(f"interrupted in {stage.title}: the same command continues from there", file=sys.stderr)
             elif failed:
                 print(f"{stage.title} failed with exit status {failed}; what has finished stays", file=sys.stderr)
                 code = failed

@@ -103,7 +103,7 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
         print(f"{title}\n{shlex.join(line)}", flush=True)
         code, stopped = follow(line)
         if stopped:
-            print(f"interrupted in {name}: the same command goes on from there", file=sys.stderr)
+            print(f"interrupted in {name}: the same command continues from there", file=sys.stderr)
             return 130
         if code == Diverged.status:
             (folder / "sweep.json").write_text(json.dumps({**record, "diverged": True}, indent=2) + "\n")

@@ -85,6 +85,7 @@ def test_other_categories_are_an_error_with_both_lists(written, tmp_path):
         assert cfg.model.roi_head[head].num_classes == 8
 
 
+@pytest.mark.slow
 def test_chosen_classes_are_kept_and_the_rest_is_counted(written, tmp_path):
     """A training and a test by faster-coco-eval: log, results.json, checkpoint."""
     pytest.importorskip("faster_coco_eval", reason="no faster-coco-eval: runs after tools/setup.sh --extras all")

@@ -133,6 +133,7 @@ def run(mine, name, *arguments):
     return tool(name, *arguments, PYTHONPATH=f"{ROOT}:{mine}")
 
 
+@pytest.mark.slow
 def test_a_method_and_a_task_of_ones_own_go_through_every_tool(mine, labelled, tmp_path):
     work = tmp_path / "guess"
     done = run(mine, "train.py", mine / "pretrain.py", "--data-root", labelled / "train", "--work-dir", work)
@@ -183,6 +184,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(mine, labelled, tmp_path):
     one_line(run(mine, "train.py", tmp_path / "lost.py", "--work-dir", tmp_path / "w"), "mine.gone")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_imports_nothing(mine, labelled, tmp_path):
     """Its config names modules; only the user's config and command line import them."""
     work = tmp_path / "guess"

@@ -49,6 +49,7 @@ def training(**more):
 
 
 @pytest.mark.parametrize("stage", ["finetune", "linear"])
+@pytest.mark.slow
 def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretrained, tmp_path):
     config = CONFIG.format(stage)
     mixes = {
@@ -131,6 +132,7 @@ def test_batch_normalisation_of_a_probe_is_the_same_in_all_processes(labelled, p
     assert results(again)["metrics"] == pytest.approx(results(out)["metrics"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_knn_and_fast_probe(labelled, pretrained, tmp_path):
     arguments = ["--data-root", labelled, "--work-dir", tmp_path / "out"]
     knn = options(**{"evaluation.ks": "3,10"})
@@ -186,6 +188,7 @@ def test_from_scratch_and_with_few_labels_says_so(labelled, tmp_path):
     assert max(losses(tmp_path / "out")) == 1, "a step of 8 images; 2 wait for the next epoch"
 
 
+@pytest.mark.slow
 def test_mae_pretrains_resumes_and_is_fine_tuned(labelled, tmp_path):
     config = "semaim/configs/pretrain/mae_vit_tiny_scenes.py"
     out = tmp_path / "mae"

@@ -180,6 +180,7 @@ def stock(pretrained, tmp_path, **options):
     return cfg
 
 
+@pytest.mark.slow
 def test_a_stock_config_trains_under_mmdets_own_runner_from_our_checkpoint(data, pretrained, tmp_path):
     cfg = stock(pretrained, tmp_path, work_dir=str(tmp_path / "run"))
     cfg.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 1, "val_interval": 1}

@@ -107,6 +107,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tiny_config, gui
         assert any(not torch.equal(start[name], theirs["model"][name]) for name in moved)
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulation_train_as_one_process(tiny_config):
     one, two, accumulated = tiny_config("one"), tiny_config("two"), tiny_config("accumulated", images_per_gpu=4)
     train(one)

@@ -55,6 +55,7 @@ SMALL = ["model.network.embed_dim=32", "model.network.num_heads=2", "model.netwo
 SMALL += ["num_workers=0", "model.network.img_size=32"]
 
 
+@pytest.mark.slow
 def test_a_run_walks_its_images_once_and_resuming_reads_its_checkpoint_once(scenes, tmp_path):
     line = ["semaim/configs/pretrain/semaim_vit_tiny_scenes.py", "--data-root", scenes, "--work-dir", tmp_path / "run"]
     short = ["--cfg-options", *SMALL, "train_cfg.max_epochs=1", "default_hooks.pictures.interval=0"]
@@ -65,6 +66,7 @@ def test_a_run_walks_its_images_once_and_resuming_reads_its_checkpoint_once(scen
     assert sum(number for what, number in counts.items() if what.startswith("checkpoint ")) == 1, counts
 
 
+@pytest.mark.slow
 def test_a_detector_parses_its_annotations_once_a_split(tmp_path):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     from semaim.data.scenes import write_scenes

@@ -1,4 +1,4 @@
-"""A resumed run goes on with its own settings, through the command: what is given again, otherwise, or edited since."""
+"""A resumed run continues with its own settings, through the command: what is given again, otherwise, or edited since."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def cut(whole, parts):
 def logged(done):
     """The lines of a run's log that tell of its resumption."""
     lines = [line.split("INFO - ", 1)[-1] for line in done.stdout.splitlines()]
-    return [line for line in lines if line.startswith(("goes on", "--override", "changed", "--resume"))]
+    return [line for line in lines if line.startswith(("continues", "--override", "changed", "--resume"))]
 
 
 @pytest.fixture(scope="module")

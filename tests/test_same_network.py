@@ -71,6 +71,7 @@ def test_every_tag_of_timm_is_loaded_or_refused_by_the_name_of_a_tensor(verdicts
     assert not [name for name, *_ in loads if any(family in name for family in families)]
 
 
+@pytest.mark.slow
 def test_what_loads_gives_timms_numbers(verdicts):
     """The narrow ones of all architectures here; tools/check_tags.py computes all."""
     names = dict.fromkeys((v.tags[0], v.consumer) for v in verdicts if v.word == "loads")

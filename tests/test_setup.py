@@ -169,6 +169,7 @@ def test_setup_says_in_one_line_what_is_missing(tree, args, environment, words):
     assert calls(tree) == []
 
 
+@pytest.mark.slow
 def test_check_env_finds_this_environment_working():
     checked = run(sys.executable, ROOT / "tools/check_env.py", cwd="/")
     assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -54,8 +54,9 @@ def test_a_killed_launcher_leaves_no_process(tiny_config):
 
 @pytest.mark.parametrize(
     ("number", "processes"),
-    [(signal.SIGINT, 1), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGTERM, 2)],
+    [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)],
 )
+@pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, processes):
     if number == signal.SIGTERM and sys.platform != "linux":
         pytest.skip("no parent-death signal here, so workers stay in the process group: runs on Linux")
@@ -81,6 +82,7 @@ def test_a_stopped_run_saves_and_goes_on_inside_the_epoch(tiny_config, number, p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_a_broken_image_is_named_and_nothing_is_lost(tiny_config, scenes, tmp_path, processes):
     shutil.copytree(scenes, tmp_path / "data")
     fourth_batch = list(ResumableBatches(40, 8))[3]

@@ -1,4 +1,4 @@
-"""A resumed run continues with its own settings, through the command: what is given again, differs, or was edited since."""
+"""A resumed run continues with its own settings, through the command: options repeated, changed, or edited since."""
 
 import json
 import re

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import results, tool
+from commands import one_line, results, tool
 from PIL import Image
 
 import semaim.results
@@ -101,6 +101,23 @@ def own(tmp_path):
     return run
 
 
+def test_an_encoder(labelled, tmp_path):
+    shutil.copytree(ROOT / "semaim/configs", tmp_path / "configs")
+    pretrain, knn = (tmp_path / f"configs/{folder}/slim.py" for folder in ("pretrain", "knn"))
+    for file, code in zip((pretrain, knn), blocks("An encoder", "python"), strict=True):
+        file.write_text(code)
+    places, small = ["--data-root", labelled], ["--cfg-options", "model.network.img_size=32", "num_workers=0"]
+    few = ["total_batch_size=8", "train_cfg.max_epochs=1"]
+    done = tool("train.py", pretrain, *places, "--work-dir", tmp_path / "run", *small, *few)
+    assert done.returncode == 0, done.stderr
+    weights = tmp_path / "run/latest.pth"
+    assert tuple(read_checkpoint(weights)["model"]["patch_embed.proj.weight"].shape) == (96, 3, 16, 16)
+    done = tool("test.py", knn, weights, *places, "--work-dir", tmp_path / "knn", *small)
+    assert done.returncode == 0 and results(tmp_path / "knn")["metrics"], done.stderr
+    other = [tmp_path / "configs/knn/vit_tiny_scenes.py", weights, *places, "--work-dir", tmp_path / "out"]
+    one_line(tool("test.py", *other), "the model a ViT")
+
+
 def test_a_pretraining_method(own, labelled, tmp_path):
     words = ["--data-root", labelled / "train", "--work-dir", tmp_path / "run"]
     small = ["total_batch_size=8", "num_workers=0", "train_cfg.max_epochs=1", "model.network.depth=2"]
@@ -141,6 +158,11 @@ def test_a_published_figure(tmp_path, monkeypatch):
 def test_the_files_that_are_named_are_there():
     named = set(re.findall(r"`((?:tools|tests|semaim|mmdet_configs|mmseg_configs|docs)/[\w./]+)`", TEXT))
     named |= set(re.findall(r"\]\(([\w./]+)\)", TEXT))
-    examples = ("mmseg_configs/semaim_upernet_roads.py", "semaim/configs/knn/hubs_vit_tiny_cifar10.py")
+    examples = {
+        "mmseg_configs/semaim_upernet_roads.py",
+        "semaim/configs/knn/hubs_vit_tiny_cifar10.py",
+        "semaim/configs/knn/vit_slim_scenes.py",
+        "semaim/configs/pretrain/semaim_vit_slim_scenes.py",
+    }
     missing = [name for name in named if not (ROOT / name).exists() and name not in examples]
     assert len(named) > 8 and not missing

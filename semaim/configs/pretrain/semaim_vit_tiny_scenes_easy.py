@@ -13,4 +13,4 @@ num_workers = 1
 base_lr = 1.6e-2  # peak 2e-3 = 1.6e-2 x 32 / 256
 param_scheduler = dict(warmup=0.1)
 train_cfg = dict(max_epochs=6)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1), pictures=dict(interval=3))
+default_hooks = dict(checkpoint=dict(interval=1), pictures=dict(interval=3))

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from commands import tool
+from commands import one_line, tool
 from test_results import CATALOGUE, DETECTOR, NEIGHBOURS, WARNING, WHOLE, cells, only, works, write  # noqa: F401
 
 from semaim.errors import UserError
@@ -203,6 +203,7 @@ def test_at_a_glance_each_encoder_has_a_line_with_all_its_figures(works):
     assert printed.returncode == 0 and len(printed.stdout.splitlines()) == len(lines) + 2
     assert "84.25 ± 0.18" in printed.stdout and "84.1 " not in printed.stdout
     assert at_a_glance(make_table([works / "detector"], CATALOGUE)) == []
+    one_line(command(works / "detector", "--glance"), "--glance compares encoders")
 
 
 def test_at_a_glance_what_else_differs_is_told(works):

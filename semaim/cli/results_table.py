@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
     render = formats.glance if args.glance else formats.FORMATS[args.format]
     text = render(make_table(args.folders, load_published(), not (args.no_published or args.glance)))
+    if not text:
+        raise UserError("--glance compares encoders, and the results are all of one: leave it out")
     if not args.out:
         print(text, end="")
         return

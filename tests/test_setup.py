@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import OLD_SETUPTOOLS
 from packaging.requirements import Requirement
 
 if sys.version_info >= (3, 11):
@@ -53,7 +54,7 @@ def test_scripts_parse_and_are_executable(script):
 
 
 def test_wheel_ships_the_configs(tmp_path):
-    pytest.importorskip("setuptools", minversion="77.0.3")
+    pytest.importorskip("setuptools", "77.0.3", reason=OLD_SETUPTOOLS)
     tree = tmp_path / "tree"
     (tree / "semaim/configs/_base_").mkdir(parents=True)
     for name in ("pyproject.toml", "setup.py", "semaim/__init__.py"):
@@ -126,7 +127,7 @@ def test_setup_installs_once_and_again_when_something_changed(tree):
 
 def test_setup_runs_side_by_side(tree):
     if not shutil.which("flock"):
-        pytest.skip("needs flock")
+        pytest.skip("no flock command: runs on Linux with util-linux")
 
     def background(*command, **options):
         return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, **options)

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from commands import flags, losses, results
+from commands import OLD_SETUPTOOLS, flags, losses, results
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("semaim/configs", "mmdet_configs", "mmseg_configs")
@@ -60,7 +60,7 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory):
     """The wheel of that copy."""
-    pytest.importorskip("setuptools", minversion="77.0.3")
+    pytest.importorskip("setuptools", "77.0.3", reason=OLD_SETUPTOOLS)
     out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, tree, cwd=out)
     (found,) = out.glob("semaim-*.whl")

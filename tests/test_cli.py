@@ -168,10 +168,10 @@ def test_the_module_starts_its_processes_again_by_name(tiny_config, tmp_path):
 
 def test_what_is_started_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/venv/bin/semaim", "train", "c.py", "--gpus", "2"])
-    assert launcher.own_line() == sys.argv
+    assert launcher.restart_command() == sys.argv
     monkeypatch.setattr(sys, "argv", ["/x/semaim/cli/__main__.py", "train", "c.py"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", main_spec("semaim.cli.__main__"), raising=False)
-    assert launcher.own_line() == ["-m", "semaim.cli", "train", "c.py"]
+    assert launcher.restart_command() == ["-m", "semaim.cli", "train", "c.py"]
 
 
 def main_spec(name):

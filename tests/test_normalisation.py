@@ -217,7 +217,7 @@ def test_statistics_that_are_none_are_an_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     cfg = load_config(ROOT / KNN)
     for content, message in (
-        ('{"architecture": ', "cannot read .*config.json, which stands beside model.safetensors"),
+        ('{"architecture": ', "cannot read .*config.json, next to model.safetensors"),
         ('{"architecture": "x", "pretrained_cfg": {"mean": [1, 2]}}', r"pretrained_cfg.mean is \[1, 2\]"),
         ('{"architecture": "x", "pretrained_cfg": 3}', "pretrained_cfg is no mapping"),
     ):
@@ -237,23 +237,23 @@ def test_the_config_that_belongs_to_a_file(tmp_path):
     old = {"architecture": "x", "num_features": 5, "mean": MEAN, "std": STD, "crop_pct": 0.9}
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights.touch()
-    assert hub_config.beside(weights) is None
+    assert hub_config.find(weights) is None
     for layout in (new, old):
         config.write_text(json.dumps(layout))
-        found = hub_config.beside(weights)
+        found = hub_config.find(weights)
         pretrained_cfg, architecture, model_args = _hub._parse_model_cfg(json.loads(config.read_text()), {})
         assert (found["architecture"], found["model_args"]) == (architecture, model_args)
         assert {k: found["pretrained_cfg"][k] for k in ("mean", "std")} == {"mean": MEAN, "std": STD}
         assert {k: pretrained_cfg[k] for k in ("mean", "std")} == {"mean": MEAN, "std": STD}
     (tmp_path / "other.pth").touch()
-    assert hub_config.beside(tmp_path / "other.pth") is None and hub_config.beside(weights)
+    assert hub_config.find(tmp_path / "other.pth") is None and hub_config.find(weights)
     (tmp_path / "other.json").write_text(json.dumps(new))
-    assert hub_config.beside(tmp_path / "other.pth") == new
+    assert hub_config.find(tmp_path / "other.pth") == new
     weights.unlink()
     (tmp_path / "other.json").unlink()
-    assert hub_config.beside(tmp_path / "other.pth")  # alone with it
+    assert hub_config.find(tmp_path / "other.pth")  # alone with it
     config.write_text(json.dumps({"architectures": ["ViTModel"], "hidden_size": 4}))  # of another library
-    assert hub_config.beside(tmp_path / "other.pth") is None
+    assert hub_config.find(tmp_path / "other.pth") is None
 
 
 def test_detectors_and_segmentors_take_them_times_255(hub):

@@ -11,7 +11,7 @@ from commands import flags, losses, one_line, results, tool
 
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.engine.config import load_config
-from semaim.engine.resuming import go_on
+from semaim.engine.resuming import resume_settings
 from semaim.errors import UserError
 from semaim.results.logs import read_lines
 
@@ -127,7 +127,7 @@ def resumed(tmp_path, config=SCENES, given=None, override=False, **places):
     """The config of a resumed run, and the lines for its log."""
     cfg = load_config(ROOT / config, given)
     cfg.work_dir = str(tmp_path)
-    lines = go_on(cfg, (given or {}) | places, "auto", override)[1]
+    lines = resume_settings(cfg, (given or {}) | places, "auto", override)[1]
     return cfg, lines
 
 

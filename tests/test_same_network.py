@@ -158,7 +158,7 @@ def test_names_of_architectures_are_looked_up_and_never_opened(tmp_path):
     assert checkpoints.load(Classifier(0, "cls", **SIZES), path).whole
     assert checkpoints.read(path).sizes["num_heads"] == 2 and not checkpoints.read(path).heads_guessed
     (path.parent / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json, which stands beside model.safetensors"):
+    with pytest.raises(UserError, match="config.json, next to model.safetensors"):
         checkpoints.read(path)
 
 
@@ -266,7 +266,7 @@ def test_a_whole_model_with_more_tensors_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"which does not read backbone.blocks.\*.ls1.gamma"):
         load_whole(model, path, lines.append)
     report = load_whole(model, path, lines.append, partial=True)
-    assert report.partly == "1 of the file's tensors not read" and "NOT LOADED: backbone" in lines[0]
+    assert report.partial_note == "1 of the file's tensors not read" and "NOT LOADED: backbone" in lines[0]
 
 
 def test_conversion_goes_on_where_it_is_told_to(scaled, tmp_path):

@@ -11,7 +11,7 @@ WEIGHTS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt")  #: of files of weights
 
 
-def beside(path: str | os.PathLike) -> dict | None:
+def find(path: str | os.PathLike) -> dict | None:
     """The config that belongs to a weights file, or None.
 
     It is NAME.json if that exists; else the folder's config.json, if the file has a name of `WEIGHTS` or is the only
@@ -33,7 +33,7 @@ def beside(path: str | os.PathLike) -> dict | None:
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:  # ValueError also for bytes that are not text
-        raise UserError(f"cannot read {file}, which stands beside {path.name}: {error}") from None
+        raise UserError(f"cannot read {file}, next to {path.name}: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return None
     if "pretrained_cfg" not in config:

@@ -43,7 +43,7 @@ class LoadReport:
         return not (self.unread or self.lacking or self.differs)
 
     @property
-    def partly(self) -> str:
+    def partial_note(self) -> str:
         """How the model's encoder differs from the file's, in words; empty if they are the same."""
         parts = [f"{len(self.unread)} of the file's tensors not read"] if self.unread else []
         parts += [f"{len(self.lacking)} of the encoder's not in the file"] if self.lacking else []

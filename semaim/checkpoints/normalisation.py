@@ -74,7 +74,7 @@ def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
     path, content = Path(path), _mapping(content)
     if content.get("format") == FORMAT and (found := of_run(_mapping(content.get("config")), path)):
         return found
-    beside = hub_config.beside(path) or {}
+    beside = hub_config.find(path) or {}
     for held, origin in (
         (_mapping(content.get("pretrained_cfg")), f"from pretrained_cfg in {path.name}"),
         (_mapping(beside.get("pretrained_cfg")), f"from the config beside {path.name}"),

@@ -70,7 +70,7 @@ class Checkpoint:
 def read(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint of any dialect; `UserError` if it holds no plain ViT encoder."""
     path = Path(path)
-    return recognise(path, read_file(path), hub_config.beside(path))
+    return recognise(path, read_file(path), hub_config.find(path))
 
 
 def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpoint:
@@ -79,7 +79,7 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
     Args:
         path: of the file, for messages.
         content: as `read_file` returns it.
-        recorded: the config.json next to it, see `hub_config.beside`.
+        recorded: the config.json next to it, see `hub_config.find`.
     """
     place, weights = find_weights(content)
     names = [name for name in weights if re.search(r"(^|\.)patch_embed\.proj(ection)?\.weight$", name)]

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = make_parser(prog).parse_args(argv)
     from semaim.engine.config import data_roots, load_config, set_data_root  # takes seconds, as what follows
     from semaim.engine.launcher import command
-    from semaim.engine.resuming import go_on
+    from semaim.engine.resuming import resume_settings
     from semaim.engine.training import prepare_training, train
     from semaim.reading import read_once
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     with read_once():
-        resume_from, notes = go_on(cfg, given, args.resume, args.override)
+        resume_from, notes = resume_settings(cfg, given, args.resume, args.override)
 
         def prepare(processes: int):
             prepared = prepare_training(cfg, processes, resume_from)

@@ -99,7 +99,7 @@ def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gp
         nodes = int(os.environ.get("NNODES", 1))
         prepared = prepare(processes * nodes)
         if processes > 1 or nodes > 1:
-            return spawn(own_line(), processes)
+            return spawn(restart_command(), processes)
     if SPAWNED in os.environ:
         end_with_parent()
     world = join()
@@ -128,7 +128,7 @@ def run_command(prepare: Callable[[int], Any], work: Callable[[Any], object], gp
             torch.distributed.destroy_process_group()
 
 
-def own_line() -> list[str]:
+def restart_command() -> list[str]:
     """The arguments that Python was started with, to start it again, also for `python -m semaim.cli`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["-m", "semaim.cli"] if spec and spec.name == "semaim.cli.__main__" else sys.argv[:1]

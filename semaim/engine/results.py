@@ -103,7 +103,7 @@ def record_load(report: LoadReport, *cfgs: Config) -> LoadReport:
     """
     for cfg in cfgs if is_main_process() else ():
         origin = dict(cfg.get("origin") or {})
-        parts = [origin.get("partly_loaded"), report.partly]
+        parts = [origin.get("partly_loaded"), report.partial_note]
         partly = "; ".join(dict.fromkeys(part for part in parts if part))
         cfg.origin = {
             **origin,

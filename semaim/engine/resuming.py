@@ -39,7 +39,7 @@ ABSENT = type("Absent", (), {"__repr__": lambda self: "not set"})()
 SHOWN = 8  #: differences that an error lists at most
 
 
-def go_on(
+def resume_settings(
     cfg: Config, given: Mapping[str, object], resume: str | None, override: bool = False
 ) -> tuple[str | None, list[str]]:
     """The checkpoint to resume from, or None, and log lines; sets the config to the run's own settings.
@@ -61,7 +61,7 @@ def go_on(
 def own_settings(
     cfg: Config, given: Mapping[str, object], checkpoint: Mapping, path: str, override: bool = False
 ) -> list[str]:
-    """Set the config to that of the checkpoint's run; returns log lines. Arguments as for `go_on`.
+    """Set the config to that of the checkpoint's run; returns log lines. Arguments as for `resume_settings`.
 
     The file's config is not trusted: it gives values, but names nothing to build that the config does not name.
     """

@@ -224,6 +224,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
         "dist_train.sh", SCENES, 2, *places, "--work-dir", whole, *options(**{"default_hooks.checkpoint.keep": 0})
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Warning" not in done.stdout + done.stderr
     report = [line.strip() for line in done.stdout[done.stdout.index("loaded 27 tensors") :].splitlines()]
     assert "new, not from the file: blocks.*.attn.rel_pos_h (2), blocks.*.attn.rel_pos_w (2)" in report
     assert "MISSING" not in done.stdout
@@ -245,6 +246,7 @@ def test_a_pretrained_encoder_trains_on_two_processes_resumes_and_is_measured(co
         arguments = [SCENES, whole / "latest.pth", processes, "--data-root", coco, "--work-dir", out]
         done = tool("dist_test.sh", *arguments, *options())
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "Warning" not in done.stdout + done.stderr
         assert results(out)["metrics"] == pytest.approx(measured, abs=1e-6)
     # The checkpoint flows on: into another detector, and into the other tools.
     found = checkpoints.read(whole / "latest.pth")

@@ -53,7 +53,9 @@ def test_knn_sees_images_as_timm_does(hub, labelled, tmp_path):
     options = flags(SMALL)
     done = tool("test.py", KNN, weights, "--data-root", labelled, "--work-dir", tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    line = "images normalised with mean (0.5, 0.4, 0.3), std (0.5, 0.25, 0.2), from the config beside model.safetensors"
+    line = (
+        "images normalised with mean (0.5, 0.4, 0.3), std (0.5, 0.25, 0.2), from the config next to model.safetensors"
+    )
     assert line in done.stdout
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     paths = sorted((labelled / "val").rglob("*.jpg"))
@@ -66,7 +68,7 @@ def test_knn_sees_images_as_timm_does(hub, labelled, tmp_path):
     assert (told["mean"], told["std"], told["statistics_from"]) == (
         MEAN,
         STD,
-        "from the config beside model.safetensors",
+        "from the config next to model.safetensors",
     )
 
     # What is set wins, and features of other images are not those in the cache.
@@ -261,7 +263,7 @@ def test_detectors_and_segmentors_take_them_times_255(hub):
     _, weights = hub
     for name in ("mmdet_configs/semaim_mask_rcnn.py", "mmseg_configs/semaim_upernet.py"):
         cfg = load_config(ROOT / name)
-        assert settle(cfg, weights).origin == "from the config beside model.safetensors"
+        assert settle(cfg, weights).origin == "from the config next to model.safetensors"
         assert cfg.model.data_preprocessor.mean == [127.5, 102, 76.5]
         assert cfg.model.data_preprocessor.std == [127.5, 63.75, 51]
         if "tta_ratios" in cfg:

@@ -131,7 +131,7 @@ def hub(folder, architecture, **args):
         ({"act_layer": "quick_gelu"}, r"blocks.\*.mlp.act \(2\) is QuickGELU"),
         ({"norm_layer": "layernorm", "act_layer": "gelu_tanh"}, r"blocks.\*.mlp.act \(2\) is GELUTanh"),
         ({"num_heads": 4}, "it has 4 heads, ours 2"),
-        ({"depth": 3}, "the config beside it is of a network of width 32, depth 3"),
+        ({"depth": 3}, "the config next to it is of a network of width 32, depth 3"),
         ({"qk_norm": True}, r"blocks.\*.attn.q_norm \(2\), blocks.\*.attn.k_norm \(2\) is LayerNorm"),
         ({"checkpoint_path": "evil.pth"}, "which timm cannot build .model_args names checkpoint_path"),
         ({"nonsense": 1}, "which timm cannot build"),

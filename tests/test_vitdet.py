@@ -230,6 +230,7 @@ def test_names_and_start_are_the_encoders():
     expected["pos_embed"] = expected["pos_embed"][:, 1:]
     assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
     assert model.pos_embed.requires_grad and model.pos_embed.is_leaf
+    assert model.pos_embed.stride() == torch.empty(model.pos_embed.shape).stride()
 
 
 def test_pretraining_flows_in(tmp_path):

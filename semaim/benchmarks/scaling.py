@@ -6,7 +6,6 @@ import os
 import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +189,6 @@ def work_in_step(setting: Setting, repeats: int, out: str) -> None:
     from semaim.engine.runner import DistributedModel
 
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     world = join()
     model, images, draw_numbers = setting.build()
     steps = {"alone": our_step(model, images, draw_numbers, setting.precision)}

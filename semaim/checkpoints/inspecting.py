@@ -25,7 +25,7 @@ def inspect(path: str | os.PathLike) -> str:
         ("heads", f"{sizes['num_heads']}" + (" (a guess: 64 channels each)" if found.heads_guessed else "")),
         ("weights", f"{sum(state[name].numel() for name in encoder):,} in {len(encoder)} tensors"),
         ("epochs", "not recorded" if found.epoch is None else str(found.epoch)),
-        ("beside it", grouped(parts) or "nothing"),
+        ("also in it", grouped(parts) or "nothing"),
         ("images", str(found.statistics or Statistics(origin="ImageNet's, as the file holds none"))),
     ]
     if found.skipped:

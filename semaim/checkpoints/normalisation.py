@@ -77,7 +77,7 @@ def of_content(content: Any, path: str | os.PathLike) -> Statistics | None:
     beside = hub_config.find(path) or {}
     for held, origin in (
         (_mapping(content.get("pretrained_cfg")), f"from pretrained_cfg in {path.name}"),
-        (_mapping(beside.get("pretrained_cfg")), f"from the config beside {path.name}"),
+        (_mapping(beside.get("pretrained_cfg")), f"from the config next to {path.name}"),
     ):
         if held.get("mean") is not None or held.get("std") is not None:
             return Statistics.checked(held.get("mean"), held.get("std"), 1, f"{path}: pretrained_cfg", origin)

@@ -100,7 +100,7 @@ def recorded_differences(recorded: nn.Module, sizes: Mapping, reads_norm: bool) 
     """
     depth = len(getattr(recorded, "blocks", ()))
     if (getattr(recorded, "embed_dim", None), depth) != (sizes["embed_dim"], sizes["depth"]):
-        return [f"the config beside it is of a network of width {getattr(recorded, 'embed_dim', None)}, depth {depth}"]
+        return [f"the config next to it is of a network of width {getattr(recorded, 'embed_dim', None)}, depth {depth}"]
     found: dict[str, list[str]] = {}
     for name, module in recorded.named_modules():
         first = name.partition(".")[0]

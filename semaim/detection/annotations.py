@@ -3,6 +3,9 @@
 COCO's training annotations have 450 MB: parsing them takes longer than all other preparation together.
 """
 
+import contextlib
+import io
+
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import coco_metric
@@ -17,7 +20,8 @@ class SharedCOCO(COCO):
         super().__init__()
         if annotation_file is not None:
             self.dataset = read_json(annotation_file)
-            self.createIndex()
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines each time
+                self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 

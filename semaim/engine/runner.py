@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from typing import TYPE_CHECKING
 
 import mmengine.device.utils
@@ -235,7 +236,9 @@ class DistributedModel(MMDistributedDataParallel):
     def __init__(self, module, device_ids=None, **kwargs):
         if not torch.cuda.is_available():
             device_ids, module = None, revert_sync_batchnorm(module)  # torch refuses both on a CPU
-        super().__init__(module=module, device_ids=device_ids, broadcast_buffers=False, **kwargs)
+        with warnings.catch_warnings():  # the argument that replaces it is not in torch 2.6
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            super().__init__(module=module, device_ids=device_ids, broadcast_buffers=False, **kwargs)
 
 
 @RUNNERS.register_module()

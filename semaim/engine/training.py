@@ -141,9 +141,8 @@ def train(
         prepared: result of `prepare_training` for this config, in this process; None to prepare here.
     """
     world = join()
-    for message in ("`broadcast_buffers` is deprecated", "Detected call of .scheduler.step"):
-        # The new argument is not in torch 2.6; with accumulation the schedule moves before the first optimizer step.
-        warnings.filterwarnings("ignore", message=message)
+    # With accumulated steps, the schedule moves before the first optimizer step.
+    warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
     run = prepared or prepare_training(cfg, world, resume_from, check=False)
     task, plan = run.task, run.plan
     torch.manual_seed(cfg.seed)

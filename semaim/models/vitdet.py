@@ -167,7 +167,9 @@ class ViTDet(VisionTransformer):
     ):
         super().__init__(size, pretrain_img_size, **encoder)
         del self.cls_token, self.norm
-        self.pos_embed = nn.Parameter(self.pos_embed[:, 1:].detach().clone())
+        # A plain clone would keep the strides of the slice, and DDP warns of gradients with others.
+        patches = self.pos_embed[:, 1:].detach().clone(memory_format=torch.contiguous_format)
+        self.pos_embed = nn.Parameter(patches)
         if global_blocks is None:  # of 12 blocks 2, 5, 8, 11
             global_blocks = tuple(sorted({math.ceil(quarter * self.depth / 4) - 1 for quarter in (1, 2, 3, 4)}))
         for name, chosen in (("global_blocks", global_blocks), ("out_blocks", out_blocks or ())):

@@ -13,7 +13,6 @@ from semaim.results.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 #: Why a test that builds a wheel is skipped.
 OLD_SETUPTOOLS = "setuptools is older than 77.0.3: runs after tools/setup.sh"
 CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

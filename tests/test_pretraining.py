@@ -268,7 +268,7 @@ def build_teacher_without_weights(name):
     [
         (["semaim_vit_base_800.py"], "no such config: semaim_vit_base_800.py: did you mean semaim/configs/"),
         ([], "no such folder: data/imagenet"),
-        ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes asked for; this machine has no GPU and"),
+        ([SCENES, "1000", "--data-root", "SCENES"], "1000 processes requested; this machine has no GPU and"),
         ([SCENES, "--data-root", "EMPTY"], "no images in"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.order=semantc"], "did you mean semantic"),
         ([SCENES, "--data-root", "SCENES", "--cfg-options", "model.network.look_precision=16"], "choose same or fp32"),

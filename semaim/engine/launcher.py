@@ -42,7 +42,7 @@ def check_processes(processes: int | str) -> int:
         raise UserError(f"{processes} GPUs requested, {gpus} visible: give at most {gpus}")
     cores = os.cpu_count() or 1
     if not gpus and processes > cores:
-        raise UserError(f"{processes} processes asked for; this machine has no GPU and {cores} CPU cores: give fewer")
+        raise UserError(f"{processes} processes requested; this machine has no GPU and {cores} CPU cores: give fewer")
     return processes
 
 

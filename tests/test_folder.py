@@ -57,6 +57,18 @@ def test_bad_roots_are_named(tmp_path):
         find_images(tmp_path / "binary.txt")
 
 
+def test_label_maps_are_no_images(tmp_path):
+    # Pretraining on a data set's root took its label maps, which are PNG files, for photographs.
+    for kind in ("images", "annotations"):
+        picture(tmp_path / "ade" / kind / "training/a.png")
+    for root in (tmp_path, tmp_path / "ade"):
+        with pytest.raises(UserError, match="ade/annotations holds label maps, not images: name .*ade/images$"):
+            find_images(root)
+    assert len(find_images(tmp_path / "ade/images")) == 1
+    picture(tmp_path / "annotations/flat/b.png")  # above the root, the name says nothing
+    assert len(find_images(tmp_path / "annotations/flat")) == 1
+
+
 @pytest.mark.parametrize("broken", ["truncated.jpg", "text.png", "missing.png"])
 def test_broken_images_are_named(tmp_path, broken):
     file = tmp_path / broken

@@ -31,6 +31,9 @@ def find_images(root: str | os.PathLike) -> list[str]:
     `root` is a folder (of class folders or flat; its `train` folder if it has one), or a text file with one path
     per line, relative to that file, optionally followed by a label. For a folder of .tar files, or one such file, the
     images inside are returned.
+
+    Raises:
+        UserError: there are none, or a folder in it holds the label maps of ADE20K's layout, PNG files as well.
     """
     root = Path(root)
     if root.is_file():
@@ -46,6 +49,10 @@ def find_images(root: str | os.PathLike) -> list[str]:
         if not name.startswith(".")
     ]
     images = sorted(path for path in files if path.lower().endswith(IMG_EXTENSIONS))
+    labels = f"{os.sep}annotations{os.sep}"  # of ADE20K's layout: PNG files that are no images
+    if found := next((path for path in images if labels in path[len(str(root)) :]), None):
+        folder = found[: found.rindex(labels)]
+        raise UserError(f"{folder}/annotations holds label maps, not images: name {folder}/images")
     images = images or find_in_shards(sorted(Path(path) for path in files if path.endswith(".tar")), IMG_EXTENSIONS)
     if not images:
         packed = any(path.endswith((".tar.gz", ".tgz", ".tar.zst")) for path in files)
@@ -73,8 +80,8 @@ def _read_list(file: Path) -> list[str]:
 def load_image(path: str, smallest: int = 1) -> Image.Image:
     """An image file as RGB; `UserError` if it is broken or has a side below `smallest` pixels."""
     try:
-        with Image.open(io.BytesIO(read_bytes(path))) as image:
-            image = image.convert("RGB")
+        with Image.open(io.BytesIO(read_bytes(path))) as opened:
+            image = opened.convert("RGB")
     except Exception as error:  # Pillow raises many types for the many ways a file can be broken
         # Pillow's text for an unknown format names the buffer in memory.
         detail = "of no known kind" if isinstance(error, UnidentifiedImageError) else error

@@ -105,8 +105,8 @@ def draw_instances(
     picture = _resize(image, scale)
     draw = ImageDraw.Draw(picture)
     line = max(1, round(text_size(picture.size) / 8))
-    (width, height), sides = picture.size, (found.boxes * scale).round().astype(int)
-    sides = [(max(0, a), max(0, b), min(width, c), min(height, d)) for a, b, c, d in sides.tolist()]
+    (width, height), scaled = picture.size, (found.boxes * scale).round().astype(int).tolist()
+    sides = [(max(0, a), max(0, b), min(width, c), min(height, d)) for a, b, c, d in scaled]
     by_area = sorted(range(len(sides)), key=lambda i: -(sides[i][2] - sides[i][0]) * (sides[i][3] - sides[i][1]))
     for i in by_area:  # small ones over large ones
         if found.masks is not None:

@@ -262,8 +262,8 @@ def spread(items: Sequence, most: int) -> list:
 def encode(path: Path) -> Picture | None:
     """A picture, at most `WIDEST` pixels wide, as the smaller of PNG and JPEG; None if it cannot be read."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
     except Exception:  # Pillow raises many types; a training may be writing it
         return None
     ground = Image.new("RGBA", image.size, "white")

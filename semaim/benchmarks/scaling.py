@@ -17,7 +17,7 @@ from semaim.benchmarks.measuring import seconds
 from semaim.benchmarks.pretraining import Setting, attention_pair, gradients, our_step
 from semaim.benchmarks.rows import Row
 from semaim.engine.launcher import join, launched, leave, spawn
-from semaim.errors import UserError
+from semaim.errors import UserError, writing
 from semaim.models.ordering import make_order
 
 PATCH = 8  #: pixels; small, so that many tokens are few pixels
@@ -127,10 +127,8 @@ def draw(path: Path, series: tuple, names: dict[str, str]) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        with writing(path):
+            figure.savefig(path, dpi=150)
     finally:
         plt.close(figure)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from semaim import __version__
 from semaim.drawing.curves import Chart, charts_of
-from semaim.errors import UserError
+from semaim.errors import UserError, writing
 from semaim.record import Record, read_record
 from semaim.registry import charted, tasks
 from semaim.results import Catalogue, load_published
@@ -98,11 +98,8 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
         version=__version__,
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
         out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
 # Finding

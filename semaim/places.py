@@ -45,3 +45,12 @@ def typed_config(name: str) -> str:
 def to_install(extra: str) -> str:
     """The command that adds an extra: det, seg, all or scenes."""
     return f"tools/setup.sh --extras {extra}" if IN_CHECKOUT else f"pip install 'semaim[{extra}]'"
+
+
+#: Beginnings of the names of encoders that are no files: timm's weights, a repository of the hub, a folder.
+NAMED = ("timm:", "hf-hub:", "hf_hub:", "local-dir:")
+
+
+def is_name(source: object) -> bool:
+    """Whether the source of an encoder is a name with one of these beginnings, not a file."""
+    return str(source).startswith(NAMED)

@@ -139,10 +139,22 @@ def choose(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
     return found or Statistics(origin=f"ImageNet's, as {Path(weights).name} holds none" if weights else "ImageNet's")
 
 
-def settle(cfg: Config, weights: str | os.PathLike | None) -> Statistics:
-    """`choose`, and write the result to the config, from which models are built and which checkpoints store."""
-    found = choose(cfg, weights)
-    place, scale, _ = place_of(cfg)
+def settle(
+    cfg: Config, weights: str | os.PathLike | None, own: Statistics | None = None, unknown: str = ""
+) -> Statistics:
+    """`choose`, and write the result to the config, from which models are built and which checkpoints store.
+
+    Args:
+        cfg: of the run.
+        weights: see `choose`.
+        own: the encoder's, where its source has told them already.
+        unknown: why the encoder's are not known: an error, unless the config sets them.
+    """
+    place, scale, name = place_of(cfg)
+    found = of_config(cfg) or own
+    if found is None and unknown:
+        raise UserError(f"{unknown} --cfg-options {name}.mean=[...] {name}.std=[...]")
+    found = found or choose(cfg, weights)
     place.mean, place.std = found.scaled(scale)
     cfg.statistics_from = found.origin
     return found

@@ -25,7 +25,11 @@ class ConfigOptions(argparse.Action):
 
 FLAGS: dict[str, dict] = {
     "--data-root": {"metavar": "DIR", "help": "folder of the data (default: the config's)"},
-    "--pretrained": {"metavar": "FILE", "help": "checkpoint of any dialect whose encoder to start from"},
+    "--pretrained": {
+        "metavar": "SOURCE",
+        "help": "encoder to start from: a checkpoint of any dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR",
+    },
+    "--arch": {"metavar": "NAME[.TAG]", "help": "timm's name of the encoder in a file that does not tell it"},
     "--work-dir": {"metavar": "DIR", "help": "where to write (default: work_dirs/CONFIG)"},
     "--allow-partial": {
         "action": "store_true",

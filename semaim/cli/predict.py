@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
     from mmengine.registry import MODELS  # takes seconds, as what follows
 
-    from semaim.checkpoints.normalisation import settle
     from semaim.data.folder import find_images
     from semaim.drawing.objects import (
         Instances,
@@ -88,6 +87,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     )
     from semaim.engine.config import load_config
     from semaim.engine.dense import build, check_dense, enter, load_whole
+    from semaim.engine.encoders import settle_images
     from semaim.engine.predicting import (
         build_pipeline,
         category_ids,
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if both := {path.resolve() for path in pictures} & {Path(path).resolve() for path in paths}:
         raise UserError(f"--out {out} would overwrite {sorted(both)[0]}: name another folder")
     enter(cfg)
-    statistics = settle(cfg, args.checkpoint)
+    statistics = settle_images(cfg, args.checkpoint)
     model = build(cfg.model, MODELS, "model")
     load_whole(model, args.checkpoint, print)
     print(f"images normalised with {statistics}")

@@ -15,10 +15,16 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", nargs="?", metavar="FILE", help="checkpoint of any dialect; or: random")
-    parser.add_argument("--pretrained", metavar="FILE", help="the same, as tools/train.py takes it")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="SOURCE",
+        help="checkpoint of any dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR; or: random",
+    )
+    parser.add_argument("processes", nargs="?", metavar="GPUS", help="the same as --gpus")
+    parser.add_argument("--pretrained", metavar="SOURCE", help="the same as SOURCE, as tools/train.py takes it")
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    add_flags(parser, "--data-root", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
+    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser.parse_args(argv)
 
 
@@ -34,6 +40,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.data_root:
         set_data_root(cfg, args.data_root)
     weights = args.checkpoint or args.pretrained
+    if args.arch:
+        cfg.arch = args.arch
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
@@ -44,4 +52,4 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         check_work_dir(cfg.work_dir)
         return prepared
 
-    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.gpus)
+    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.processes or args.gpus)

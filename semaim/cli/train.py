@@ -24,7 +24,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--override", action="store_true", help="with --resume: options given here replace the run's own"
     )
-    add_flags(parser, "--data-root", "--pretrained", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
+    add_flags(
+        parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options"
+    )
     return parser
 
 
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         given |= data_roots(cfg, args.data_root)
     if args.pretrained:
         cfg.pretrained = given["pretrained"] = args.pretrained
+    if args.arch:
+        cfg.arch = given["arch"] = args.arch
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)

@@ -75,8 +75,26 @@ def evaluation_transform(
     crop_pct: float = 0.875,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> v2.Compose:
-    """Short side to img_size / crop_pct pixels (bicubic), centre crop, normalised floats: 256 and 224 on ImageNet."""
+    crop_mode: str | None = None,
+    interpolation: str | None = None,
+):
+    """Short side to img_size / crop_pct pixels (bicubic), centre crop, normalised floats: 256 and 224 on ImageNet.
+
+    With a `crop_mode`, timm's own transform of that mode (center, squash, border) and interpolation.
+    """
+    if crop_mode is not None:
+        if crop_mode not in ("center", "squash", "border"):
+            raise UserError(f"dataset.crop_mode is {crop_mode!r}: choose center, squash or border")
+        return create_transform(
+            img_size,
+            interpolation=interpolation or "bicubic",
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+    if interpolation not in (None, "bicubic"):
+        raise UserError("dataset.interpolation needs dataset.crop_mode")
     return v2.Compose(
         [
             v2.Resize(round(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
@@ -147,7 +165,8 @@ class LabelledImages(Dataset):
         img_size: side of the crops in pixels.
         split: "train" or "val".
         augment: a name of `AUGMENTS`; None for the evaluation transform.
-        crop_pct: share of the resized image that evaluation's centre crop covers, along a side.
+        crop_pct: share of the resized image that evaluation's crop covers, along a side; None for 0.875.
+        crop_mode, interpolation: of evaluation as timm knows them; None for a centre crop, bicubic.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
         images_per_class: train on this many images of each class, the first by name; None for all. Validation uses all.
@@ -165,11 +184,13 @@ class LabelledImages(Dataset):
         img_size: int = 224,
         split: str = "train",
         augment: str | None = None,
-        crop_pct: float = 0.875,
+        crop_pct: float | None = 0.875,
         seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         images_per_class: int | None = None,
+        crop_mode: str | None = None,
+        interpolation: str | None = None,
         **augmentation,
     ):
         paths, labels, self.classes = find_labelled(root, split)
@@ -180,7 +201,7 @@ class LabelledImages(Dataset):
         self.root, self.img_size, self.seed = root, img_size, seed
         mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
         self.transform = (
-            evaluation_transform(img_size, crop_pct, mean=mean, std=std)
+            evaluation_transform(img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)
             if augment is None or augment == "none"
             else training_transform(img_size, augment, **augmentation, mean=mean, std=std)
         )

@@ -20,6 +20,7 @@ from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
 from semaim.detection.padding import SquarePadding  # noqa: E402
 from semaim.detection.released import foreign_weights  # noqa: E402
 from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
+from semaim.encoders.networks import PlainViTDet  # noqa: E402
 from semaim.models.vitdet import MapScales, SimpleFeaturePyramid  # noqa: E402
 
 __all__ = ["foreign_weights"]
@@ -28,6 +29,7 @@ annotations.install()
 
 MODELS.register_module(module=SquarePadding)
 MODELS.register_module(name="ViTDet", module=ViTDetBackbone)
+MODELS.register_module(module=PlainViTDet)
 MODELS.register_module(module=SimpleFeaturePyramid)
 MODELS.register_module(module=MapScales)
 MODELS.register_module(module=PreciseRPNHead)

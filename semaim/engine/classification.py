@@ -9,6 +9,8 @@ from timm.data import Mixup
 from torch import Tensor
 
 from semaim.data.labelled import LabelledImages
+from semaim.encoders.contract import POOLS
+from semaim.encoders.networks import PlainClassifier
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
@@ -17,9 +19,15 @@ from semaim.registry import MODELS, build_model
 DATASETS.register_module(module=LabelledImages)
 
 
-def build_classifier(**kwargs) -> Classifier:
-    """A `Classifier` from plain values."""
+#: Arguments of our own ViT's sizes, which another encoder has itself.
+OWN = ("size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "fc_norm")
+
+
+def build_classifier(encoder: dict | None = None, **kwargs) -> Classifier | PlainClassifier:
+    """A `Classifier`, or a `PlainClassifier` on the described encoder, from plain values."""
     try:
+        if encoder is not None:
+            return PlainClassifier(encoder, **{key: value for key, value in kwargs.items() if key not in OWN})
         return Classifier(**kwargs)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.network: {error}") from None
@@ -41,7 +49,7 @@ class Classification(NetworkModel):
         label_smoothing: share of the target that all classes divide equally.
     """
 
-    network: Classifier
+    network: Classifier | PlainClassifier
 
     def __init__(
         self,
@@ -62,7 +70,7 @@ class Classification(NetworkModel):
         """What is trained, in one line."""
         network = self.network
         what = "linear probe of the frozen encoder" if network.probe else "all layers"
-        pooled = "class token" if network.pool == "cls" else "mean of the patches"
+        pooled = POOLS[network.pool]
         return f"{what}; {pooled} -> {network.num_classes} classes"
 
     def forward(

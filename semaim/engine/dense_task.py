@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import load_backbone
-from semaim.checkpoints.normalisation import settle
 from semaim.data.folder import EndlessBatches
 from semaim.engine import dense
 from semaim.engine.classes import left_out, left_out_lines
+from semaim.engine.encoders import load_encoder, settle_images
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
@@ -70,7 +70,7 @@ class DenseTask(Task):
         """See `semaim.engine.training.prepare_training`."""
         self.enter(cfg)
         plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr, cfg.base_batch_size)
-        statistics = settle(cfg, resume_from or cfg.get("pretrained"))
+        statistics = settle_images(cfg, cfg.get("pretrained"), resume_from)
         if check:
             self.check_plan(cfg, plan, processes)
         (train, val), described = self.data(cfg, SPLITS, check)
@@ -139,6 +139,8 @@ class DenseTask(Task):
 
     def load_encoder(self, cfg: Config, model: BaseModel, path: str) -> checkpoints.LoadReport:
         """Load the pretrained encoder into the backbone; `UserError` if it does not fit or is another task's."""
+        if report := load_encoder(model.backbone, path, cfg):
+            return report
         return load_backbone(model.backbone, path, cfg.default_scope, cfg.get("allow_partial", False))
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
@@ -150,7 +152,7 @@ class DenseTask(Task):
     def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
         """See `semaim.engine.testing.prepare_test`."""
         self.enter(cfg)
-        statistics = settle(cfg, weights)
+        statistics = settle_images(cfg, weights)
         if check:
             model = dense.build(cfg.model, MODELS, "model")
             dense.load_whole(model, weights, lambda line: None, cfg.get("allow_partial", False))

@@ -11,8 +11,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import LOOPS
 from torch import Tensor, nn
 
-from semaim.checkpoints.normalisation import settle
 from semaim.engine.classification import Classification
+from semaim.engine.encoders import settle_images
 from semaim.engine.extraction import extract_features
 from semaim.engine.images import ImageTask, build_datasets, empty_model, fit_encoder
 from semaim.engine.results import record_load, record_origin, write_results
@@ -35,7 +35,7 @@ class FeatureTask(ImageTask):
     def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
         """See `semaim.engine.testing.prepare_test`."""
         self.enter(cfg)
-        statistics = settle(cfg, None if weights == RANDOM else weights)
+        statistics = settle_images(cfg, None if weights == RANDOM else weights)
         if check and weights != RANDOM:
             fit_encoder(cfg, empty_model(cfg).network, weights)
         train, val = build_datasets(cfg)

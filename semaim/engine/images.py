@@ -12,9 +12,9 @@ import semaim.engine.classification  # noqa: F401  registers what configs name
 import semaim.engine.pretraining  # noqa: F401
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
-from semaim.checkpoints.normalisation import settle
 from semaim.data.folder import PretrainImages, ResumableBatches
 from semaim.data.labelled import LabelledImages, check_classes
+from semaim.engine.encoders import head_of, load_classifier, load_encoder, settle_images
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, evaluation_loader, training_loader
@@ -47,11 +47,11 @@ class ImageTask(Task):
     def prepare_training(self, cfg: Config, processes: int, resume_from: str | None, check: bool) -> PreparedTraining:
         """See `semaim.engine.training.prepare_training`."""
         self.enter(cfg)
+        statistics = settle_images(cfg, cfg.get("pretrained"), resume_from)
         model = empty_model(cfg) if check else None
         plan = plan_batch(cfg.total_batch_size, processes, cfg.images_per_gpu, cfg.base_lr)
         if (cfg.model.get("mixup") or cfg.model.get("cutmix")) and plan.images % 2:
             raise UserError(f"mixup pairs the images of a pass, and {plan.images} is odd: set an even images_per_gpu")
-        statistics = settle(cfg, resume_from or cfg.get("pretrained"))
         train, val = build_datasets(cfg, self.labelled)
         if model is not None:  # it is to be checked
             ResumableBatches(len(train), plan.images, plan.accumulation, processes)
@@ -102,7 +102,9 @@ class ImageTask(Task):
 
     def load_encoder(self, cfg: Config, model: NetworkModel, path: str) -> checkpoints.LoadReport:
         """Load the encoder of a checkpoint of any dialect into the model."""
-        return load_pretrained(model.network, path, cfg.get("allow_partial", False))
+        return load_encoder(model.network, path, cfg) or load_pretrained(
+            model.network, path, cfg.get("allow_partial", False)
+        )
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
         """The figures of the last validation, and further values for results.json."""
@@ -118,18 +120,17 @@ class ImageTask(Task):
         if not self.labelled:
             raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
         self.enter(cfg)
-        found = checkpoints.read(weights)
-        head = next((found.state[name] for name in ("head.weight", "head.1.weight") if name in found.state), None)
+        statistics = settle_images(cfg, weights)
+        head, known = head_of(weights)
         if head is None:
             problem = f"{weights} has no classifier"
             raise UserError(f"{problem}: fine-tune it first (tools/train.py CONFIG --pretrained FILE)")
-        statistics = settle(cfg, weights)
         val = build_validation(cfg)
         cfg.model.network.num_classes = len(val.classes)
         if len(head) != len(val.classes):
             raise UserError(f"{weights} knows {len(head)} classes, {cfg.dataset.root} has {len(val.classes)}")
-        if found.classes and list(found.classes) != val.classes:
-            other = next(name for name, ours in zip(found.classes, val.classes, strict=True) if name != ours)
+        if known and known != val.classes:
+            other = next(name for name, ours in zip(known, val.classes, strict=True) if name != ours)
             raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} lacks or has elsewhere")
         return Prepared(self, statistics, val=val)
 
@@ -138,7 +139,7 @@ class ImageTask(Task):
         record_origin(cfg, weights, whole=True)
         runner = make_runner(cfg, model=cfg.model, **self.validation(cfg, run, "test"))
         model = getattr(runner.model, "module", runner.model)
-        report = checkpoints.load(model.network, weights, partial=True)
+        report = load_classifier(model.network, weights) or checkpoints.load(model.network, weights, partial=True)
         runner.logger.info(str(report))
         runner.logger.info(f"images normalised with {run.statistics}")
         if report.missing:
@@ -194,6 +195,8 @@ def empty_model(cfg: Config) -> NetworkModel:
 
 def fit_encoder(cfg: Config, network: nn.Module, path: str) -> checkpoints.LoadReport:
     """`UserError` if the encoder of a checkpoint does not fit a network, which may be on the meta device."""
+    if report := load_encoder(network, path, cfg):
+        return report
     found = checkpoints.read(path)
     return checkpoints.fit(network, found, NEW_IN_CLASSIFIERS, cfg.get("allow_partial", False))[0]
 

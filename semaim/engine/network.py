@@ -35,7 +35,8 @@ class NormaliseImages(BaseDataPreprocessor):
 
 def compile_blocks(network: nn.Module) -> None:
     """Compile each transformer block of a network, in place; the first step then takes a while."""
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    encoder = getattr(network, "encoder", None)
+    blocks = list(encoder.blocks) if encoder is not None else [m for m in network.modules() if isinstance(m, Block)]
     # Blocks share their code, of which torch keeps 8 variants; each drop path rate adds one for training, one for eval.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     for block in blocks:

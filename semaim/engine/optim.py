@@ -1,6 +1,7 @@
 """One optimizer constructor for all tasks: weight decay by parameter, learning rate by depth."""
 
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 import timm.optim
 from mmengine.dist import is_main_process
@@ -111,7 +112,16 @@ def group_model(model: nn.Module, lr: float, weight_decay: float, layer_decay: f
     """`group_parameters` for a whole model, with its layers and norms; `rules`: undecayed, decay."""
     depth_of = layer_depths(model) if layer_decay != 1 else None
     norms = norm_parameters(model)
+    own = undecayed_of(model)
+    if own:
+        rules["undecayed"] = (*rules.get("undecayed", ()), *own)
     return group_parameters(model.named_parameters(), lr, weight_decay, layer_decay, depth_of, norms=norms, **rules)
+
+
+def undecayed_of(model: nn.Module) -> set[str]:
+    """Last parts of the names that the encoder inside the model says have no weight decay, such as tables of BEiT's."""
+    encoder: Any = next((module for module in model.modules() if hasattr(module, "no_weight_decay")), None)
+    return {name.rpartition(".")[2] for name in encoder.no_weight_decay()} if encoder is not None else set()
 
 
 # A config's paramwise_cfg may have the arguments that the model does not give.

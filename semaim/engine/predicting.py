@@ -15,7 +15,6 @@ from mmengine.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 from semaim import checkpoints
-from semaim.checkpoints.normalisation import settle
 from semaim.data.folder import load_image
 from semaim.drawing.objects import (
     READABLE,
@@ -29,6 +28,7 @@ from semaim.drawing.objects import (
     shares_of,
 )
 from semaim.engine.dense import build, build_data, check_dense, enter, load_whole
+from semaim.engine.encoders import settle_images
 from semaim.errors import UserError
 
 #: COCO's ids of its 80 classes, in the order of their labels: 1 to 90 without the ids of dropped classes.
@@ -230,7 +230,7 @@ def draw_predictions(
     """
     check_dense(cfg)
     enter(cfg)
-    settle(cfg, weights)
+    settle_images(cfg, weights)
     (images,) = build_data(cfg, ("val_dataset",))
     chosen = choose_images(images, paths, most)
     model = build(cfg.model, MODELS, "model")

@@ -16,6 +16,7 @@ from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import of_config
 from semaim.checkpoints.safe_reading import read_file
 from semaim.models.vit import SIZES
+from semaim.places import is_name
 from semaim.record import record_of
 from semaim.registry import method_of, task_of
 
@@ -122,6 +123,8 @@ def origin_of(path: str, same: bool = False, trained: bool = False) -> dict:
         same: it belongs to the run itself; else a fine-tuned checkpoint has another method than its pretraining.
         trained: also its own length, epochs or iterations, its number of images, and its own cfg_options.
     """
+    if is_name(path):
+        return {} if same else {"method": path.partition(":")[2]}
     content = _mapping(read_file(path))
     config = _mapping(content.get("config"))
     if content.get("format") != FORMAT or not config:
@@ -176,6 +179,8 @@ def backbone_of(cfg: Mapping) -> str | None:
     model = _mapping(cfg.get("model"))
     model = _mapping(model.get("module")) or model  # inside test-time augmentation
     encoder = _mapping(model.get("network")) or _mapping(model.get("backbone"))
+    if described := _mapping(encoder.get("encoder")):
+        return described.get("arch") or "ViT, {depth} blocks of {embed_dim} channels".format_map(described)
     preset = SIZES.get(encoder.get("size", "base"))
     known = encoder.get("type") in ENCODERS or method_of(encoder) is not None
     if not known or preset is None:

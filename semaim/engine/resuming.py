@@ -27,7 +27,10 @@ RECORDED = re.compile(
 )
 
 #: Settings that the run fills in from the weights it starts from, if the config leaves them open.
-FILLED = re.compile(r"(dataset|model\.data_preprocessor)\.(mean|std)")
+FILLED = re.compile(
+    r"(dataset|model\.data_preprocessor)\.(mean|std)|dataset\.(crop_pct|crop_mode|interpolation)"
+    r"|model\.network\.img_size|model\.(neck|decode_head|auxiliary_head)\.(in_channels|embed_dim)|model\.(network|backbone)\.encoder(\..*)?"
+)
 
 #: Last parts of keys that name what is built. They are taken from the config and the command line, never from a file.
 NAMES_CODE = ("type", "constructor", "resize_type", "imports", "task")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.places import is_name
 from semaim.record import Record, read_record
 from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
@@ -163,7 +164,8 @@ def words_of(*names: str) -> set[str]:
 
 def method_of(record: Record) -> str:
     """The recorded method, or the one that the names of the checkpoint and its folder suggest; else those names."""
-    if record.method:
+    named_source = is_name(record.checkpoint)
+    if record.method and not named_source:
         return record.method
     if not record.checkpoint:
         return "random weights"
@@ -171,6 +173,8 @@ def method_of(record: Record) -> str:
     named = [item for method in methods().values() for item in method.words.items()]
     named.sort(key=lambda item: len(item[0]), reverse=True)  # the most specific first
     method = next((method for needed, method in named if needed <= words_of(*names)), None)
+    if named_source:
+        return method or record.method or record.checkpoint
     return f"{method} (by its path)" if method else f"unnamed ({'/'.join(names)})"
 
 

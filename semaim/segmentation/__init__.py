@@ -9,6 +9,7 @@ import mmseg.evaluation  # noqa: E402, F401
 import mmseg.models  # noqa: E402, F401
 from mmseg.registry import METRICS, MODELS  # noqa: E402
 
+from semaim.encoders.networks import PlainSegmentationViT  # noqa: E402
 from semaim.segmentation.backbone import SegmentationBackbone  # noqa: E402
 from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 from semaim.segmentation.mmseg_names import foreign_weights  # noqa: E402
@@ -17,3 +18,4 @@ __all__ = ["foreign_weights"]
 
 METRICS.register_module(module=CountedIoUMetric)
 MODELS.register_module(name="SegmentationViT", module=SegmentationBackbone)
+MODELS.register_module(module=PlainSegmentationViT)

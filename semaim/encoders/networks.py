@@ -1,0 +1,227 @@
+"""The networks of the tasks on top of any `Encoder`: classifier, ViTDet's map, the maps of several blocks.
+
+Configs name them `PlainClassifier`, `PlainViTDet` and `PlainSegmentationViT`. Their `encoder` is a description, see
+`contract.build`; the run takes it from the source of the weights.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from semaim.encoders.contract import POOLS, Encoder, build
+from semaim.encoders.windows import PREFIXES, Geometry, restrict
+from semaim.errors import UserError
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """The last block of each quarter: of 12 blocks 2, 5, 8, 11."""
+    return tuple(sorted({math.ceil(quarter * depth / 4) - 1 for quarter in (1, 2, 3, 4)}))
+
+
+def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+    """The blocks as a tuple; `UserError` if there are none, or others than the encoder has."""
+    if not blocks or not all(0 <= index < depth for index in blocks):
+        raise UserError(f"{name} {tuple(blocks)}: there are blocks 0 to {depth - 1}")
+    return tuple(sorted(blocks))
+
+
+class OnEncoder(nn.Module):
+    """Base of the networks: an encoder, frozen if asked for.
+
+    Args:
+        encoder: the description of the encoder; None until the source of the weights gives it.
+        freeze: the encoder is not trained, and always in eval mode.
+        **changes: arguments of the encoder that the task sets.
+    """
+
+    def __init__(self, encoder: Mapping[str, Any] | None, freeze: bool = False, **changes: Any):
+        super().__init__()
+        if encoder is None:
+            raise UserError("no encoder yet: name its source, such as --pretrained timm:NAME or FILE --arch NAME")
+        self.encoder: Encoder = build(encoder, **changes)
+        self.freeze = freeze
+
+    def finish(self) -> None:
+        """Freeze what is frozen; called at the end of the constructors."""
+        if self.freeze:
+            self.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """A frozen encoder stays in eval mode: no drop path."""
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+        return self
+
+    def get_layer_depth(self, name: str) -> tuple[int, int]:
+        """The encoder's layers; everything else belongs to the last."""
+        layers = self.encoder.get_layer_depth("head")[1]
+        inner = name.removeprefix("encoder.")
+        return self.encoder.get_layer_depth(inner) if inner != name else (layers - 1, layers)
+
+    def no_weight_decay(self) -> set[str]:
+        """The encoder's."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+
+class PlainClassifier(OnEncoder):
+    """An encoder with a linear head on its pooled tokens: fine-tuning, linear probing, features.
+
+    Args:
+        encoder: of `OnEncoder`.
+        num_classes: of the head; 0 for no head.
+        pool: a name of `contract.POOLS`.
+        probe: the encoder is frozen, and the head is preceded by a batch normalisation without affine parameters.
+        head_init_std: of the head's truncated normal initialisation.
+        **changes: of the encoder: img_size, drop_path_rate, with_cp.
+    """
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        num_classes: int = 1000,
+        pool: str = "cls",
+        probe: bool = False,
+        head_init_std: float = 2e-5,
+        **changes: Any,
+    ):
+        super().__init__(encoder, probe, **changes)
+        self.encoder.keep_for_pool(pool)
+        self.pool, self.probe, self.num_classes = pool, probe, num_classes
+        self.embed_dim = self.encoder.width_of(pool)
+        self.img_size = self.encoder.img_size
+        head: nn.Module = nn.Identity()
+        if num_classes:
+            head = nn.Linear(self.embed_dim, num_classes)
+            trunc_normal_(head.weight, std=head_init_std)
+            nn.init.zeros_(head.bias)
+        self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head
+        self.finish()
+
+    @property
+    def pooling(self) -> str:
+        """A short description of `features` for logs and results."""
+        return POOLS[self.pool]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> what the head reads (B, D)."""
+        return self.encoder.features(images, self.pool)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> logits (B, num_classes)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.probe):
+            features = self.features(images)
+        return self.head(features)
+
+
+class PlainViTDet(OnEncoder):
+    """Any encoder for ViTDet: attention within windows except in a few blocks; its last map, or those of `out_blocks`.
+
+    Args:
+        encoder: of `OnEncoder`.
+        img_size: side or (height, width) in pixels of the images in training.
+        patch_size: side of a patch in pixels; the projection of other patches is resampled when weights are loaded.
+        window_size: side of the windows in patches; None for the window of the encoder's own tables of relative
+            positions, else the largest divisor of the map's side up to 16, so that windows are whole.
+        global_blocks: blocks that attend to the whole map; None for the last of each quarter.
+        prefix: "seen": patches attend to the prefix tokens, as in the encoder, and these to everything. "dropped":
+            patches do not see them.
+        out_blocks: blocks whose maps are returned; None for the last one.
+        freeze: of `OnEncoder`.
+        **changes: of the encoder: drop_path_rate, with_cp.
+    """
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 1024,
+        patch_size: int = 16,
+        window_size: int | None = None,
+        global_blocks: Sequence[int] | None = None,
+        prefix: str = "seen",
+        out_blocks: Sequence[int] | None = None,
+        freeze: bool = False,
+        **changes: Any,
+    ):
+        super().__init__(encoder, freeze, img_size=to_2tuple(img_size), patch_size=patch_size, **changes)
+        depth, grid = self.encoder.depth, self.encoder.grid_of(to_2tuple(img_size))
+        if prefix not in PREFIXES:
+            raise UserError(f"prefix {prefix!r}: choose from {', '.join(PREFIXES)}")
+        whole = quarters(depth) if global_blocks is None else tuple(global_blocks)
+        self.global_blocks = check_blocks("global_blocks", whole, depth) if whole else ()
+        self.out_blocks = None if out_blocks is None else check_blocks("out_blocks", out_blocks, depth)
+        table = self.encoder.table_window
+        self.window_size = window_size or table or dividing(grid)
+        self.made_for = to_2tuple(img_size) if table else None
+        self.encoder.keep_for_maps()
+        self.geometry = Geometry(self.encoder.num_prefix_tokens, prefix == "seen")
+        for index, block in enumerate(self.encoder.blocks):
+            windowed = index not in self.global_blocks
+            if windowed or prefix == "dropped":
+                restrict(block, self.geometry, self.window_size if windowed else 0, f"{self.encoder.title}, a block")
+            if windowed and table:
+                self.encoder.restrict_tables(index, self.window_size)
+        if prefix == "dropped":
+            for name, parameter in self.encoder.named_parameters():
+                if name.rpartition(".")[2] in ("cls_token", "reg_token", "dist_token"):
+                    parameter.requires_grad_(False)  # no map depends on it
+        self.finish()
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images (B, 3, height, width), normalised -> the last block's map (B, D, H, W), or those of `out_blocks`."""
+        self.geometry.grid = self.encoder.grid_of(images.shape[-2:])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            found = self.encoder.maps(images, self.out_blocks or (self.encoder.depth - 1,))
+        return tuple(found) if self.out_blocks else found[0]
+
+
+def dividing(grid: tuple[int, int], most: int = 16) -> int:
+    """The largest window up to `most` that divides both sides of a grid; `most` if that is less than 7."""
+    found = max(window for window in range(1, most + 1) if not (grid[0] % window or grid[1] % window))
+    return found if found >= 7 else min(most, *grid)
+
+
+class PlainSegmentationViT(OnEncoder):
+    """Any encoder for segmentation: the maps of several blocks, before the final norm.
+
+    Images may be of any size: one that whole patches do not fill is stretched to the next size that they do.
+
+    Args:
+        encoder: of `OnEncoder`.
+        img_size: side or (height, width) in pixels of the training crops, for which position tables are resampled.
+        patch_size: as for `PlainViTDet`.
+        out_blocks: blocks whose maps are returned; None for the last of each quarter, and of 12 blocks 3, 5, 7, 11.
+        freeze: of `OnEncoder`.
+        **changes: of the encoder: drop_path_rate, with_cp.
+    """
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 512,
+        patch_size: int = 16,
+        out_blocks: Sequence[int] | None = None,
+        freeze: bool = False,
+        **changes: Any,
+    ):
+        super().__init__(encoder, freeze, img_size=to_2tuple(img_size), patch_size=patch_size, **changes)
+        depth = self.encoder.depth
+        default = (3, 5, 7, 11) if depth == 12 else quarters(depth)
+        self.out_blocks = check_blocks("out_blocks", default if out_blocks is None else out_blocks, depth)
+        self.made_for = to_2tuple(img_size) if self.encoder.table_window else None
+        self.encoder.keep_for_maps()
+        self.finish()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""
+        size = images.shape[-2:]
+        sides = [math.ceil(side / patch) * patch for side, patch in zip(size, self.encoder.patch_size, strict=True)]
+        if sides != list(size):
+            images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
+            return tuple(self.encoder.maps(images, self.out_blocks))

@@ -7,44 +7,20 @@ import os
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import buildable
 from semaim.checkpoints.normalisation import Statistics
+from semaim.encoders.contract import Encoder
+from semaim.encoders.own import OwnEncoder
+from semaim.encoders.sources import open_source
 from semaim.errors import UserError
 from semaim.models.ordering import check_order, make_order, similarity_map
-from semaim.models.vit import VisionTransformer
 
 #: What patches are compared with: class token, mean of the patches, or the last block's attention of the class token.
 SIMILARITIES = ("cls", "gap", "self")
-
-
-class Encoder(VisionTransformer):
-    """A pretrained plain ViT: images (B, 3, H, W), normalised -> tokens after the final norm (B, 1 + L, D).
-
-    H and W are any multiples of the patch size: positions are resampled from the pretraining's (timm's bicubic).
-
-    Attributes:
-        num_prefix_tokens: tokens before those of the patches: the class token.
-        embed_dim: channels D.
-        patch_size: (height, width) of a patch in pixels.
-        mean, std: what images are normalised with, three channels (red, green, blue) of pixels from 0 to 1.
-        load_report: which tensors of the file were loaded, a `checkpoints.LoadReport`.
-    """
-
-    num_prefix_tokens = 1
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    load_report: checkpoints.LoadReport
-
-    def embed(self, images: Tensor) -> Tensor:
-        """As `VisionTransformer.embed`; `UserError` unless given a batch of images of whole patches."""
-        check_images(images, self.in_chans)
-        try:
-            return super().embed(images)
-        except ValueError as error:
-            raise UserError(f"{error}: resize or crop it") from None
 
 
 def check_images(images: Tensor, channels: int = 3) -> None:
@@ -69,27 +45,57 @@ def open_checkpoint(file: str | os.PathLike) -> checkpoints.Checkpoint:
     return checkpoints.read(file)
 
 
-def load_encoder(file: str | os.PathLike, partial: bool = False) -> Encoder:
-    """The encoder of a checkpoint of any dialect, in eval mode, on the CPU; its sizes are those of the file.
+def load_encoder(
+    source: str | os.PathLike,
+    arch: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    partial: bool = False,
+) -> Encoder:
+    """A pretrained plain ViT of any family, in eval mode, on the CPU.
+
+    It is called with images (B, 3, H, W), normalised by its `mean` and `std`, H and W any multiples of its patch size,
+    and returns the tokens after the final norm (B, prefix + L, D). `features(images, pool)` gives one vector per image,
+    `maps(images, blocks)` the maps (B, D, H', W') of blocks; `num_prefix_tokens`, `embed_dim`, `patch_size` its sizes.
 
     Args:
-        file: as for `open_checkpoint`; a timm config.json next to it is read too.
-        partial: load what fits of an encoder that differs from a plain ViT; the encoder's `load_report` says what was
-            left out.
+        source: a file of any dialect, `timm:NAME[.TAG]`, `hf-hub:OWNER/REPO` or `local-dir:DIR`; a config.json next to
+            a file is read too.
+        arch: timm's name of the architecture, perhaps with the tag of the weights, for a file that does not tell it.
+        img_size: side or (height, width) in pixels that position tables are resampled for; None for the source's own.
+            Images of other sizes are possible, too.
+        partial: load what fits into our own ViT of an encoder that differs from it; `report` says what was left out.
+
+    Returns:
+        The encoder, with `mean` and `std`, three channels (red, green, blue) of pixels from 0 to 1, and `report`, a
+        `checkpoints.LoadReport`.
 
     Raises:
-        UserError: the file cannot be read, holds no plain ViT or, without `partial`, one that differs from ours.
+        UserError: the source is not understood: no such file or name, no plain ViT, tensors that are missing or not
+            read, an architecture or statistics that it does not determine.
     """
-    found = checkpoints.read(file)
+    if partial:
+        return _partly_loaded(source)
+    found = open_source(source, arch)
+    statistics = found.preparation.statistics
+    if statistics is None:
+        raise UserError(f"{found.preparation.unknown.removesuffix(' or set them:')}, such as arch=ARCH.TAG")
+    with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the caller's random state is kept
+        encoder = found.build(**({"img_size": to_2tuple(img_size)} if img_size is not None else {}))
+    return _finished(encoder, encoder.load(found), statistics)
+
+
+def _partly_loaded(source: str | os.PathLike) -> Encoder:
+    found = checkpoints.read(source)
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the caller's random state is kept
-            encoder = Encoder(**buildable(found.sizes))
+        with torch.random.fork_rng(devices=[]):
+            encoder = OwnEncoder(**buildable(found.sizes))
     except ValueError as error:
         raise UserError(f"no encoder of ours has the sizes of {found.path}: {error}") from None
-    encoder.pos_embed.requires_grad_(True)
-    encoder.load_report = checkpoints.load(encoder, found, partial=partial)
-    statistics = found.statistics or Statistics()
-    encoder.mean, encoder.std = statistics.mean, statistics.std
+    return _finished(encoder, checkpoints.load(encoder, found, partial=True), found.statistics or Statistics())
+
+
+def _finished(encoder: Encoder, report: checkpoints.LoadReport, statistics: Statistics) -> Encoder:
+    encoder.report, encoder.mean, encoder.std = report, statistics.mean, statistics.std
     return encoder.eval()
 
 
@@ -127,7 +133,7 @@ def order_of(
             raise UserError(f"similarity self needs the attention of a plain ViT, not a {type(encoder).__name__}")
         _, values = encoder.forward_with_attention(images)
     else:
-        if similarity == "cls" and not prefix:
+        if similarity == "cls" and not getattr(encoder, "has_class_token", prefix):
             raise UserError("similarity cls: this encoder has no class token: choose gap")
         tokens = encoder(images)
         first = tokens[:, :1]  # of several prefix tokens the class token; without any, gap does not read it

@@ -49,7 +49,7 @@ def test_tokens_are_timms_at_any_size_and_statistics_those_of_the_file(tiny, fil
     assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers are as they were"
     assert isinstance(encoder, torch.nn.Module) and not any(module.training for module in encoder.modules())
     assert (encoder.num_prefix_tokens, encoder.embed_dim, encoder.patch_size) == (1, 192, (16, 16))
-    assert encoder.load_report.whole and not encoder.load_report.missing and not encoder.load_report.unexpected
+    assert encoder.report.whole and not encoder.report.missing and not encoder.report.unexpected
     bare = file.suffix == ".pth"
     expected = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if bare else (tuple(CLIP["mean"]), tuple(CLIP["std"]))
     assert (encoder.mean, encoder.std) == expected
@@ -76,7 +76,7 @@ def test_an_encoder_that_computes_with_more_is_refused_unless_partial(tmp_path):
     with pytest.raises(UserError, match=r"it computes with blocks\.\*\.ls1\.gamma"):
         semaim.load_encoder(tmp_path / "x.safetensors")
     encoder = semaim.load_encoder(tmp_path / "x.safetensors", partial=True)
-    assert not encoder.load_report.whole and len(encoder.load_report.unread) == 4
+    assert not encoder.report.whole and len(encoder.report.unread) == 4
     own = encoder.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items() if ".ls" not in name)
 

@@ -3,8 +3,9 @@
 import argparse
 
 from semaim.cli.choices import DIALECTS
+from semaim.cli.options import add_flags
 from semaim.errors import UserError
-from semaim.places import to_install
+from semaim.places import is_name, to_install
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -13,8 +14,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         description="Checkpoints of plain ViTs: official SemAIM, MAE, timm, DINO, mmpretrain, detectron2, ours.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="what it is, and what each consumer would load")
-    inspect.add_argument("file")
+    inspect = commands.add_parser("inspect", help="what it is, and what each task would load")
+    inspect.add_argument("file", metavar="SOURCE", help="a file, timm:NAME[.TAG], hf-hub:OWNER/REPO or local-dir:DIR")
+    add_flags(inspect, "--arch")
     convert = commands.add_parser("convert", help="write it in another dialect, the same weights to the last bit")
     convert.add_argument("file")
     convert.add_argument("out", help=".pth, or for timm also .safetensors")
@@ -51,13 +53,37 @@ def warn_of_heads(file: str, out: str) -> None:
         print(f"    tools/checkpoint.py export {file} DIR")
 
 
+def inspected(source: str, arch: str | None = None) -> str:
+    """The description of a file of our own ViT's shape, or of any other encoder."""
+    from semaim import checkpoints
+    from semaim.encoders.inspecting import describe
+    from semaim.encoders.sources import trained_here
+
+    if arch or is_name(source) or trained_here(checkpoints.read_file(source)):
+        return describe(source, arch)
+    try:
+        own = checkpoints.inspect(source)
+    except UserError as error:
+        refused = error
+    else:
+        try:
+            other = describe(source)
+        except UserError as error:
+            other = f"refused: {error}"
+        return f"{own}\n\nBy the configs plain_*.py, for any encoder:\n{other}"
+    try:
+        return describe(source)
+    except UserError as error:
+        raise refused if "--arch" not in str(error) else error from None
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
     from semaim import checkpoints  # takes seconds
     from semaim.checkpoints.normalisation import Statistics
 
     if args.command == "inspect":
-        print(checkpoints.inspect(args.file))
+        print(inspected(args.file, args.arch))
     elif args.command == "convert":
         if args.to == "mmdet":
             left = convert_detector(args.file, args.out, args.to)

@@ -68,7 +68,13 @@ class Encoder(nn.Module):
         num_prefix_tokens: P.
         blocks: the blocks, in order. Each is called once per forward pass, so hooks on them see every block.
         description: plain values from which `build` makes the same network; a run's checkpoint keeps them.
+        mean, std, report: of the source, where `semaim.load_encoder` has loaded it: statistics of pixels from 0 to 1,
+            and which tensors were loaded.
     """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    report: LoadReport
 
     family: ClassVar[str]
     embed_dim: int
@@ -194,7 +200,7 @@ def build(description: Mapping[str, Any], **changes: Any) -> Encoder:
 
     Args:
         description: plain values, from a config or a checkpoint. They name a family, never code.
-        **changes: arguments that the task sets, such as img_size and drop_path_rate.
+        **changes: arguments that the task sets, such as img_size and drop_path_rate; None leaves the description's.
 
     Raises:
         UserError: there is no such family, or it refuses the values.
@@ -205,7 +211,7 @@ def build(description: Mapping[str, Any], **changes: Any) -> Encoder:
     if name not in known:
         raise UserError(f"the encoder's family is {name!r}: {nearest(str(name), known)}")
     try:
-        return known[name](**{**values, **changes})
+        return known[name](**values | {key: value for key, value in changes.items() if value is not None})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot build the encoder {values.get('arch') or name}: {reason}") from None

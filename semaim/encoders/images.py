@@ -36,6 +36,13 @@ class Preparation:
     statistics: Statistics | None
     unknown: str = ""
 
+    def __str__(self) -> str:
+        """In words, for the log."""
+        height, width = self.size
+        crop = {"center": "centre crop", "border": "centre crop with a border", "squash": "both sides resized"}
+        how = f"{crop.get(self.crop_mode, self.crop_mode)} of {self.crop_pct:g}, {self.interpolation}"
+        return f"{height} x {width} pixels, {how}; {self.statistics or self.unknown}"
+
     @classmethod
     def of_cfg(cls, cfg: Mapping[str, Any], origin: str) -> "Preparation":
         """From timm's `pretrained_cfg`, completed with timm's defaults."""

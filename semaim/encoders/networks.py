@@ -78,7 +78,9 @@ class PlainClassifier(OnEncoder):
         pool: a name of `contract.POOLS`.
         probe: the encoder is frozen, and the head is preceded by a batch normalisation without affine parameters.
         head_init_std: of the head's truncated normal initialisation.
-        **changes: of the encoder: img_size, drop_path_rate, with_cp.
+        img_size: side or (height, width) in pixels of the images; None for the encoder's own.
+        drop_path_rate: of the last block, rising linearly from 0 at the first.
+        with_cp: recompute activations in the backward pass.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class PlainClassifier(OnEncoder):
         pool: str = "cls",
         probe: bool = False,
         head_init_std: float = 2e-5,
-        **changes: Any,
+        img_size: int | tuple[int, int] | None = None,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
     ):
-        super().__init__(encoder, probe, **changes)
+        super().__init__(encoder, probe, img_size=img_size, drop_path_rate=drop_path_rate, with_cp=with_cp)
         self.encoder.keep_for_pool(pool)
         self.pool, self.probe, self.num_classes = pool, probe, num_classes
         self.embed_dim = self.encoder.width_of(pool)
@@ -126,6 +130,7 @@ class PlainViTDet(OnEncoder):
         encoder: of `OnEncoder`.
         img_size: side or (height, width) in pixels of the images in training.
         patch_size: side of a patch in pixels; the projection of other patches is resampled when weights are loaded.
+            None for the encoder's own.
         window_size: side of the windows in patches; None for the window of the encoder's own tables of relative
             positions, else the largest divisor of the map's side up to 16, so that windows are whole.
         global_blocks: blocks that attend to the whole map; None for the last of each quarter.
@@ -133,22 +138,25 @@ class PlainViTDet(OnEncoder):
             patches do not see them.
         out_blocks: blocks whose maps are returned; None for the last one.
         freeze: of `OnEncoder`.
-        **changes: of the encoder: drop_path_rate, with_cp.
+        drop_path_rate: of the last block, rising linearly from 0 at the first.
+        with_cp: recompute activations in the backward pass.
     """
 
     def __init__(
         self,
         encoder: Mapping[str, Any] | None = None,
         img_size: int | tuple[int, int] = 1024,
-        patch_size: int = 16,
+        patch_size: int | None = 16,
         window_size: int | None = None,
         global_blocks: Sequence[int] | None = None,
         prefix: str = "seen",
         out_blocks: Sequence[int] | None = None,
         freeze: bool = False,
-        **changes: Any,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
     ):
-        super().__init__(encoder, freeze, img_size=to_2tuple(img_size), patch_size=patch_size, **changes)
+        sizes = {"img_size": to_2tuple(img_size), "patch_size": patch_size}
+        super().__init__(encoder, freeze, **sizes, drop_path_rate=drop_path_rate, with_cp=with_cp)
         depth, grid = self.encoder.depth, self.encoder.grid_of(to_2tuple(img_size))
         if prefix not in PREFIXES:
             raise UserError(f"prefix {prefix!r}: choose from {', '.join(PREFIXES)}")
@@ -197,19 +205,22 @@ class PlainSegmentationViT(OnEncoder):
         patch_size: as for `PlainViTDet`.
         out_blocks: blocks whose maps are returned; None for the last of each quarter, and of 12 blocks 3, 5, 7, 11.
         freeze: of `OnEncoder`.
-        **changes: of the encoder: drop_path_rate, with_cp.
+        drop_path_rate: of the last block, rising linearly from 0 at the first.
+        with_cp: recompute activations in the backward pass.
     """
 
     def __init__(
         self,
         encoder: Mapping[str, Any] | None = None,
         img_size: int | tuple[int, int] = 512,
-        patch_size: int = 16,
+        patch_size: int | None = 16,
         out_blocks: Sequence[int] | None = None,
         freeze: bool = False,
-        **changes: Any,
+        drop_path_rate: float = 0.0,
+        with_cp: bool = False,
     ):
-        super().__init__(encoder, freeze, img_size=to_2tuple(img_size), patch_size=patch_size, **changes)
+        sizes = {"img_size": to_2tuple(img_size), "patch_size": patch_size}
+        super().__init__(encoder, freeze, **sizes, drop_path_rate=drop_path_rate, with_cp=with_cp)
         depth = self.encoder.depth
         default = (3, 5, 7, 11) if depth == 12 else quarters(depth)
         self.out_blocks = check_blocks("out_blocks", default if out_blocks is None else out_blocks, depth)

@@ -25,10 +25,10 @@ class OwnEncoder(VisionTransformer, Encoder):
     num_prefix_tokens = 1
 
     def __init__(self, **sizes: Any):
-        super().__init__(**sizes)
+        super().__init__(**{name: value for name, value in sizes.items() if value is not None})
         self.pos_embed.requires_grad_(True)
         kept = {key: getattr(self, key) for key in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
-        self.img_size = to_2tuple(sizes.get("img_size", 224))
+        self.img_size = to_2tuple(sizes.get("img_size") or 224)
         self.description = {"family": self.family, **kept, "patch_size": list(self.patch_size)}
 
     grid_of = Encoder.grid_of  # with the advice

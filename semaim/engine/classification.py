@@ -28,7 +28,7 @@ def build_classifier(encoder: dict | None = None, **kwargs) -> Classifier | Plai
     try:
         if encoder is not None:
             return PlainClassifier(encoder, **{key: value for key, value in kwargs.items() if key not in OWN})
-        return Classifier(**kwargs)
+        return Classifier(**{key: value for key, value in kwargs.items() if (key, value) != ("img_size", None)})
     except (ValueError, TypeError) as error:
         raise UserError(f"model.network: {error}") from None
 

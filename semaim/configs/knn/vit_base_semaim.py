@@ -7,5 +7,6 @@ torchvision's ImageFolder, which has `targets`.
 
 _base_ = "vit_base.py"
 
-model = dict(network=dict(pool="avg", fc_norm=True))
+model = dict(network=dict(pool="avg", fc_norm=True, img_size=224))
+dataset = dict(crop_pct=0.875)
 evaluation = dict(ks=(10, 20, 30))

@@ -1,0 +1,168 @@
+"""Encoders of timm's architectures behind the contract: equal to timm in tokens, maps, pooling, layers and weights."""
+
+import pytest
+import timm.optim
+import torch
+from encoder_files import ARCHS, FIRST, images_of, loaded, narrow, reference, sizes_of, source_of
+from timm.layers import global_pool_nlc
+
+from semaim.encoders.contract import build
+from semaim.encoders.networks import PlainClassifier, PlainSegmentationViT, PlainViTDet
+from semaim.errors import UserError
+
+#: timm resamples their positions bilinearly when it loads weights, and bicubically in the forward pass: weights loaded
+#: for a size and images of another size give different tokens, in timm too.
+TWO_WAYS = ("flexivit_small", "vit_base_patch16_radio_v3")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_near(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def network_with(kind, arch, **options):
+    """One of the suite's networks on an encoder with random weights."""
+    source = source_of(arch)
+    network = kind(source.description, **options)
+    network.encoder.load(source)
+    return network
+
+
+# Tokens and maps
+
+
+def assert_tokens_equal_timm(arch, wide=False):
+    own = loaded(arch, wide)
+    for size in sizes_of(arch):
+        images = images_of(size)
+        expected = reference(arch, size, wide).forward_features(images)
+        at_size = loaded(arch, wide, img_size=size)
+        assert at_size.img_size == size
+        assert_near(at_size(images), expected)
+        if arch in TWO_WAYS:
+            expected = reference(arch, None, wide, dynamic_img_size=True).forward_features(images)
+        assert_near(own(images), expected)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_tokens_equal_timm_at_every_size(arch):
+    assert_tokens_equal_timm(arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", FIRST)
+@torch.no_grad()
+def test_tokens_equal_timm_at_the_width_of_the_architecture(arch):
+    if arch.endswith("sapiens2"):
+        pytest.skip("its blocks are not of one kind, so it has no form of two blocks by depth alone")
+    assert_tokens_equal_timm(arch, wide=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_maps_equal_timm_in_encoder_segmentor_and_detector(arch):
+    size = sizes_of(arch)[2]
+    images = images_of(size)
+    expected = reference(arch, size).forward_intermediates(images, indices=[0, 1], norm=False, intermediates_only=True)
+    assert not torch.allclose(*expected, atol=0.1)
+    encoder = loaded(arch, img_size=size)
+    for found, wanted in zip(encoder.maps(images, (0, 1)), expected, strict=True):
+        assert_near(found, wanted)
+    common = {"img_size": size, "patch_size": None, "out_blocks": (0, 1)}
+    segmentor = network_with(PlainSegmentationViT, arch, **common)
+    detector = network_with(PlainViTDet, arch, global_blocks=(0, 1), **common)
+    last = network_with(PlainViTDet, arch, global_blocks=(0, 1), img_size=size, patch_size=None)
+    for network in (segmentor, detector):  # in training too: without drop path nothing is random
+        for found, wanted in zip(network.train()(images), expected, strict=True):
+            assert_near(found, wanted)
+    assert_near(last.eval()(images), expected[1])
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradients_reach_all_that_is_trained(arch):
+    size = sizes_of(arch)[1]
+    images = images_of(size, images=2)
+    networks = {
+        "windows": network_with(
+            PlainViTDet, arch, img_size=size, patch_size=None, window_size=4, global_blocks=(1,), out_blocks=(1,)
+        ),
+        "dropped": network_with(
+            PlainViTDet, arch, img_size=size, patch_size=None, window_size=4, global_blocks=(), prefix="dropped"
+        ),
+        "segmentation": network_with(PlainSegmentationViT, arch, img_size=size, patch_size=None),
+    }
+    for pool in pools_of(arch):
+        networks[pool] = network_with(PlainClassifier, arch, pool=pool, num_classes=3, head_init_std=0.1, img_size=size)
+    for use, network in networks.items():
+        found = network.train()(images)
+        found = found if isinstance(found, tuple) else (found,)
+        sum((maps * torch.randn_like(maps)).sum() for maps in found).backward()
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+        # No softmax changes by what is added to all keys.
+        assert not without, f"{use}: {without}"
+        assert len(trained) > 20
+
+
+def pools_of(arch):
+    encoder = build(source_of(arch).description)
+    return [pool for pool, has in (("avg", True), ("cls", encoder.has_class_token), ("native", True)) if has]
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_pooling_equals_timm(arch):
+    size = sizes_of(arch)[1]
+    images, encoder, timms = images_of(size, images=2), loaded(arch, img_size=size), reference(arch, size)
+    tokens = timms.forward_features(images)
+    expected = {
+        "native": timms(images),
+        "avg": global_pool_nlc(tokens, "avg", timms.num_prefix_tokens),
+        "cls": global_pool_nlc(tokens, "token"),
+    }
+    assert encoder.has_class_token == (getattr(timms, "cls_token", None) is not None)
+    for pool in pools_of(arch):
+        assert_near(encoder.features(images, pool), expected[pool])
+        assert encoder.width_of(pool) == expected[pool].shape[1]
+        network = network_with(PlainClassifier, arch, pool=pool, num_classes=0, img_size=size).eval()
+        assert_near(network(images), expected[pool])
+    if not encoder.has_class_token:
+        with pytest.raises(UserError, match="pool=cls: .* has no class token: choose avg or native"):
+            encoder.features(images, "cls")
+        with pytest.raises(UserError, match="pool=cls"):
+            PlainClassifier(encoder.description, pool="cls")
+
+
+# Layers
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_layers_and_weight_decay_are_timms(arch):
+    timms = timm.create_model(arch, num_classes=3, **narrow(arch))
+    excepted = timms.no_weight_decay()
+    names = {id(parameter): name for name, parameter in timms.named_parameters()}
+    groups = timm.optim.param_groups_layer_decay(timms, 0.1, excepted, layer_decay=0.5)
+    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    encoder = build(source_of(arch).description)
+    layers = {name: encoder.get_layer_depth(name) for name, _ in encoder.named_parameters()}
+    assert len({number for _, number in layers.values()}) == 1
+    found = {name: 0.5 ** (number - 1 - layer) for name, (layer, number) in layers.items()}
+    most = found["vit.patch_embed.proj.weight"] / scale["patch_embed.proj.weight"]
+    assert found == {f"vit.{name}": most * value for name, value in scale.items() if not name.startswith("head")}
+    layer, number = encoder.get_layer_depth("head")
+    assert layer == number - 1 > max(layer for layer, _ in layers.values())
+    assert encoder.no_weight_decay() == {f"vit.{name}" for name in excepted}

@@ -78,7 +78,7 @@ def load_encoder(
     found = open_source(source, arch)
     statistics = found.preparation.statistics
     if statistics is None:
-        raise UserError(f"{found.preparation.unknown.removesuffix(' or set them:')}, such as arch=ARCH.TAG")
+        raise UserError(found.preparation.unknown.replace("--arch ", "arch="))
     with torch.random.fork_rng(devices=[]):  # initial weights are replaced: the caller's random state is kept
         encoder = found.build(**({"img_size": to_2tuple(img_size)} if img_size is not None else {}))
     return _finished(encoder, encoder.load(found), statistics)

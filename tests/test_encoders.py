@@ -3,16 +3,26 @@
 import pytest
 import timm.optim
 import torch
-from encoder_files import ARCHS, FIRST, images_of, loaded, narrow, reference, sizes_of, source_of
+from encoder_files import ARCHS, FIRST, checkpoint_of, images_of, loaded, narrow, reference, sizes_of, source_of
 from timm.layers import global_pool_nlc
 
 from semaim.encoders.contract import build
 from semaim.encoders.networks import PlainClassifier, PlainSegmentationViT, PlainViTDet
+from semaim.encoders.sources import open_source, trained_here
 from semaim.errors import UserError
 
 #: timm resamples their positions bilinearly when it loads weights, and bicubically in the forward pass: weights loaded
 #: for a size and images of another size give different tokens, in timm too.
 TWO_WAYS = ("flexivit_small", "vit_base_patch16_radio_v3")
+
+#: Of the classes, blocks, positions and poolings.
+REOPENED = (
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224", "beit_base_patch16_224",
+    "vit_so150m2_patch16_reg1_gap_256", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_rope_mixed_ape_224",
+    "vit_small_patch16_dinov3", "eva02_tiny_patch14_224",
+)  # fmt: skip
+#: timm scales the coordinates of its rotary positions at random in training.
+RANDOM = ("vit_base_patch16_sapiens2",)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +91,8 @@ def test_maps_equal_timm_in_encoder_segmentor_and_detector(arch):
     detector = network_with(PlainViTDet, arch, global_blocks=(0, 1), **common)
     last = network_with(PlainViTDet, arch, global_blocks=(0, 1), img_size=size, patch_size=None)
     for network in (segmentor, detector):  # in training too: without drop path nothing is random
-        for found, wanted in zip(network.train()(images), expected, strict=True):
+        network.train(arch not in RANDOM)
+        for found, wanted in zip(network(images), expected, strict=True):
             assert_near(found, wanted)
     assert_near(last.eval()(images), expected[1])
 
@@ -110,9 +121,8 @@ def test_gradients_reach_all_that_is_trained(arch):
         sum((maps * torch.randn_like(maps)).sum() for maps in found).backward()
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         without = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
-        # No softmax changes by what is added to all keys.
         assert not without, f"{use}: {without}"
-        assert len(trained) > 20
+        assert {"encoder.vit.patch_embed.proj.weight"} < trained.keys()
 
 
 def pools_of(arch):
@@ -166,3 +176,63 @@ def test_layers_and_weight_decay_are_timms(arch):
     layer, number = encoder.get_layer_depth("head")
     assert layer == number - 1 > max(layer for layer, _ in layers.values())
     assert encoder.no_weight_decay() == {f"vit.{name}" for name in excepted}
+
+
+# Checkpoints
+
+
+def a_step(network, images):
+    """One step of training, then eval mode."""
+    found = network.train()(images)
+    sum(maps.square().mean() for maps in (found if isinstance(found, tuple) else (found,))).backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    return network.eval()
+
+
+def run_of(network, holder, options, tmp_path):
+    """The checkpoint of a run that trained a network, and the network's outputs again after loading it."""
+    kept = {"type": type(network).__name__, "encoder": network.encoder.description, **options}
+    content = checkpoint_of(network, model={holder: kept}, dataset={"mean": [0.5] * 3, "std": [0.25] * 3})
+    assert trained_here(content) == network.encoder.description
+    again = type(network)(content["config"]["model"][holder]["encoder"], **options)
+    again.load_state_dict(content["model"])
+    if holder == "backbone":
+        content["model"] = {f"backbone.{name}": tensor for name, tensor in content["model"].items()}
+        content["model"]["neck.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "run.pth")
+    return tmp_path / "run.pth", again.eval()
+
+
+USES = {
+    "avg": (PlainClassifier, "network", {"pool": "avg", "num_classes": 3, "head_init_std": 0.1}),
+    "native": (PlainClassifier, "network", {"pool": "native", "num_classes": 3, "head_init_std": 0.1}),
+    "maps": (PlainSegmentationViT, "backbone", {"patch_size": None, "out_blocks": [0, 1]}),
+    "windows": (PlainViTDet, "backbone", {"patch_size": None, "global_blocks": [1], "window_size": 4}),
+    "whole": (PlainViTDet, "backbone", {"patch_size": None, "global_blocks": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("arch", REOPENED)
+def test_a_trained_network_is_loaded_and_its_encoder_opened_again(arch, use, tmp_path):
+    kind, holder, options = USES[use]
+    size = sizes_of(arch)[1]
+    options = {**options, "img_size": list(size)}
+    images = images_of(size, images=2)
+    network = a_step(network_with(kind, arch, **options), images)
+    file, again = run_of(network, holder, options, tmp_path)
+    with torch.no_grad():
+        expected = network(images)
+        for found, wanted in zip(again(images), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+        source = open_source(file)
+        assert source.layout == "semaim" and source.preparation.statistics.mean == (0.5, 0.5, 0.5)
+        opened = kind(source.description, **options)
+        report = opened.encoder.load(source)
+        assert not report.missing and set(report.matched) == set(network.encoder.vit.state_dict())
+        if kind is PlainClassifier:
+            found, wanted = opened.eval().features(images), network.features(images)
+        else:
+            found, wanted = opened.eval()(images), expected
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=0, rtol=0)

@@ -153,7 +153,7 @@ def settle(
     place, scale, name = place_of(cfg)
     found = of_config(cfg) or own
     if found is None and unknown:
-        raise UserError(f"{unknown} --cfg-options {name}.mean=[...] {name}.std=[...]")
+        raise UserError(f"{unknown}, or set --cfg-options {name}.mean=[...] {name}.std=[...]")
     found = found or choose(cfg, weights)
     place.mean, place.std = found.scaled(scale)
     cfg.statistics_from = found.origin

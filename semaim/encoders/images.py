@@ -122,6 +122,6 @@ def preparation_of_arch(
     if len(numbers) == 1:
         return Preparation(size, *crop, found[0].statistics)
     why = f"timm's weights for {name} have different ones" if numbers else f"timm has no weights for {name}"
-    tagged = f"--arch {tags[0]} or another tag of it, or " if tags else ""
-    unknown = f"mean and std of the images of {path.name} are not known: {why}: give {tagged}set them:"
+    tagged = f": give --arch {tags[0]} or another tag of it" if tags else ""
+    unknown = f"mean and std of the images of {path.name} are not known: {why}{tagged}"
     return Preparation(size, *crop, None, unknown)

@@ -29,7 +29,7 @@ class Foreign:
     left: list[str]  #: names in the file of what is no part of the image encoder: text tower, mask token, heads
     unread: list[str]  #: names in the file that this layout does not know, or that timm's network has no place for
     arch: str | None = None  #: timm's architecture, if a config determines it
-    args: dict[str, Any] = field(default_factory=dict)  #: for timm.create_model, as far as tensors and config tell
+    args: dict[str, Any] = field(default_factory=dict)  #: of `TimmEncoder`'s network, as far as tensors and config tell
     reason: str = ""  #: where arch is None: what is missing
 
 
@@ -371,8 +371,10 @@ def by_transformers(layout: Layout, state: Mapping, config: Mapping, args: Mappi
     elif not gated:  # the gate of DINOv2 and AIMv2 is SiLU whatever the config says
         more["act_layer"] = activation
     eps = said.get("rms_norm_eps", said.get("layer_norm_eps"))
-    if eps != layout.eps:
-        problems.append(f"eps of the normalisations is {eps}, and in timm's {layout.archs[gated]} {layout.eps}")
+    if not isinstance(eps, float) or not 0 < eps < 0.01:
+        problems.append(f"eps of the normalisations is {eps}")
+    elif eps != layout.eps:  # transformers' ViT has 1e-12
+        more["norm_eps"] = eps
     return layout.archs[gated], more, problems if layout.archs[gated] else [f"timm has no {layout.name} with such MLPs"]
 
 

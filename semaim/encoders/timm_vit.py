@@ -7,7 +7,9 @@ throughout. What timm cannot do per image size (tables of relative positions) is
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -87,7 +89,7 @@ class TimmEncoder(Encoder):
 
     Args:
         arch: timm's name of the architecture.
-        args: further arguments of timm's network, such as embed_dim.
+        args: further arguments of timm's network, such as embed_dim; and norm_eps, the epsilon of all norms.
         img_size: side or (height, width) in pixels of the position tables; None for the architecture's own. Other
             images are possible: tables are then resampled as timm does (bicubic, antialiased).
         patch_size: side of a patch in pixels; None for the architecture's own. For another size `load` resamples the
@@ -119,9 +121,12 @@ class TimmEncoder(Encoder):
             own = default_size(arch, args)
             sizes["img_size"] = tuple(n // p * patch_size for n, p in zip(own, own_patch, strict=True))
         dynamic: dict[str, Any] = {"dynamic_img_size": True} if takes(found.kind, "dynamic_img_size") else {}
+        given = {name: value for name, value in args.items() if name != "norm_eps"}
         self.vit = timm.create_model(
-            arch, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **args, **sizes, **dynamic
+            arch, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **given, **sizes, **dynamic
         )
+        if "norm_eps" in args:
+            set_eps(self.vit, args["norm_eps"])
         self.arch, self.args, self.filter = arch, args, found.filter
         self.embed_dim, self.depth = self.vit.embed_dim, len(self.vit.blocks)
         self.num_prefix_tokens = self.vit.num_prefix_tokens
@@ -175,7 +180,7 @@ class TimmEncoder(Encoder):
                 f"{self.arch} has tables of relative positions for images of {self.img_size[0]} x {self.img_size[1]}"
                 f" pixels and is trained on {size[0]} x {size[1]}: set img_size to that"
             )
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             twin = copy.deepcopy(self)
             twin.vit.set_input_size(img_size=size)
             for index in self.windowed:  # their tables are those of a window, whatever the size of the image
@@ -186,7 +191,8 @@ class TimmEncoder(Encoder):
     def restrict_tables(self, block: int, window: int) -> None:
         """Give a block that attends within windows a table of relative positions of that size, if it has one."""
         if hasattr(attention := self.vit.blocks[block].attn, "set_window_size"):
-            attention.set_window_size((window, window))
+            with quiet():
+                attention.set_window_size((window, window))
             self.windowed.add(block)
 
     @property
@@ -225,7 +231,8 @@ class TimmEncoder(Encoder):
         """A file's tensors under the names and in the shapes of `vit`, by timm's filter for this architecture."""
         if self.filter is None:
             return dict(state)
-        return self.filter(dict(state), self.vit)
+        with quiet():
+            return self.filter(dict(state), self.vit)
 
     def load(self, source: Source) -> LoadReport:
         """See `Encoder.load`. What a file has besides the encoder (heads, decoders) is left and reported."""
@@ -263,6 +270,21 @@ class TimmEncoder(Encoder):
         donor.vit.load_state_dict({name: state[name] for name in donor.shapes}, strict=True)
         donor.vit.set_input_size(img_size=self.img_size, patch_size=self.patch_size)
         return {name: tensor for name, tensor in donor.vit.state_dict().items() if name in source.state}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of torch that timm's resizing of tables of relative positions causes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
+        yield
+
+
+def set_eps(vit: nn.Module, eps: float) -> None:
+    """Set the epsilon of all norms of a network: transformers' ViT has 1e-12, timm's 1e-6."""
+    for module in vit.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            setattr(module, "eps", eps)  # noqa: B010
 
 
 def is_apart(name: str) -> bool:

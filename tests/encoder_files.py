@@ -31,7 +31,8 @@ FAMILIES = {
     "aimv2": ("aimv2_large_patch14_224",),
     "flexivit": ("flexivit_small",),
     "gap": ("vit_medium_patch16_gap_240", "vit_base_patch16_gap_224"),
-    "so150m": ("vit_so150m_patch16_reg4_gap_256", "vit_so150m_patch16_reg4_map_256", "vit_so150m2_patch16_reg1_gap_256"),
+    "so150m": ("vit_so150m_patch16_reg4_gap_256", "vit_so150m2_patch16_reg1_gap_256"),
+    "map": ("vit_so150m_patch16_reg4_map_256",),
     "registers": ("vit_medium_patch16_reg1_gap_256", "vit_betwixt_patch16_reg4_gap_256"),
     "parallel": ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "vit_pwee_patch16_reg1_gap_256"),
     "differential": ("vit_dlittle_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"),
@@ -116,9 +117,10 @@ def reference(arch: str, size: tuple[int, int] | None = None, wide: bool = False
 
 
 def sizes_of(arch: str) -> list[tuple[int, int]]:
-    """Image sizes to compare at: the architecture's own, a smaller square, an oblong."""
-    patch = entry(arch).arguments.get("patch_size", 16)
-    return [default_size(arch), (6 * patch, 6 * patch), (5 * patch, 9 * patch)]
+    """Image sizes to compare at: the architecture's own, unless it is large, a small square, an oblong."""
+    patch, (height, width) = entry(arch).arguments.get("patch_size", 16), default_size(arch)
+    own = (height, width) if height * width < 1500 * patch**2 else (12 * patch, 12 * patch)
+    return [own, (6 * patch, 6 * patch), (5 * patch, 9 * patch)]
 
 
 def images_of(size: tuple[int, int], images: int = 1, seed: int = 1) -> Tensor:

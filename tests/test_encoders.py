@@ -3,7 +3,18 @@
 import pytest
 import timm.optim
 import torch
-from encoder_files import ARCHS, FIRST, checkpoint_of, images_of, loaded, narrow, reference, sizes_of, source_of
+from encoder_files import (
+    ARCHS,
+    FIRST,
+    checkpoint_of,
+    images_of,
+    loaded,
+    narrow,
+    random_state,
+    reference,
+    sizes_of,
+    source_of,
+)
 from timm.layers import global_pool_nlc
 
 from semaim.encoders.contract import build
@@ -236,3 +247,81 @@ def test_a_trained_network_is_loaded_and_its_encoder_opened_again(arch, use, tmp
             found, wanted = opened.eval()(images), expected
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_an_opened_encoder_has_the_maps_of_the_run_at_other_sizes(tmp_path):
+    arch, options = "vit_small_patch14_reg4_dinov2", {"pool": "avg", "num_classes": 0, "img_size": 84}
+    network = network_with(PlainClassifier, arch, **options).eval()
+    file, _ = run_of(network, "network", options, tmp_path)
+    source = open_source(file)
+    for size in ((140, 140), (70, 126)):
+        opened = PlainSegmentationViT(source.description, img_size=size, patch_size=None, out_blocks=(0, 1)).eval()
+        opened.encoder.load(source)
+        images = images_of(size)
+        for found, wanted in zip(opened(images), network.encoder.maps(images, (0, 1)), strict=True):
+            assert_near(found, wanted)
+
+
+@torch.no_grad()
+def test_what_a_run_has_not_kept_is_missed_by_name(tmp_path):
+    arch, options = "vit_so150m2_patch16_reg1_gap_256", {"pool": "avg", "num_classes": 0, "img_size": 96}
+    file, _ = run_of(network_with(PlainClassifier, arch, **options), "network", options, tmp_path)
+    source = open_source(file)
+    opened = PlainClassifier(source.description, pool="native", img_size=96)
+    with pytest.raises(UserError, match="it lacks fc_norm.weight, fc_norm.bias"):
+        opened.encoder.load(source)
+    with pytest.raises(UserError, match="records its architecture, vit_so150m2_patch16_reg1_gap_256: leave --arch out"):
+        open_source(file, arch)
+
+
+OWN = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16}
+
+
+def own_network(kind, **options):
+    network = kind({"family": "semaim", **OWN}, **options)
+    network.encoder.load_state_dict(random_state(network.encoder))
+    return network
+
+
+@pytest.mark.parametrize(
+    ("kind", "holder", "options"),
+    [
+        (PlainClassifier, "network", {"pool": "cls", "num_classes": 3, "head_init_std": 0.1, "img_size": 64}),
+        (PlainSegmentationViT, "backbone", {"img_size": 64, "out_blocks": [0, 1]}),
+        (PlainViTDet, "backbone", {"img_size": 64, "global_blocks": [1], "window_size": 2}),
+        pytest.param(
+            PlainClassifier, "network", {"pool": "cls", "num_classes": 3, "head_init_std": 0.1},
+            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="a run's config without img_size"),
+        ),
+    ],
+)  # fmt: skip
+def test_our_own_vit_is_trained_and_opened_again_by_the_same_networks(kind, holder, options, tmp_path):
+    images = images_of((64, 64), images=2)
+    network = own_network(kind, **options)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    file, again = run_of(a_step(network, images), holder, options, tmp_path)
+    same = [name for name, parameter in network.named_parameters() if torch.equal(before[name], parameter)]
+    assert not same
+    source = open_source(file)
+    opened = kind(source.description, **options)
+    opened.encoder.load(source)
+    with torch.no_grad():
+        for found, wanted in zip(again(images), network(images), strict=True):
+            assert torch.equal(found, wanted)
+        outputs = [
+            one.eval().features(images) if kind is PlainClassifier else one.eval()(images) for one in (opened, network)
+        ]
+        for found, wanted in zip(*outputs, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.xfail(strict=True, raises=(UserError, RuntimeError), reason="tables of windows are not resized")
+@pytest.mark.parametrize("size", [96, 128])
+def test_tables_of_a_detectors_windows_are_resized_for_other_tasks(size, tmp_path):
+    arch = "beit_base_patch16_224"
+    options = {"patch_size": None, "global_blocks": [1], "window_size": 4, "img_size": 96}
+    file, _ = run_of(network_with(PlainViTDet, arch, **options), "backbone", options, tmp_path)
+    source = open_source(file)
+    opened = PlainSegmentationViT(source.description, img_size=size)
+    opened.encoder.load(source)

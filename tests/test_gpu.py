@@ -4,6 +4,7 @@ import pytest
 import torch
 from commands import flags, losses, results, tool
 
+from semaim.encoders.networks import PlainSegmentationViT, PlainViTDet
 from semaim.models import FeatureTarget, PixelTarget, SemAIM
 from semaim.models.mae import MAE
 from semaim.models.segvit import SegmentationViT
@@ -70,6 +71,32 @@ def test_dense_encoders_are_those_of_a_cpu(precision):
             maps[device] = torch.cat([level.float().flatten().cpu() for level in out])
         difference = (maps["cuda"] - maps["cpu"]).norm() / maps["cpu"].norm()
         assert difference < (1e-5 if precision == "fp32" else 2e-2), type(encoder)
+
+
+PLAIN = ("vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224", "beit_base_patch16_224")
+
+
+@pytest.mark.parametrize("arch", PLAIN)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_maps_of_any_encoder_are_those_of_a_cpu(arch, precision):
+    """Windows, prefix tokens, rotary positions and tables: maps, and the gradient of the patch projection."""
+    torch.manual_seed(0)
+    described = {"family": "timm", "arch": arch, "args": {"depth": 4}}
+    for network in (PlainViTDet(described, img_size=224, patch_size=16), PlainSegmentationViT(described, img_size=128)):
+        for name, weight in network.named_parameters():
+            torch.nn.init.normal_(weight, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.05)
+        side, found = network.encoder.img_size[0], {}
+        images = torch.randn(2, 3, side, side)
+        for device in ("cpu", "cuda"):
+            network.to(device).zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16" and device == "cuda"):
+                out = network(images.to(device))
+            maps = torch.cat([level.float().flatten() for level in (out if isinstance(out, tuple) else (out,))])
+            maps.square().mean().backward()
+            found[device] = maps.detach().cpu(), network.encoder.vit.patch_embed.proj.weight.grad.cpu()
+        for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+            difference = (ours - theirs).norm() / theirs.norm()
+            assert difference < (1e-4 if precision == "fp32" else 3e-2), (type(network).__name__, difference)
 
 
 def on_gpu(name, *arguments):

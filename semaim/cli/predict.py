@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if both := {path.resolve() for path in pictures} & {Path(path).resolve() for path in paths}:
         raise UserError(f"--out {out} would overwrite {sorted(both)[0]}: name another folder")
     enter(cfg)
-    statistics = settle_images(cfg, args.checkpoint)
+    statistics = settle_images(cfg, args.checkpoint, whole=True)
     model = build(cfg.model, MODELS, "model")
     load_whole(model, args.checkpoint, print)
     print(f"images normalised with {statistics}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import timm
 import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
@@ -85,7 +86,15 @@ class Encoder(nn.Module):
     blocks: Any  #: iterable of modules
     description: dict
 
+    #: Whether its blocks attend within windows of their own, as SAM's: detectors leave its attention as it is.
+    windowed_itself: ClassVar[bool] = False
+
     # What a family provides
+
+    @classmethod
+    def knows(cls, arch: str) -> bool:
+        """Whether an architecture of this name, as `--arch` and files give it, belongs to the family."""
+        return False
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> tokens after the final norm (B, P + L, D)."""
@@ -193,6 +202,17 @@ class Encoder(nn.Module):
         reference = next(self.parameters())
         length = self.num_prefix_tokens + self.grid_of(self.img_size)[0] * self.grid_of(self.img_size)[1]
         return self.native(reference.new_zeros(1, length, self.embed_dim)).shape[-1]
+
+
+def family_of(arch: str) -> str:
+    """The family that an architecture belongs to; `UserError` if there is none."""
+    for name, kind in FAMILIES.module_dict.items():
+        if kind.knows(arch):
+            return name
+    known = timm.list_models()
+    if arch in known:
+        raise UserError(f"{arch} is no plain ViT: no family of encoders knows it (see docs/encoders.md)")
+    raise UserError(f"timm {timm.__version__} has no architecture {arch!r}: {nearest(arch, known)}")
 
 
 def build(description: Mapping[str, Any], **changes: Any) -> Encoder:

@@ -11,7 +11,8 @@ from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 
 from semaim.checkpoints.normalisation import Statistics
-from semaim.encoders.timm_vit import default_size, entry
+from semaim.encoders.contract import family_of
+from semaim.encoders.timm_vit import default_size
 from semaim.errors import UserError, nearest
 
 
@@ -59,7 +60,7 @@ class Preparation:
 def cfg_of(tag: str) -> Mapping[str, Any]:
     """timm's `pretrained_cfg` of ARCH or ARCH.TAG; `UserError` if there is none."""
     arch, _, wanted = tag.partition(".")
-    entry(arch)  # refuses what is no plain ViT
+    family_of(arch)  # refuses what is no plain ViT
     known = [name.partition(".")[2] for name in timm.list_models(f"{arch}.*", pretrained=True)]
     if not known:
         raise UserError(f"timm {timm.__version__} has no weights for {arch}: give a file and --arch {arch}")
@@ -112,7 +113,7 @@ def preparation_of_arch(
     origin = f"timm's for {arch}"
     if tag:
         return Preparation.of_cfg(cfg_of(arch), origin)
-    entry(name)
+    family_of(name)
     tags = [tag for one in dict.fromkeys((name, *alike)) for tag in timm.list_models(f"{one}.*", pretrained=True)]
     found = [Preparation.of_cfg(cfg_of(one), origin) for one in tags]
     size = size or default_size(name)

@@ -168,10 +168,13 @@ class PlainViTDet(OnEncoder):
         self.made_for = to_2tuple(img_size) if table else None
         self.encoder.keep_for_maps()
         self.geometry = Geometry(self.encoder.num_prefix_tokens, prefix == "seen")
-        for index, block in enumerate(self.encoder.blocks):
+        if self.encoder.windowed_itself and (window_size or global_blocks or prefix != "seen"):
+            raise UserError(f"{self.encoder.title} has windows of its own: leave window_size and global_blocks open")
+        for index, block in enumerate(() if self.encoder.windowed_itself else self.encoder.blocks):
             windowed = index not in self.global_blocks
             if windowed or prefix == "dropped":
-                restrict(block, self.geometry, self.window_size if windowed else 0, f"{self.encoder.title}, a block")
+                window, tables = (self.window_size, bool(table)) if windowed else (0, False)
+                restrict(block, self.geometry, window, f"{self.encoder.title}, a block", tables)
             if windowed and table:
                 self.encoder.restrict_tables(index, self.window_size)
         if prefix == "dropped":

@@ -23,6 +23,7 @@ class OwnEncoder(VisionTransformer, Encoder):
 
     family = "semaim"
     num_prefix_tokens = 1
+    resamples_patches = True  #: a checkpoint may have patches of another size; see `checkpoints.load`
 
     def __init__(self, **sizes: Any):
         super().__init__(**{name: value for name, value in sizes.items() if value is not None})

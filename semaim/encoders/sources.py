@@ -25,11 +25,15 @@ from semaim.checkpoints.dialects import find_weights
 from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import Statistics
 from semaim.checkpoints.same_network import kinds
-from semaim.encoders import inferring, layouts
-from semaim.encoders.contract import Source
+from semaim.encoders import (
+    inferring,
+    layouts,
+    sam,  # noqa: F401  registers its family
+)
+from semaim.encoders.contract import Source, family_of
 from semaim.encoders.images import Preparation, cfg_of, preparation_of, preparation_of_arch
 from semaim.encoders.own import OwnEncoder
-from semaim.encoders.timm_vit import TimmEncoder, default_size
+from semaim.encoders.timm_vit import MODULES, TimmEncoder, default_size, in_modules
 from semaim.errors import UserError
 from semaim.places import is_name
 from semaim.reading import once
@@ -112,7 +116,7 @@ def architecture(arch: str) -> Source:
     """An architecture of timm without weights."""
     preparation = preparation_of_arch(arch, Path(arch))
     name = arch.partition(".")[0]
-    description: dict = {"family": "timm", "arch": name, "args": {}, "patch_size": None}
+    description: dict = {"family": family_of(name), "arch": name, "args": {}, "patch_size": None}
     return Source(arch, Path(arch), "random", description, preparation, {}, [], default_size(name))
 
 
@@ -231,9 +235,14 @@ def of_timm(
     size, patch = args.pop("img_size", None), args.pop("patch_size", None)
     size = to_2tuple(size or default_size(arch, {}))
     fixed = "pos_embed" in state or any(name.endswith("relative_position_bias_table") for name in state)
-    if fixed and preparation.size != size and _rows_fit(state, arch, args, preparation.size, patch):
+    if (
+        fixed
+        and in_modules(arch, MODULES)
+        and preparation.size != size
+        and _rows_fit(state, arch, args, preparation.size, patch)
+    ):
         size = preparation.size
-    description = {"family": "timm", "arch": arch, "args": args, "patch_size": patch}
+    description = {"family": family_of(arch), "arch": arch, "args": args, "patch_size": patch}
     return Source(text, path, layout, description, preparation, dict(state), list(left), size)
 
 
@@ -291,8 +300,8 @@ def of_run(text: str, path: Path, content: Mapping, description: dict) -> Source
     left = [name for name in weights if not name.startswith(prefix)]
     statistics = normalisation.of_run(content["config"], path)
     size = to_2tuple(holder.get("img_size") or default_size(description["arch"]))
-    if patch := holder.get("patch_size"):
-        description = {**description, "patch_size": patch}
+    if holder is model.get("backbone") and holder.get("patch_size"):  # a classifier keeps the encoder's own
+        description = {**description, "patch_size": holder["patch_size"]}
     kept = content["config"].get("dataset") or {}
     preparation = Preparation(
         size,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from semaim.checkpoints import LoadReport
 from semaim.checkpoints.same_network import APART, kinds
 from semaim.encoders.contract import FAMILIES, Encoder, Source, build
-from semaim.errors import UserError, nearest
+from semaim.errors import UserError
 
 #: timm's modules of plain ViTs.
 MODULES = ("vision_transformer", "deit", "beit", "eva")
@@ -51,18 +51,18 @@ def architectures() -> list[str]:
     return [name for module in MODULES for name in timm.list_models(module=module)]
 
 
+def in_modules(arch: str, modules: Sequence[str]) -> bool:
+    """Whether an architecture is timm's, and belongs to one of these of its modules."""
+    return timm.is_model(arch) and model_entrypoint(arch).__module__.rpartition(".")[2] in modules
+
+
 @cache
-def entry(arch: str) -> Entry:
-    """timm's entry of an architecture, recorded from its function without building the network."""
-    if not timm.is_model(arch):
-        raise UserError(f"timm {timm.__version__} has no architecture {arch!r}: {nearest(arch, timm.list_models())}")
+def entry(arch: str, modules: tuple[str, ...] = MODULES) -> Entry:
+    """timm's entry of an architecture of these modules, recorded from its function without building the network."""
+    if not in_modules(arch, modules):
+        raise UserError(f"{arch} is no architecture of timm's {', '.join(modules)}")
     function = model_entrypoint(arch)
     module: Any = sys.modules[function.__module__]
-    if module.__name__.rpartition(".")[2] not in MODULES:
-        raise UserError(
-            f"{arch} is no plain ViT: it belongs to timm's {module.__name__.rpartition('.')[2]}, and the suite reads"
-            f" {', '.join(MODULES)}"
-        )
     found: list[Entry] = []
 
     def record(kind: type[nn.Module], variant: str, pretrained: bool, **arguments: Any) -> nn.Module:
@@ -139,6 +139,11 @@ class TimmEncoder(Encoder):
         if with_cp:
             self.vit.set_grad_checkpointing(True)
 
+    @classmethod
+    def knows(cls, arch: str) -> bool:
+        """See `Encoder.knows`."""
+        return in_modules(arch, MODULES)
+
     @property
     def blocks(self) -> Any:
         """timm's blocks."""
@@ -205,7 +210,7 @@ class TimmEncoder(Encoder):
 
     def get_layer_depth(self, name: str) -> tuple[int, int]:
         """See `Encoder.get_layer_depth`; the layers are those of timm's `group_matcher`."""
-        layers = layers_of(self)
+        layers = layers_of(self.vit)
         last = max(layers.values()) + 1
         return layers.get(name.removeprefix("vit."), last), last + 1
 
@@ -298,15 +303,14 @@ def size_of(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
 
 
-def layers_of(encoder: TimmEncoder) -> dict[str, int]:
+def layers_of(vit: Any) -> dict[str, int]:
     """The layer of every parameter of timm's network, without its head: 0 is the embedding."""
-    vit = encoder.vit
     return dict(group_with_matcher(vit.named_parameters(), vit.group_matcher(coarse=False), reverse=True))
 
 
 def default_size(arch: str, args: Mapping[str, Any] | None = None) -> tuple[int, int]:
     """(height, width) in pixels of the position tables of an architecture, unless it is built for another size."""
-    found = entry(arch)
+    found = entry(arch, (model_entrypoint(arch).__module__.rpartition(".")[2],))
     cfg = timm.get_pretrained_cfg(arch, allow_unregistered=True)
     fixed = cfg.input_size[-2:] if cfg and cfg.fixed_input_size else 224
     return to_2tuple({"img_size": fixed, **found.arguments, **(args or {})}["img_size"])

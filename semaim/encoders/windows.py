@@ -52,14 +52,15 @@ class Windows(TorchFunctionMode):
     Args:
         geometry: of the forward pass.
         window: side of the windows in patches; 0 for the whole map.
+        tables: a bias is that of one window, which all windows share, not of all tokens.
 
     Attributes:
         calls: number of attentions restricted so far.
     """
 
-    def __init__(self, geometry: Geometry, window: int):
+    def __init__(self, geometry: Geometry, window: int, tables: bool = False):
         super().__init__()
-        self.geometry, self.window, self.calls = geometry, window, 0
+        self.geometry, self.window, self.tables, self.calls = geometry, window, tables, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Replace attention; leave everything else as it is."""
@@ -75,8 +76,8 @@ class Windows(TorchFunctionMode):
 
         Args:
             query, key, value: of all tokens, in the order prefix, patches.
-            attn_mask: None, or a bias added to the logits: for all tokens (..., N, N), or for the prefix and one window
-                (..., P + window^2, P + window^2), as relative position tables of windows give it.
+            attn_mask: None, or a bias added to the logits: for all tokens (..., N, N), or with `tables` for the prefix
+                and one window (..., P + window^2, P + window^2), as relative position tables of windows give it.
             **options: of PyTorch's attention.
         """
         prefix, (height, width) = self.geometry.prefix, self.geometry.grid
@@ -110,7 +111,7 @@ class Windows(TorchFunctionMode):
     def _prefix_bias(self, bias: Tensor | None, tokens: int) -> Tensor | None:
         """The bias of the prefix tokens' queries, (..., P, N)."""
         prefix = self.geometry.prefix
-        if bias is None or bias.shape[-1] == tokens:
+        if bias is None or not self.tables:
             return None if bias is None else bias[..., :prefix, :]
         # A table of relative positions has one value for all patches that a prefix token looks at.
         patches = bias[..., :prefix, prefix : prefix + 1].expand(*bias.shape[:-2], prefix, tokens - prefix)
@@ -125,15 +126,16 @@ class Windows(TorchFunctionMode):
         prefix, (height, width) = self.geometry.prefix, self.geometry.grid
         seen = torch.arange(prefix if self.geometry.seen else 0, device=bias.device)
         (top, bottom, tall), (left, right, wide) = rows, columns
-        if bias.shape[-1] == prefix + height * width:
-            place = torch.arange(height * width, device=bias.device).view(1, height, width, 1)
-            own = prefix + _cut(place[:, None, top:bottom, left:right], tall, wide)[:, 0, :, 0]  # (windows, patches)
-        elif bias.shape[-1] == prefix + self.window**2:
-            place = torch.arange(self.window**2, device=bias.device).view(self.window, self.window)
-            own = prefix + place[:tall, :wide].reshape(1, -1)  # the same offsets in every window
+        expected = prefix + (self.window**2 if self.tables else height * width)
+        if bias.shape[-1] != expected:
+            raise ValueError(f"windows of {self.window}: a bias for {bias.shape[-1]} tokens, not {expected}")
+        place = torch.arange(expected - prefix, device=bias.device)
+        if self.tables:  # the same offsets in every window
+            own = prefix + place.view(self.window, self.window)[:tall, :wide].reshape(1, -1)
             own = own.expand((bottom - top) // tall * ((right - left) // wide), -1)
         else:
-            raise ValueError(f"windows of {self.window}: a bias for {bias.shape[-1]} tokens fits neither")
+            place = place.view(1, 1, height, width, 1)[:, :, top:bottom, left:right]
+            own = prefix + _cut(place, tall, wide)[:, 0, :, 0]  # (windows, patches)
         keys = torch.cat([seen.expand(len(own), -1), own], dim=1)
         bias = bias.expand(1, *bias.shape[-3:])[0] if bias.ndim == 4 else bias  # (n, tokens, tokens)
         return bias[:, own[:, :, None], keys[:, None, :]].transpose(0, 1).repeat(images, 1, 1, 1)
@@ -159,13 +161,13 @@ def _repeat(prefix: Tensor, windows: int) -> Tensor:
 class _Restrict:
     """Hooks that put a block's forward pass inside `Windows`."""
 
-    def __init__(self, geometry: Geometry, window: int, name: str):
-        self.geometry, self.window, self.name = geometry, window, name
+    def __init__(self, geometry: Geometry, window: int, name: str, tables: bool):
+        self.geometry, self.window, self.name, self.tables = geometry, window, name, tables
         self.active: list[Windows] = []
 
     def before(self, *unused: Any) -> None:
         """Enter."""
-        self.active.append(Windows(self.geometry, self.window))
+        self.active.append(Windows(self.geometry, self.window, self.tables))
         self.active[-1].__enter__()
 
     def after(self, *unused: Any) -> None:
@@ -176,7 +178,7 @@ class _Restrict:
             raise RuntimeError(f"{self.name} does not use PyTorch's attention, which windows need")
 
 
-def restrict(block: nn.Module, geometry: Geometry, window: int, name: str) -> None:
+def restrict(block: nn.Module, geometry: Geometry, window: int, name: str, tables: bool = False) -> None:
     """Restrict a block's attention to windows, in every later call, also when activations are recomputed.
 
     Args:
@@ -184,10 +186,11 @@ def restrict(block: nn.Module, geometry: Geometry, window: int, name: str) -> No
         geometry: its `grid` must be set before each forward pass.
         window: side of the windows in patches; 0 for the whole map.
         name: of the block, for messages.
+        tables: the block's biases are those of one window, see `Encoder.restrict_tables`.
     """
     for module in block.modules():
         if hasattr(module, "fused_attn"):  # timm's own products would not be seen
             setattr(module, "fused_attn", True)  # noqa: B010
-    hook = _Restrict(geometry, window, name)
+    hook = _Restrict(geometry, window, name, tables)
     block.register_forward_pre_hook(hook.before)
     block.register_forward_hook(hook.after, always_call=True)

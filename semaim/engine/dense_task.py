@@ -152,7 +152,7 @@ class DenseTask(Task):
     def prepare_test(self, cfg: Config, weights: str, check: bool) -> Prepared:
         """See `semaim.engine.testing.prepare_test`."""
         self.enter(cfg)
-        statistics = settle_images(cfg, weights)
+        statistics = settle_images(cfg, weights, whole=True)
         if check:
             model = dense.build(cfg.model, MODELS, "model")
             dense.load_whole(model, weights, lambda line: None, cfg.get("allow_partial", False))

@@ -33,7 +33,7 @@ def holder_of(cfg: Config) -> Any:
     return model.get("network") or model.get("backbone") or {}
 
 
-def settle_images(cfg: Config, weights: str | None, resumed: str | None = None) -> Statistics:
+def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> Statistics:
     """Complete a config by what the encoder's source says: architecture, image size, crop, mean and deviation.
 
     Args:
@@ -41,6 +41,7 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None) 
         weights: the source of the encoder, see `semaim.encoders.sources`, or a whole model's checkpoint; None for
             random weights.
         resumed: this run's own checkpoint, whose settings the config has already.
+        whole: the weights are those of the whole model, not of an encoder for it.
 
     Returns:
         The statistics that images are normalised with.
@@ -52,6 +53,9 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None) 
         return _settle_own(cfg, weights)
     holder, preparation = holder_of(cfg), source.preparation
     check_sizes(holder, source, cfg.get("filename") or "the config")
+    if not whole and (source.state or source.checkpoint):
+        with torch.device("meta"):
+            source.build().load(source)  # raises, if the weights are not this architecture's
     holder.encoder = source.description
     set_widths(cfg.model, source)
     if "dataset" in cfg:

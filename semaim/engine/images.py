@@ -120,7 +120,7 @@ class ImageTask(Task):
         if not self.labelled:
             raise UserError("this config pretrains: evaluate with one of semaim/configs/{knn,linear,finetune}")
         self.enter(cfg)
-        statistics = settle_images(cfg, weights)
+        statistics = settle_images(cfg, weights, whole=True)
         head, known = head_of(weights)
         if head is None:
             problem = f"{weights} has no classifier"

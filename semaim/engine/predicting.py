@@ -230,7 +230,7 @@ def draw_predictions(
     """
     check_dense(cfg)
     enter(cfg)
-    settle_images(cfg, weights)
+    settle_images(cfg, weights, whole=True)
     (images,) = build_data(cfg, ("val_dataset",))
     chosen = choose_images(images, paths, most)
     model = build(cfg.model, MODELS, "model")

@@ -69,7 +69,7 @@ def accuracy(source: str, root: str, patch: int, device: torch.device, pool: str
     mean, std = statistics_of.mean, statistics_of.std
     sets = [LabelledImages(root, side, split, "none", mean=mean, std=std, crop_pct=1.0) for split in ("train", "val")]
     bank, queries = (features(encoder, images, device, pool) for images in sets)
-    return knn_accuracy(*bank, *queries, len(sets[0].classes), ks=(k,))[k][0]
+    return knn_accuracy(bank[0], bank[1], queries[0], queries[1], len(sets[0].classes), ks=(k,))[k][0]
 
 
 def main() -> None:

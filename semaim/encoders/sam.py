@@ -75,6 +75,11 @@ class SamEncoder(Encoder):
         """timm's name of the architecture."""
         return self.arch
 
+    @property
+    def table_window(self) -> int:
+        """The side of its windows."""
+        return max(block.window_size for block in self.vit.blocks)
+
     def width_of(self, pool: str) -> int:
         """The channels of the neck."""
         return self.vit.num_features

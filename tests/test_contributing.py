@@ -104,7 +104,7 @@ def own(tmp_path):
 def test_an_encoder(labelled, tmp_path):
     shutil.copytree(ROOT / "semaim/configs", tmp_path / "configs")
     pretrain, knn = (tmp_path / f"configs/{folder}/slim.py" for folder in ("pretrain", "knn"))
-    for file, code in zip((pretrain, knn), blocks("An encoder", "python"), strict=True):
+    for file, code in zip((pretrain, knn), blocks("An encoder", "python")[:2], strict=True):
         file.write_text(code)
     places, small = ["--data-root", labelled], ["--cfg-options", "model.network.img_size=32", "num_workers=0"]
     few = ["total_batch_size=8", "train_cfg.max_epochs=1"]
@@ -116,6 +116,28 @@ def test_an_encoder(labelled, tmp_path):
     assert done.returncode == 0 and results(tmp_path / "knn")["metrics"], done.stderr
     other = [tmp_path / "configs/knn/vit_tiny_scenes.py", weights, *places, "--work-dir", tmp_path / "out"]
     one_line(tool("test.py", *other), "the model a ViT")
+
+
+def test_a_family_of_encoders(labelled, tmp_path):
+    (tmp_path / "my_encoder.py").write_text(blocks("An encoder", "python")[2])
+    config = tmp_path / "mine.py"
+    base = ROOT / "semaim/configs/knn/plain_vit.py"
+    config.write_text(f'_base_ = "{base}"\ncustom_imports = dict(imports=["my_encoder"])\n')
+    weights = {"patch_embed.proj.weight": torch.randn(64, 3, 16, 16), "patch_embed.proj.bias": torch.zeros(64)}
+    weights |= {"norm.weight": torch.ones(64), "norm.bias": torch.zeros(64)}
+    torch.save(weights, tmp_path / "weights.pth")
+    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    options = ["model.network.pool=avg", "model.network.img_size=32", "num_workers=0", "evaluation.ks=[5]"]
+    stated = ["dataset.mean=[.5,.5,.5]", "dataset.std=[.5,.5,.5]"]
+    line = [config, tmp_path / "weights.pth", "--arch", "only_patches", "--data-root", labelled]
+    done = tool("test.py", *line, "--work-dir", tmp_path / "run", "--cfg-options", *options, *stated, **path)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "run")["backbone"] == "only_patches"
+    one_line(tool("test.py", *line, "--work-dir", tmp_path / "b", "--cfg-options", *options, **path), "not known")
+    del weights["norm.bias"]
+    torch.save(weights, tmp_path / "weights.pth")
+    done = tool("test.py", *line, "--work-dir", tmp_path / "c", "--cfg-options", *options, *stated, **path)
+    one_line(done, "lacks ['norm.bias']")
 
 
 def test_a_pretraining_method(own, labelled, tmp_path):

@@ -93,7 +93,7 @@ def test_maps_of_any_encoder_are_those_of_a_cpu(arch, precision):
                 out = network(images.to(device))
             maps = torch.cat([level.float().flatten() for level in (out if isinstance(out, tuple) else (out,))])
             maps.square().mean().backward()
-            found[device] = maps.detach().cpu(), network.encoder.vit.patch_embed.proj.weight.grad.cpu()
+            found[device] = maps.detach().cpu(), network.encoder.vit.patch_embed.proj.weight.grad.clone().cpu()
         for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
             difference = (ours - theirs).norm() / theirs.norm()
             assert difference < (1e-4 if precision == "fp32" else 3e-2), (type(network).__name__, difference)

@@ -6,7 +6,9 @@ registered in `FAMILIES` by a module that the config names in `custom_imports`; 
 Shapes: B images, P prefix tokens (class token, registers), L patches row by row, D channels.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -115,6 +117,11 @@ class Encoder(nn.Module):
         """The model's own pooling of the tokens (B, P + L, D) -> (B, D'); `UserError` if it has none."""
         raise UserError(f"pool=native: {self.title} has no pooling of its own: choose cls or avg")
 
+    @classmethod
+    def own_size(cls, arch: str) -> tuple[int, int]:
+        """(height, width) in pixels that an architecture of the family is made for."""
+        return 224, 224
+
     @property
     def has_class_token(self) -> bool:
         """Whether the first prefix token is a class token."""
@@ -204,11 +211,19 @@ class Encoder(nn.Module):
         return self.native(reference.new_zeros(1, length, self.embed_dim)).shape[-1]
 
 
-def family_of(arch: str) -> str:
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Context that builds encoders on the meta device, where loading only checks."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        yield
+
+
+def family_of(arch: str) -> type[Encoder]:
     """The family that an architecture belongs to; `UserError` if there is none."""
-    for name, kind in FAMILIES.module_dict.items():
+    for kind in FAMILIES.module_dict.values():
         if kind.knows(arch):
-            return name
+            return kind
     known = timm.list_models()
     if arch in known:
         raise UserError(f"{arch} is no plain ViT: no family of encoders knows it (see docs/encoders.md)")

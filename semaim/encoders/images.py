@@ -12,7 +12,6 @@ from timm.layers import to_2tuple
 
 from semaim.checkpoints.normalisation import Statistics
 from semaim.encoders.contract import family_of
-from semaim.encoders.timm_vit import default_size
 from semaim.errors import UserError, nearest
 
 
@@ -73,7 +72,7 @@ def cfg_of(tag: str) -> Mapping[str, Any]:
 
 def preparation_of(path: Path, arch: str, args: Mapping[str, Any]) -> Preparation:
     """The preparation in transformers' or OpenCLIP's config next to a file, else that of the architecture."""
-    size = to_2tuple(args.get("img_size") or default_size(arch))
+    size = to_2tuple(args.get("img_size") or family_of(arch).own_size(arch))
     origin = f"from the config next to {path.name}"
     file, clip = path.with_name("preprocessor_config.json"), path.with_name("open_clip_config.json")
     held: Any = {}
@@ -113,10 +112,9 @@ def preparation_of_arch(
     origin = f"timm's for {arch}"
     if tag:
         return Preparation.of_cfg(cfg_of(arch), origin)
-    family_of(name)
     tags = [tag for one in dict.fromkeys((name, *alike)) for tag in timm.list_models(f"{one}.*", pretrained=True)]
     found = [Preparation.of_cfg(cfg_of(one), origin) for one in tags]
-    size = size or default_size(name)
+    size = size or family_of(name).own_size(name)
     numbers = {(one.statistics.mean, one.statistics.std) for one in found if one.statistics}
     crops = {(one.crop_pct, one.crop_mode, one.interpolation) for one in found}
     crop = crops.pop() if len(crops) == 1 else (0.875, "center", "bicubic")

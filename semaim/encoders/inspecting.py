@@ -3,10 +3,8 @@
 import os
 from collections.abc import Iterator
 
-import torch
-
 from semaim.checkpoints import grouped
-from semaim.encoders.contract import POOLS, Source
+from semaim.encoders.contract import POOLS, Source, without_memory
 from semaim.encoders.networks import PlainClassifier, PlainSegmentationViT, PlainViTDet
 from semaim.encoders.sources import open_source
 from semaim.errors import UserError
@@ -23,7 +21,7 @@ NETWORKS = {
 def describe(source: str | os.PathLike, arch: str | None = None) -> str:
     """Describe an encoder by its source; `UserError` if it cannot be opened."""
     found = open_source(source, arch)
-    with torch.device("meta"):
+    with without_memory():
         encoder = found.build()
     prefix = encoder.num_prefix_tokens
     named = ["class token"] * encoder.has_class_token
@@ -62,10 +60,10 @@ def verdicts(found: Source) -> Iterator[tuple[str, str]]:
     """What each task would load from a source, or why it would refuse it."""
     for task, build in NETWORKS.items():
         try:
-            with torch.device("meta"):
+            with without_memory():
                 probe = found.build()
                 network = build(found, "cls" if probe.has_class_token else "avg")
-            report = network.encoder.load(found)
+                report = network.encoder.load(found)
         except UserError as error:
             yield task, f"refused: {error}"
             continue

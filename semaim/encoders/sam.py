@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from semaim.checkpoints import LoadReport
 from semaim.checkpoints.same_network import kinds
 from semaim.encoders.contract import FAMILIES, Encoder, Source
-from semaim.encoders.timm_vit import entry, in_modules, layers_of
+from semaim.encoders.timm_vit import default_size, entry, in_modules, layers_of
 from semaim.errors import UserError
 
 MODULE = "vision_transformer_sam"
@@ -64,6 +64,11 @@ class SamEncoder(Encoder):
     def knows(cls, arch: str) -> bool:
         """See `Encoder.knows`."""
         return in_modules(arch, (MODULE,))
+
+    @classmethod
+    def own_size(cls, arch: str) -> tuple[int, int]:
+        """See `Encoder.own_size`."""
+        return default_size(arch)
 
     @property
     def blocks(self) -> Any:

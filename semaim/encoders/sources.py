@@ -33,7 +33,7 @@ from semaim.encoders import (
 from semaim.encoders.contract import Source, family_of
 from semaim.encoders.images import Preparation, cfg_of, preparation_of, preparation_of_arch
 from semaim.encoders.own import OwnEncoder
-from semaim.encoders.timm_vit import MODULES, TimmEncoder, default_size, in_modules
+from semaim.encoders.timm_vit import MODULES, TimmEncoder, in_modules
 from semaim.errors import UserError
 from semaim.places import is_name
 from semaim.reading import once
@@ -116,8 +116,8 @@ def architecture(arch: str) -> Source:
     """An architecture of timm without weights."""
     preparation = preparation_of_arch(arch, Path(arch))
     name = arch.partition(".")[0]
-    description: dict = {"family": family_of(name), "arch": name, "args": {}, "patch_size": None}
-    return Source(arch, Path(arch), "random", description, preparation, {}, [], default_size(name))
+    description: dict = {"family": family_of(name).family, "arch": name, "args": {}, "patch_size": None}
+    return Source(arch, Path(arch), "random", description, preparation, {}, [], family_of(name).own_size(name))
 
 
 def from_tag(text: str, tag: str, arch: str | None = None) -> Source:
@@ -233,7 +233,7 @@ def of_timm(
         layout = "timm"
     args = {name: value for name, value in dict(args).items() if name not in ("num_classes", "pretrained")}
     size, patch = args.pop("img_size", None), args.pop("patch_size", None)
-    size = to_2tuple(size or default_size(arch, {}))
+    size = to_2tuple(size or family_of(arch).own_size(arch))
     fixed = "pos_embed" in state or any(name.endswith("relative_position_bias_table") for name in state)
     if (
         fixed
@@ -242,7 +242,7 @@ def of_timm(
         and _rows_fit(state, arch, args, preparation.size, patch)
     ):
         size = preparation.size
-    description = {"family": family_of(arch), "arch": arch, "args": args, "patch_size": patch}
+    description = {"family": family_of(arch).family, "arch": arch, "args": args, "patch_size": patch}
     return Source(text, path, layout, description, preparation, dict(state), list(left), size)
 
 
@@ -299,7 +299,7 @@ def of_run(text: str, path: Path, content: Mapping, description: dict) -> Source
     state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     left = [name for name in weights if not name.startswith(prefix)]
     statistics = normalisation.of_run(content["config"], path)
-    size = to_2tuple(holder.get("img_size") or default_size(description["arch"]))
+    size = to_2tuple(holder.get("img_size") or family_of(description["arch"]).own_size(description["arch"]))
     if holder is model.get("backbone") and holder.get("patch_size"):  # a classifier keeps the encoder's own
         description = {**description, "patch_size": holder["patch_size"]}
     kept = content["config"].get("dataset") or {}

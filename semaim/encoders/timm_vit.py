@@ -118,7 +118,7 @@ class TimmEncoder(Encoder):
         sizes = {name: size for name, size in sizes.items() if size is not None}
         if patch_size and "img_size" not in sizes:  # the same grid of patches
             own_patch = to_2tuple(found.arguments.get("patch_size", 16))
-            own = default_size(arch, args)
+            own = default_size(arch)
             sizes["img_size"] = tuple(n // p * patch_size for n, p in zip(own, own_patch, strict=True))
         dynamic: dict[str, Any] = {"dynamic_img_size": True} if takes(found.kind, "dynamic_img_size") else {}
         given = {name: value for name, value in args.items() if name != "norm_eps"}
@@ -143,6 +143,11 @@ class TimmEncoder(Encoder):
     def knows(cls, arch: str) -> bool:
         """See `Encoder.knows`."""
         return in_modules(arch, MODULES)
+
+    @classmethod
+    def own_size(cls, arch: str) -> tuple[int, int]:
+        """See `Encoder.own_size`."""
+        return default_size(arch)
 
     @property
     def blocks(self) -> Any:
@@ -206,7 +211,7 @@ class TimmEncoder(Encoder):
         if not any(getattr(block.attn, "relative_position_bias_table", None) is not None for block in self.blocks):
             return None
         own_patch = to_2tuple(entry(self.arch).arguments.get("patch_size", 16))
-        return default_size(self.arch, self.args)[0] // own_patch[0]
+        return default_size(self.arch)[0] // own_patch[0]
 
     def get_layer_depth(self, name: str) -> tuple[int, int]:
         """See `Encoder.get_layer_depth`; the layers are those of timm's `group_matcher`."""
@@ -308,9 +313,9 @@ def layers_of(vit: Any) -> dict[str, int]:
     return dict(group_with_matcher(vit.named_parameters(), vit.group_matcher(coarse=False), reverse=True))
 
 
-def default_size(arch: str, args: Mapping[str, Any] | None = None) -> tuple[int, int]:
+def default_size(arch: str) -> tuple[int, int]:
     """(height, width) in pixels of the position tables of an architecture, unless it is built for another size."""
     found = entry(arch, (model_entrypoint(arch).__module__.rpartition(".")[2],))
     cfg = timm.get_pretrained_cfg(arch, allow_unregistered=True)
     fixed = cfg.input_size[-2:] if cfg and cfg.fixed_input_size else 224
-    return to_2tuple({"img_size": fixed, **found.arguments, **(args or {})}["img_size"])
+    return to_2tuple({"img_size": fixed, **found.arguments}["img_size"])

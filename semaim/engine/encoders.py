@@ -15,7 +15,7 @@ from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS, check_task
 from semaim.checkpoints.dialects import find_weights
 from semaim.checkpoints.loading import LoadReport
 from semaim.checkpoints.normalisation import Statistics, settle
-from semaim.encoders.contract import Source
+from semaim.encoders.contract import Source, without_memory
 from semaim.encoders.networks import OnEncoder
 from semaim.encoders.sources import architecture, open_source, trained_here
 from semaim.errors import UserError
@@ -54,7 +54,7 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, 
     holder, preparation = holder_of(cfg), source.preparation
     check_sizes(holder, source, cfg.get("filename") or "the config")
     if not whole and (source.state or source.checkpoint):
-        with torch.device("meta"):
+        with without_memory():
             source.build().load(source)  # raises, if the weights are not this architecture's
     holder.encoder = source.description
     set_widths(cfg.model, source)
@@ -76,7 +76,7 @@ def set_widths(model: Any, source: Source) -> None:
     parts = [model.get(name) for name in ("neck", "decode_head", "auxiliary_head")]
     wanted = [(part, key) for part in parts if part for key in ("in_channels", "embed_dim") if part.get(key, 0) is None]
     if wanted:
-        with torch.device("meta"):
+        with without_memory():
             width = source.build().embed_dim
         for part, key in wanted:
             several = isinstance(part.get("in_index"), list | tuple)
@@ -126,7 +126,10 @@ def source_of(cfg: Config, weights: str | None) -> Source | None:
     if refused is None:
         return None
     try:
-        return open_source(weights)
+        found = open_source(weights)
+        if found.checkpoint is not None:  # of our own ViT's shape, in another size
+            raise refused
+        return found
     except UserError as error:
         if str(error) == str(refused) or "--arch" not in str(error):
             raise refused from None
@@ -157,7 +160,7 @@ def check_sizes(holder: Mapping[str, Any], source: Source, config: str) -> None:
     if holder.get("fc_norm") is not None:
         raise UserError(f"{config}: fc_norm is of SemAIM's own protocol: use a config plain_*.py for {source.name}")
     wanted = {key: holder.get(key) or value for key, value in SIZES.get(holder.get("size", "base"), {}).items()}
-    with torch.device("meta"):
+    with without_memory():
         encoder = source.build()
     for key in ("embed_dim", "depth"):
         if wanted.get(key) and wanted[key] != getattr(encoder, key):
@@ -210,4 +213,7 @@ def load_encoder(network: nn.Module, weights: str, cfg: Config) -> LoadReport | 
     source = open_source(weights, cfg.get("arch"))
     if source.checkpoint is not None and cfg.default_scope in ("mmdet", "mmseg"):
         check_task(source.checkpoint, cfg.default_scope)
+    if next(network.parameters()).is_meta:
+        with without_memory():
+            return network.encoder.load(source)
     return network.encoder.load(source)

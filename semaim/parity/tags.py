@@ -1,8 +1,8 @@
 """Whether each consumer is right with every plain ViT that timm has weights for: computed, with no download.
 
-timm's own network of a tag stands for the file: its names and shapes on the meta device, then random values in a network
-of one or two blocks. Both go through the code that `timm:TAG` goes through. Each consumer has to give timm's numbers in
-float64, and the gradients of all parameters that it trains, or to refuse by a `UserError`; all else is WRONG.
+timm's own network of a tag stands for the file: its names and shapes on the meta device, then random values in a
+network of one or two blocks. Both go through the code that `timm:TAG` goes through. Each consumer has to give timm's
+numbers in float64, and the gradients of all that it trains, or to refuse by a `UserError`; all else is WRONG.
 """
 
 import copy
@@ -15,8 +15,7 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, list_models
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_BACKBONES, NEW_IN_CLASSIFIERS
-from semaim.data.labelled import evaluation_transform
 from semaim.encoders.contract import POOLS, Source
 from semaim.encoders.images import Preparation, cfg_of
 from semaim.encoders.networks import OnEncoder, PlainClassifier, PlainSegmentationViT, PlainViTDet
@@ -36,18 +34,17 @@ from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
 
 TimmNetwork = Any  #: one of timm's ViTs, whose classes declare different attributes
+Numbers = dict[str, Tensor]  #: what a network computes, by name: outputs, norms of gradients
 #: Right means equal up to rounding in float64: an epsilon of 1e-5 for 1e-6 changes tokens of variance 1 by 4.5e-6.
 TOLERANCE = 1e-9
 SIDE = 4  #: of the grid of patches that the position tables of the computed files are made for
 OTHER = (5, 3)  #: grid of images of another size
-MAP, PATCH = (6, 5), (16, 16)  #: grid and patches of a detector's images
-WINDOW = 3  #: side of its windows; those at the right border are narrower
+MAP, PATCH = (6, 6), (16, 16)  #: grid and patches of the images of detectors and segmentors
 WIDE = 1300  #: networks wider than this are computed with one block, others with two
+RANDOM = ("normal_", "uniform_", "erfinv_")  #: functions that fill new weights, which are then read from a file
 
-#: Consumers of any encoder, and the recipes for our own ViT, of MAE's shape.
-CONSUMERS = ("images", "pool cls", "pool avg", "pool native", "fine-tuning", "ViTDet", "UperNet")
-#: A tag is right if these are: cls and native exist only where the model has such a token or pooling.
-NEEDED = ("images", "pool avg", "fine-tuning", "ViTDet", "UperNet")
+#: Consumers of any encoder.
+CONSUMERS = ("images", *(f"pool {pool}" for pool in POOLS), "fine-tuning", "ViTDet", "UperNet")
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Verdict:
     consumer: str
     word: str
     reason: str = ""  #: of what is refused or WRONG
-    error: float | None = None  #: largest difference that was computed, relative to the largest value if that exceeds 1
+    error: float | None = None  #: the largest difference that was computed, see `compare`
 
 
 def plain_tags() -> list[str]:
@@ -73,57 +70,53 @@ def architectures(tags: Iterable[str]) -> list[tuple[str, ...]]:
         cfg = get_pretrained_cfg(tag)
         if cfg is None:
             raise UserError(f"timm knows no tag {tag}")
-        held = cfg.to_dict()
-        key = (tag.partition(".")[0], cfg.input_size, cfg.fixed_input_size, held.get("global_pool"))
+        key = (tag.partition(".")[0], cfg.input_size, cfg.fixed_input_size, cfg.to_dict().get("global_pool"))
         groups.setdefault(key, []).append(tag)
     return [tuple(group) for group in groups.values()]
 
 
-def right_tags(verdicts: Iterable[Verdict]) -> list[str]:
-    """The tags that every consumer of `NEEDED` is right with, and none is wrong with."""
-    words: dict[str, dict[str, str]] = {}
-    for verdict in verdicts:
-        words.setdefault(verdict.tag, {})[verdict.consumer] = verdict.word
-    fine = ("right", "loads")
-    return [
-        tag
-        for tag, own in words.items()
-        if "WRONG" not in own.values() and all(own.get(consumer) in fine for consumer in NEEDED)
-    ]
-
-
-def judge(tags: Sequence[str], compute: bool = True, depth: int | None = None) -> Iterator[Verdict]:
+def judge(
+    tags: Sequence[str], compute: bool = True, depth: int | None = None, known: dict | None = None
+) -> Iterator[Verdict]:
     """The verdicts of all consumers on the tags of one group of `architectures`.
 
     Args:
         tags: of the group. The first is computed for all, except for the preparation of images.
         compute: compare numbers where names and shapes fit.
         depth: compare names and shapes in networks of this many blocks; None for all blocks.
+        known: verdicts of earlier groups, filled here. Architectures that differ in their image size are computed once.
     """
-    tag = tags[0]
+    tag, known = tags[0], {} if known is None else known
     args = {name: value for name, value in small(tag, depth).items() if name != "img_size"} if depth else {}
-    theirs = build(tag, **args)
+    with on_meta():
+        theirs: TimmNetwork = timm.create_model(tag, pretrained=False, **args)
     for one in tags:
-        yield check_images(one, theirs)
+        yield attempt(one, "images", partial(compare_images, one, theirs))
+    found = [*check_names(tag, theirs, args), *check_own(tag, theirs, args)]
+    if compute:
+        kind, weights_filter, values = entry(tag.partition(".")[0])
+        alike = repr((kind, weights_filter, sorted({**values, "img_size": None}.items())))
+        if new := [v.consumer for v in found if v.word == "loads" and (alike, v.consumer) not in known]:
+            known |= {(alike, one.consumer): one for one in compute_all(tag, new, theirs.embed_dim > WIDE)}
+        found = [known[alike, one.consumer] if one.word == "loads" else one for one in found]
+    yield from (Verdict(one, v.consumer, v.word, v.reason, v.error) for one in tags for v in found)
+
+
+def attempt(tag: str, consumer: str, work: Callable[[], tuple[float | None, str]]) -> Verdict:
+    """The verdict by what `work` returns, the largest difference and what differs, or by what it raises."""
     try:
-        source = source_of(tag, theirs, args)
-    except UserError as error:
-        yield from (Verdict(one, name, "refused", str(error)) for one in tags for name in CONSUMERS[1:])
-    else:
-        found = check_names(tag, source, theirs)
-        if compute:
-            fits = [name for name, verdict in found.items() if verdict.word == "loads"]
-            found |= compute_all(tag, fits, theirs.embed_dim > WIDE)
-        yield from (Verdict(one, v.consumer, v.word, v.reason, v.error) for one in tags for v in found.values())
-    for own in judge_own(tag, theirs, args, compute=compute):
-        yield from (Verdict(one, own.consumer, own.word, own.reason, own.error) for one in tags)
+        error, cause = work()
+    except UserError as refusal:
+        return Verdict(tag, consumer, "refused", str(refusal))
+    except Exception as failure:  # no answer to a user
+        return Verdict(tag, consumer, "WRONG", f"{type(failure).__name__}: {failure}")
+    if error is None:
+        return Verdict(tag, consumer, "WRONG" if cause else "loads", cause)
+    right = error <= TOLERANCE
+    return Verdict(tag, consumer, "right" if right else "WRONG", "" if right else cause, error)
 
 
 # Names, shapes, and images
-
-
-#: What networks fill new weights with, which are read from a file afterwards.
-RANDOM = ("normal_", "uniform_", "erfinv_")
 
 
 class Unfilled(TorchFunctionMode):
@@ -145,62 +138,31 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def build(tag: str, **args: Any) -> TimmNetwork:
-    """timm's network of a tag on the meta device."""
-    with on_meta():
-        return timm.create_model(tag, pretrained=False, **args)
+def small(tag: str, depth: int) -> dict[str, Any]:
+    """Arguments for a network of this many blocks, the first and the last ones, with small position tables."""
+    found = entry(tag.partition(".")[0]).arguments
+    per_block = {k: v for k, v in found.items() if isinstance(v, list | tuple) and len(v) == found.get("depth", 12)}
+    args = {name: (values[0], values[-1])[-depth:] for name, values in per_block.items()}
+    return {**args, "depth": depth, "img_size": tuple(SIDE * side for side in to_2tuple(found.get("patch_size", 16)))}
 
 
 def source_of(tag: str, theirs: TimmNetwork, args: dict) -> Source:
-    """What `timm:TAG` opens if the file holds the tensors of `theirs`."""
+    """What `timm:TAG` opens if the file holds the tensors of `theirs`, which was built with `args`."""
     preparation = Preparation.of_cfg(cfg_of(tag), f"timm's for {tag}")
     with on_meta():
         return of_timm(f"timm:{tag}", Path(tag), tag.partition(".")[0], args, preparation, theirs.state_dict())
 
 
-def check_images(tag: str, theirs: TimmNetwork) -> Verdict:
-    """Compare the preparation of images with timm's: its values, and the transforms made from them."""
+def compare_images(tag: str, theirs: TimmNetwork) -> tuple[float, str]:
+    """The number of values in the preparation of images that are not timm's, and their names."""
     theirs.pretrained_cfg = get_pretrained_cfg(tag).to_dict()  # type: ignore[union-attr]
-    wanted = resolve_model_data_config(theirs)
-    try:
-        own = Preparation.of_cfg(cfg_of(tag), tag)
-    except UserError as error:
-        return Verdict(tag, "images", "refused", str(error))
+    wanted, own = resolve_model_data_config(theirs), Preparation.of_cfg(cfg_of(tag), tag)
     if own.statistics is None:
-        return Verdict(tag, "images", "refused", own.unknown)
-    values: dict[str, Any] = {"crop_pct": own.crop_pct, "crop_mode": own.crop_mode, "interpolation": own.interpolation}
-    values |= {"mean": own.statistics.mean, "std": own.statistics.std}
-    transform = evaluation_transform(own.size, **values)  # type: ignore[arg-type]
-    differ = [name for name, value in values.items() if value != wanted[name]]
-    differ += ["size"] if own.size != wanted["input_size"][-2:] else []
-    differ += ["transform"] if repr(transform) != repr(create_transform(**wanted)) else []
-    return Verdict(tag, "images", "WRONG" if differ else "right", f"{', '.join(differ)} differ" if differ else "")
-
-
-def check_names(tag: str, source: Source, theirs: TimmNetwork) -> dict[str, Verdict]:
-    """Which consumers load the tensors; WRONG if they are not all that timm computes with."""
-    theirs.reset_classifier(0)
-    with on_meta():
-        lost = set(theirs.state_dict()) ^ set(source.build().load(source).matched)
-    reason = f"not read: {', '.join(sorted(lost)[:3])}" if lost else ""
-    if source.size != tuple(theirs.patch_embed.img_size):
-        reason = f"tables of {theirs.patch_embed.img_size} are read as those of {source.size}"
-    return {name: fits(tag, name, use, source, reason) for name, use in uses(source).items()}
-
-
-def fits(tag: str, name: str, use: Callable[[], OnEncoder], source: Source, reason: str) -> Verdict:
-    """Whether a consumer loads the tensors, and all that it has; `reason` is why it is WRONG in any case."""
-    try:
-        with on_meta():
-            network = use()
-            lost = {name.removeprefix("vit.") for name in network.encoder.state_dict()}
-            lost ^= set(network.encoder.load(source).matched)
-    except UserError as error:
-        return Verdict(tag, name, "refused", str(error))
-    except Exception as error:  # no answer to a user
-        return Verdict(tag, name, "WRONG", f"{type(error).__name__}: {error}")
-    reason = reason or (f"not loaded: {', '.join(sorted(lost)[:3])}" if lost else "")
-    return Verdict(tag, name, "WRONG" if reason else "loads", reason)
+        raise UserError(own.unknown)
+    values = {"crop_pct": own.crop_pct, "crop_mode": own.crop_mode, "interpolation": own.interpolation}
+    values |= {"input_size": (3, *own.size), "mean": own.statistics.mean, "std": own.statistics.std}
+    differ = [name for name in wanted.keys() | values.keys() if values.get(name) != wanted.get(name)]
+    return float(len(differ)), ", ".join(differ)
 
 
 def uses(source: Source) -> dict[str, Callable[[], OnEncoder]]:
@@ -214,70 +176,41 @@ def uses(source: Source) -> dict[str, Callable[[], OnEncoder]]:
     }
 
 
+def check_names(tag: str, theirs: TimmNetwork, args: dict) -> list[Verdict]:
+    """Which consumers load timm's tensors; WRONG if they are not all that timm computes with, or all that ours has."""
+    with on_meta():
+        bare: TimmNetwork = timm.create_model(tag, pretrained=False, **args, num_classes=0)
+    size, wanted = tuple(bare.patch_embed.img_size), set(bare.state_dict())
+    try:
+        source = source_of(tag, theirs, args)
+        with on_meta():
+            unread = wanted ^ set(source.build().load(source).matched)
+    except UserError as error:
+        return [Verdict(tag, name, "refused", str(error)) for name in CONSUMERS[1:]]
+
+    def loads(use: Callable[[], OnEncoder]) -> tuple[None, str]:
+        with on_meta():
+            encoder = use().encoder
+            lost = {name.removeprefix("vit.") for name in encoder.state_dict()} ^ set(encoder.load(source).matched)
+        told = f"not loaded: {', '.join(sorted(lost | unread)[:3])}" if lost | unread else ""
+        return None, told or ("" if source.size == size else f"tables of {size} are read as those of {source.size}")
+
+    return [attempt(tag, name, partial(loads, use)) for name, use in uses(source).items()]
+
+
 # Numbers
-
-
-@dataclass
-class Outcome:
-    """What a network computes: outputs, and the norm of every parameter's gradient, by timm's name."""
-
-    outputs: list[Tensor]
-    norms: dict[str, float]
-
-    def differs(self, wanted: "Outcome") -> tuple[float, str]:
-        """The largest difference from timm's, and what differs."""
-        differences = {}
-        for index, (own, theirs) in enumerate(zip(self.outputs, wanted.outputs, strict=True)):
-            if own.shape != theirs.shape:
-                return float("inf"), f"output {index} is {tuple(own.shape)}, not {tuple(theirs.shape)}"
-            size = max(1.0, theirs.abs().max().item())
-            differences[f"output {index}"] = (own - theirs).abs().max().item() / size
-        for name, norm in self.norms.items():
-            theirs = wanted.norms.get(name, float("nan"))
-            differences[f"gradient of {name}"] = abs(norm - theirs) / max(1.0, theirs)
-        if broken := [name for name, value in differences.items() if value != value]:
-            return float("inf"), f"not a number or missing: {broken[0]}"
-        name = max(differences, key=differences.__getitem__)
-        return differences[name], f"{name} differs by {differences[name]:.1e}"
-
-
-def run(network: nn.Module, outputs: Callable[..., Any], images: Tensor, trained: bool) -> Outcome:
-    """The outcome for some images, with gradients if the network is trained; timm's takes part as an argument."""
-    ours = isinstance(network, OnEncoder)
-    network.train(trained)
-    torch.manual_seed(0)  # some of timm's positions are varied in training
-    with torch.set_grad_enabled(trained):
-        computed = outputs(images) if ours else outputs(network, images)
-    found = [computed] if isinstance(computed, Tensor) else list(computed)
-    norms: dict[str, float] = {}
-    if trained:
-        loss = torch.stack([(one * torch.arange(one.numel()).double().cos().view_as(one)).sum() for one in found]).sum()
-        named = {name: p for name, p in (network.encoder if ours else network).named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for name, gradient in zip(named, gradients, strict=True):
-            norms[name.removeprefix("vit.")] = float("nan") if gradient is None else gradient.norm().item()
-    return Outcome([one.detach() for one in found], norms)
 
 
 def random_network(tag: str, **args: Any) -> TimmNetwork:
     """timm's network of a tag, with random values in every tensor of its file."""
     with Unfilled():
-        theirs: TimmNetwork = timm.create_model(tag, pretrained=False, num_classes=5, **args).eval()
+        theirs: TimmNetwork = timm.create_model(tag, pretrained=False, num_classes=5, **args)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
             if tensor.is_floating_point():
                 tensor.normal_(std=0.05, generator=generator).add_("norm" in name and name.endswith("weight"))
-    return theirs
-
-
-def resized(theirs: TimmNetwork, grid: Sequence[int], patch: tuple[int, int] | None = None) -> TimmNetwork:
-    """timm's network in float64 for another grid of patches, perhaps of another size."""
-    twin = copy.deepcopy(theirs)
-    height, width = patch or theirs.patch_embed.patch_size
-    with torch.no_grad():
-        twin.set_input_size(img_size=(grid[0] * height, grid[1] * width), patch_size=patch)
-    return in_float64(twin)
+    return theirs.eval()
 
 
 def in_float64(network: Any) -> Any:
@@ -287,131 +220,13 @@ def in_float64(network: Any) -> Any:
     return network
 
 
-class Masked(TorchFunctionMode):
-    """Windows by a mask over all tokens, a plain second form: a patch sees its window and the prefix tokens.
-
-    Args:
-        prefix: number of prefix tokens, which see everything.
-    """
-
-    def __init__(self, prefix: int):
-        super().__init__()
-        row, column = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, MAP), indexing="ij"))
-        window = row // WINDOW * MAP[1] + column // WINDOW
-        self.seen = torch.ones(prefix + len(row), prefix + len(row), dtype=torch.bool)
-        self.seen[prefix:, prefix:] = window[:, None] == window
-        within = prefix + row % WINDOW * WINDOW + column % WINDOW
-        self.place = torch.cat([torch.arange(prefix), within])  # of a token in the table of one window
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Add the mask to attention."""
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            bias = kwargs.pop("attn_mask", None)
-            if bias is None:
-                bias = args[0].new_zeros(self.seen.shape)
-            elif bias.shape[-1] != len(self.place):
-                bias = bias[..., self.place[:, None], self.place]
-            kwargs["attn_mask"] = bias.masked_fill(~self.seen, float("-inf"))
-        return func(*args, **kwargs)
-
-
-def with_windows(theirs: TimmNetwork, blocks: Iterable[int]) -> TimmNetwork:
-    """timm's network for a map, with some blocks restricted to windows by a mask."""
-    twin = resized(theirs, MAP, PATCH)
-    for index in blocks:
-        block, before = twin.blocks[index], theirs.blocks[index]
-        if hasattr(getattr(block, "attn", None), "set_window_size"):  # a table: that of the file, for one window
-            block.attn = copy.deepcopy(before.attn)
-            block.attn.set_window_size((WINDOW, WINDOW))
-            in_float64(block.attn)
-        block.forward = partial(_masked, block.forward, theirs.num_prefix_tokens)
-    return twin
-
-
-def _masked(forward: Callable, prefix: int, *args: Any, **kwargs: Any) -> Any:
-    with Masked(prefix):
-        return forward(*args, **kwargs)
-
-
-def compute_all(tag: str, names: Sequence[str], wide: bool) -> dict[str, Verdict]:
-    """Compare the numbers of the consumers of these names with timm's, in a network of one or two random blocks."""
-    args = small(tag, 1 if wide else 2)
-    theirs = random_network(tag, **args)
-    source = source_of(tag, theirs, args)
-    return {name: compute(tag, name, source, theirs) for name in names}
-
-
-def small(tag: str, depth: int) -> dict[str, Any]:
-    """Arguments for a network of this many blocks, the first and the last ones, with small position tables."""
-    found = entry(tag.partition(".")[0]).arguments
-    blocks = found.get("depth", 12)
-    args = {name: (value[0], value[-1])[-depth:] for name, value in found.items() if is_per_block(value, blocks)}
-    patch = to_2tuple(found.get("patch_size", 16))
-    return {**args, "depth": depth, "img_size": tuple(SIDE * side for side in patch)}
-
-
-def is_per_block(value: Any, blocks: int) -> bool:
-    """Whether an argument has one value for each block."""
-    return isinstance(value, list | tuple) and len(value) == blocks
-
-
-def compute(tag: str, name: str, source: Source, theirs: TimmNetwork) -> Verdict:
-    """Compare one consumer's numbers with timm's."""
-    error, cause = 0.0, ""
-    try:
-        for own, wanted in pairs(name, source, theirs):
-            found = own.differs(wanted)
-            error, cause = max((error, cause), found, key=lambda one: one[0])
-    except UserError as refused:
-        return Verdict(tag, name, "refused", str(refused))
-    except Exception as failed:  # no answer to a user
-        return Verdict(tag, name, "WRONG", f"{type(failed).__name__}: {failed}")
-    wrong = error > TOLERANCE
-    return Verdict(tag, name, "WRONG" if wrong else "right", cause if wrong else "", error)
-
-
-def pairs(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Outcome, Outcome]]:
-    """Our outcome and timm's, for everything that is compared for one consumer."""
-    if name in ("ViTDet", "UperNet"):
-        yield from pairs_of_maps(name, source, theirs)
-        return
-    trained = name == "fine-tuning"
-    pool = "avg" if trained else name.removeprefix("pool ")
-    ours = read(partial(PlainClassifier, num_classes=5, pool=pool, probe=not trained, img_size=source.size), source)
-
-    def pooled(network: TimmNetwork, images: Tensor) -> Tensor:
-        tokens = network.forward_features(images)
-        if pool == "native":
-            return network.forward_head(tokens, pre_logits=True)
-        return tokens[:, 0] if pool == "cls" else tokens[:, network.num_prefix_tokens :].mean(dim=1)
-
-    for grid in ((SIDE, SIDE), OTHER):
-        twin, images = resized(theirs, grid), images_of(grid, theirs.patch_embed.patch_size)
-        training = trained and grid != OTHER
-        yield run(ours, ours.features, images, training), run(twin, pooled, images, training)
-
-
-def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Outcome, Outcome]]:
-    """As `pairs`, for UperNet at two sizes, and for ViTDet with all blocks global and with windows in the first."""
-    every = range(len(theirs.blocks))
-    size = {"img_size": (MAP[0] * PATCH[0], MAP[1] * PATCH[1]), "out_blocks": every}
-
-    def maps(network: TimmNetwork, images: Tensor) -> list[Tensor]:
-        return network.forward_intermediates(images, indices=list(every), norm=False, intermediates_only=True)
-
-    if name == "ViTDet":
-        for windows in ((), every[:1]):
-            whole = [index for index in every if index not in windows]
-            ours = read(partial(PlainViTDet, **size, window_size=WINDOW, global_blocks=whole), source)
-            twin, images = with_windows(theirs, windows), images_of(MAP, PATCH)
-            yield run(ours, ours, images, bool(windows)), run(twin, maps, images, bool(windows))
-        return
-    ours = read(partial(PlainSegmentationViT, **size), source)
-    twin, images = resized(theirs, MAP, PATCH), images_of(MAP, PATCH)
-    yield run(ours, ours, images, True), run(twin, maps, images, True)
-    twin, images = resized(twin, OTHER), images_of(OTHER, PATCH)  # from the tables for training
-    yield run(ours, ours, images, False), run(twin, maps, images, False)
+def resized(theirs: TimmNetwork, grid: Sequence[int], patch: tuple[int, int] | None = None) -> TimmNetwork:
+    """A copy of timm's network in float64 for another grid of patches, perhaps of another size."""
+    twin = copy.deepcopy(theirs)
+    height, width = patch or theirs.patch_embed.patch_size
+    with torch.no_grad():
+        twin.set_input_size(img_size=(grid[0] * height, grid[1] * width), patch_size=patch)
+    return in_float64(twin)
 
 
 def read(use: Callable[..., OnEncoder], source: Source) -> Any:
@@ -428,114 +243,159 @@ def images_of(grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     return torch.randn(2, 3, grid[0] * patch[0], grid[1] * patch[1], generator=generator).double()
 
 
-# Our own ViT, by the recipes of SemAIM's and MAE's
+def run(
+    network: nn.Module, images: Tensor, outputs: Callable[..., Any] | None = None, trained: bool = False
+) -> Numbers:
+    """What a network computes from images, by `outputs` or its forward pass; if trained, the norms of gradients too."""
+    network.train(trained)
+    torch.manual_seed(0)  # some of timm's networks vary positions in training
+    with torch.set_grad_enabled(trained):
+        found = outputs(network, images) if outputs else network(images)
+    found = [found] if isinstance(found, Tensor) else list(found)
+    numbers = {f"output {index}": output.detach() for index, output in enumerate(found)}
+    if trained:
+        loss = sum((one * torch.arange(one.numel()).double().cos().view_as(one)).sum() for one in found)
+        inner = network.encoder if isinstance(network, OnEncoder) else network
+        named = {name.removeprefix("vit."): p for name, p in inner.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, gradients, strict=True):
+            numbers[f"gradient of {name}"] = torch.tensor(torch.nan) if gradient is None else gradient.norm()
+    return numbers
 
 
-def _class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:
-    return theirs.forward_features(images)[:, 0]
+def compare(found: Iterable[tuple[Numbers, Numbers]]) -> tuple[float, str]:
+    """The largest difference, relative to the largest of timm's values if that exceeds 1, and what differs."""
+    worst, cause = 0.0, ""
+    for own, theirs in found:
+        for name, value in own.items():
+            wanted = theirs.get(name)
+            if wanted is None or wanted.shape != value.shape:
+                return float("inf"), f"{name} is missing or of another shape"
+            error = ((value - wanted).abs().max() / wanted.abs().max().clamp(min=1)).nan_to_num(torch.inf).item()
+            if error > worst:
+                worst, cause = error, f"{name} differs by {error:.1e}"
+    return worst, cause
 
 
-def _unnormed(theirs: TimmNetwork, images: Tensor) -> Tensor:
-    theirs.norm = nn.Identity()
-    return theirs.forward_features(images)[:, theirs.num_prefix_tokens :]
+def compute_all(tag: str, consumers: Sequence[str], wide: bool) -> Iterator[Verdict]:
+    """Compare the numbers of some consumers with timm's, in a network of two random blocks, or of one if it is wide."""
+    args = small(tag, 1 if wide else 2)
+    theirs = random_network(tag, **args)
+    source = source_of(tag, theirs, args)
+    for name in consumers:
+        if name in RECIPES:
+            found = pairs_of_own(name, tag, theirs, args)
+        else:
+            found = (pairs_of_maps if name in ("ViTDet", "UperNet") else pairs_of_pool)(name, source, theirs)
+        yield attempt(tag, name, partial(compare, found))
 
 
-def _own_norm(theirs: TimmNetwork, images: Tensor) -> Tensor:
-    pooled = _unnormed(theirs, images).mean(dim=1)
-    if isinstance(theirs.fc_norm, nn.LayerNorm):
-        return theirs.fc_norm(pooled)
-    return F.layer_norm(pooled, (theirs.embed_dim,), eps=1e-6)  # a new one
+def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Numbers, Numbers]]:
+    """Our numbers and timm's for a pooling or for fine-tuning, at two image sizes."""
+    trained = name == "fine-tuning"
+    pool = "avg" if trained else name.removeprefix("pool ")
+    ours = read(partial(PlainClassifier, num_classes=5, pool=pool, probe=not trained, img_size=source.size), source)
+
+    def pooled(network: TimmNetwork, images: Tensor) -> Tensor:
+        tokens = network.forward_features(images)
+        if pool == "native":
+            return network.forward_head(tokens, pre_logits=True)
+        return tokens[:, 0] if pool == "cls" else tokens[:, network.num_prefix_tokens :].mean(dim=1)
+
+    for grid, training in (((SIDE, SIDE), trained), (OTHER, False)):
+        images = images_of(grid, theirs.patch_embed.patch_size)
+        wanted = run(resized(theirs, grid), images, pooled, training)
+        yield run(ours, images, PlainClassifier.features, training), wanted
 
 
-def _without_class_token(theirs: TimmNetwork, images: Tensor) -> Tensor:
-    if theirs.cls_token is not None:
-        theirs.cls_token = None
-        theirs.num_prefix_tokens -= 1
-        if theirs.pos_embed is not None:
-            theirs.pos_embed = nn.Parameter(theirs.pos_embed[:, -(SIDE**2) :].detach())
-    return _unnormed(theirs, images)
+def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Numbers, Numbers]]:
+    """As `pairs_of_pool`, for UperNet at two sizes, and for ViTDet with global blocks and with a window of the map."""
+    every, images = range(len(theirs.blocks)), images_of(MAP, PATCH)
+    size: dict[str, Any] = {"img_size": tuple(images.shape[2:]), "out_blocks": every}
+
+    def maps(network: TimmNetwork, images: Tensor) -> list[Tensor]:
+        return network.forward_intermediates(images, indices=list(every), norm=False, intermediates_only=True)
+
+    wanted = run(resized(theirs, MAP, PATCH), images, maps, True)
+    if name == "ViTDet":
+        for whole in (every, ()):
+            use = partial(PlainViTDet, **size, window_size=MAP[0], global_blocks=whole)
+            yield run(read(use, source), images, trained=True), wanted
+        return
+    yield run(read(partial(PlainSegmentationViT, **size), source), images, trained=True), wanted
+    images = images_of(OTHER, PATCH)  # by the tables of training
+    wanted = run(resized(resized(theirs, MAP, PATCH), OTHER), images, maps)
+    yield run(read(partial(PlainSegmentationViT, **size), source), images), wanted
 
 
-def _map(ours: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-    found = ours(images)
-    return (found if torch.is_tensor(found) else found[-1]).flatten(2).transpose(1, 2)
+# The recipes for our own ViT, of MAE's shape
 
-
-def _features(ours: Classifier, images: Tensor) -> Tensor:
-    return ours.features(images)
-
-
-def _vitdet(**sizes: Any) -> ViTDet:  # every block global: timm has no windows
-    return ViTDet(pretrain_img_size=sizes["img_size"], global_blocks=tuple(range(sizes["depth"])), **sizes)
-
-
-def _segmentor(**sizes: Any) -> SegmentationViT:
-    return SegmentationViT(layer_scale=1.0, out_blocks=(sizes["depth"] - 1,), **sizes)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A consumer of our own ViT: its network, its new parameters, its features, and the same features by timm."""
-
-    build: Callable[..., nn.Module]
-    new: tuple[str, ...]
-    ours: Callable[[Any, Tensor], Tensor]
-    theirs: Callable[[TimmNetwork, Tensor], Tensor]
-
-
-RECIPES = {
-    "own k-NN": Recipe(lambda **s: Classifier(0, "cls", probe=True, **s), NEW_IN_CLASSIFIERS, _features, _class_token),
-    "own fine-tuning": Recipe(lambda **s: Classifier(5, "avg", **s), NEW_IN_CLASSIFIERS, _features, _own_norm),
-    "own ViTDet": Recipe(_vitdet, NEW_IN_BACKBONES, _map, _without_class_token),
-    "own UperNet": Recipe(_segmentor, NEW_IN_BACKBONES, _map, _unnormed),
+#: Their networks, and what is new in them.
+RECIPES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "own k-NN": (partial(Classifier, 0, "cls", probe=True), NEW_IN_CLASSIFIERS),
+    "own fine-tuning": (partial(Classifier, 5, "avg"), NEW_IN_CLASSIFIERS),
+    "own ViTDet": (
+        lambda **s: ViTDet(pretrain_img_size=s["img_size"], global_blocks=tuple(range(s["depth"])), **s),
+        NEW_IN_BACKBONES,
+    ),
+    "own UperNet": (lambda **s: SegmentationViT(layer_scale=1.0, out_blocks=(s["depth"] - 1,), **s), NEW_IN_BACKBONES),
 }
 
 
-def sizes_in(theirs: TimmNetwork) -> dict:
-    """The sizes that a user who knows the architecture sets in the config."""
-    block, patch = theirs.blocks[0], theirs.patch_embed.patch_size
+def own_network(name: str, tag: str, theirs: TimmNetwork, args: dict, config: bool = True, part: bool = False) -> Any:
+    """A recipe's network of the sizes that a user who knows the architecture sets, with timm's tensors.
+
+    Args:
+        name, tag, theirs, args: the recipe, and timm's network of a tag, built with `args`.
+        config: timm's config.json is next to the file.
+        part: load what fits, as --allow-partial does.
+    """
+    (build, new), block = RECIPES[name], theirs.blocks[0]
     hidden = getattr(getattr(getattr(block, "mlp", None), "fc1", None), "out_features", 4 * theirs.embed_dim)
-    return {
-        "embed_dim": theirs.embed_dim,
-        "depth": len(theirs.blocks),
-        "num_heads": getattr(getattr(block, "attn", None), "num_heads", 1),
-        "patch_size": tuple(patch),
-        "mlp_ratio": hidden / theirs.embed_dim,
-    }
-
-
-def judge_own(
-    tag: str, theirs: TimmNetwork, args: dict, config: bool = True, compute: bool = True
-) -> Iterator[Verdict]:
-    """The verdicts of the recipes for our own ViT on a file, with or without timm's config.json next to it."""
-    image = tuple(theirs.patch_embed.img_size)
-    for name, recipe in RECIPES.items():
-        try:
-            with on_meta():
-                checkpoints.fit(
-                    recipe.build(img_size=image, **sizes_in(theirs)), file_of(theirs, tag, config, args), recipe.new
-                )
-        except UserError as error:
-            yield Verdict(tag, name, "refused", str(error))
-            continue
-        error = difference(recipe, tag) if compute else None
-        word = "loads" if error is None else "right" if error <= TOLERANCE else "WRONG"
-        yield Verdict(tag, name, word, f"features differ by {error:.1e}" if word == "WRONG" else "", error)
-
-
-def file_of(theirs: TimmNetwork, tag: str, config: bool, args: dict) -> checkpoints.Checkpoint:
-    """What `checkpoints.read` finds in timm's file of a network, with or without config.json."""
+    sizes = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "mlp_ratio": hidden / theirs.embed_dim}
+    sizes |= {"num_heads": getattr(getattr(block, "attn", None), "num_heads", 1)}
+    ours = build(**sizes, img_size=theirs.patch_embed.img_size, patch_size=theirs.patch_embed.patch_size)
     described = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
-    return checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), described)
-
-
-@torch.no_grad()
-def difference(recipe: Recipe, tag: str) -> float:
-    """The largest difference between the features of a recipe and timm's, in a network of one random block."""
-    args = small(tag, 1)
-    theirs = random_network(tag, **args)
-    ours = recipe.build(img_size=args["img_size"], **sizes_in(theirs)).eval()
-    _, state = checkpoints.fit(ours, file_of(theirs, tag, True, args), recipe.new, partial=True)
+    found = checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), described)
+    _, state = checkpoints.fit(ours, found, new, partial=part)
     ours.load_state_dict(state, strict=False)
+    return ours
+
+
+def check_own(tag: str, theirs: TimmNetwork, args: dict, config: bool = True) -> list[Verdict]:
+    """Which recipes load timm's tensors."""
+
+    def loads(name: str) -> tuple[None, str]:
+        with on_meta():
+            own_network(name, tag, theirs, args, config)
+        return None, ""
+
+    return [attempt(tag, name, partial(loads, name)) for name in RECIPES]
+
+
+def pairs_of_own(
+    name: str, tag: str, theirs: TimmNetwork, args: dict, part: bool = False
+) -> Iterator[tuple[Numbers, Numbers]]:
+    """As `pairs`, for a recipe."""
+    ours, twin = in_float64(own_network(name, tag, theirs, args, part=part)), in_float64(copy.deepcopy(theirs))
+    if name != "own k-NN":
+        twin.norm = nn.Identity()
+    if name == "own ViTDet" and twin.cls_token is not None:
+        twin.cls_token, twin.num_prefix_tokens = None, twin.num_prefix_tokens - 1
+        if twin.pos_embed is not None:
+            twin.pos_embed = nn.Parameter(twin.pos_embed[:, -(SIDE**2) :].detach())
+
+    def features(network: nn.Module, images: Tensor) -> Tensor:
+        found = network.features(images) if isinstance(network, Classifier) else network(images)
+        return found if isinstance(found, Tensor) else found[-1]
+
+    def same(twin: TimmNetwork, images: Tensor) -> Tensor:
+        tokens = twin.forward_features(images)
+        patches = tokens[:, twin.num_prefix_tokens :]
+        if name == "own fine-tuning":
+            norm = twin.fc_norm if isinstance(twin.fc_norm, nn.LayerNorm) else nn.LayerNorm(twin.embed_dim, 1e-6)
+            return norm.double()(patches.mean(dim=1))
+        return tokens[:, 0] if name == "own k-NN" else patches.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+
     images = images_of((SIDE, SIDE), theirs.patch_embed.patch_size)
-    return (recipe.ours(ours.double(), images) - recipe.theirs(theirs.double(), images)).abs().max().item()
+    yield run(ours, images, features), run(twin, images, same)

@@ -290,10 +290,7 @@ def own_network(kind, **options):
         (PlainClassifier, "network", {"pool": "cls", "num_classes": 3, "head_init_std": 0.1, "img_size": 64}),
         (PlainSegmentationViT, "backbone", {"img_size": 64, "out_blocks": [0, 1]}),
         (PlainViTDet, "backbone", {"img_size": 64, "global_blocks": [1], "window_size": 2}),
-        pytest.param(
-            PlainClassifier, "network", {"pool": "cls", "num_classes": 3, "head_init_std": 0.1},
-            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="a run's config without img_size"),
-        ),
+        (PlainClassifier, "network", {"pool": "cls", "num_classes": 3, "head_init_std": 0.1}),
     ],
 )  # fmt: skip
 def test_our_own_vit_is_trained_and_opened_again_by_the_same_networks(kind, holder, options, tmp_path):
@@ -316,7 +313,6 @@ def test_our_own_vit_is_trained_and_opened_again_by_the_same_networks(kind, hold
             assert torch.equal(found, wanted)
 
 
-@pytest.mark.xfail(strict=True, raises=(UserError, RuntimeError), reason="tables of windows are not resized")
 @pytest.mark.parametrize("size", [96, 128])
 def test_tables_of_a_detectors_windows_are_resized_for_other_tasks(size, tmp_path):
     arch = "beit_base_patch16_224"

@@ -73,6 +73,7 @@ def test_features_of_a_name_are_timms_own(hub, labelled, tmp_path):
     found = results(tmp_path / "run")
     assert (found["backbone"], found["checkpoint"]) == (EVA, f"timm:{EVA}")
     assert found["mean"] == pytest.approx(timm.data.OPENAI_CLIP_MEAN) and "timm's" in found["statistics_from"]
+    assert found["images"] == {"size": 224, "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
     cfg = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(EVA).to_dict())
     transform = timm.data.create_transform(**cfg)
     paths, _, _ = find_labelled(labelled, "val")

@@ -222,7 +222,6 @@ def test_a_repository_without_weights_and_a_hub_out_of_reach_are_told(cached, mo
         open_source(f"timm:{TAG}")
 
 
-@pytest.mark.xfail(strict=True, reason="a config that the repository lacks is asked for over the network each time")
 def test_weights_in_the_cache_need_no_network(cached, monkeypatch):
     """Without network the hub's library gives the files of its cache, and raises for others."""
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -274,7 +273,6 @@ def test_no_tensor_can_be_missing_or_have_another_name_or_shape(arch):
     assert set(allowed) == {name for name in whole if name.startswith("head.")}
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, RuntimeError), reason="timm's filter raises its own errors")
 @pytest.mark.parametrize(
     ("arch", "name"),
     [

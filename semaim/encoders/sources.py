@@ -88,16 +88,15 @@ def download(repository: str, names: tuple[str, ...] = ()) -> Path:
         names: files of weights to try, in order; empty for `WEIGHTS`.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     repo, _, revision = repository.partition("@")
     try:
         for name in CONFIGS:
             try:
                 hf_hub_download(repo, name, revision=revision or None)
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) and not os.environ.get("HF_HUB_OFFLINE"):
-                    raise
+            except EntryNotFoundError:  # or, without network, not in the cache: then the weights decide
+                pass
         last: Exception | None = None
         for name in names or WEIGHTS:
             try:
@@ -299,7 +298,11 @@ def of_run(text: str, path: Path, content: Mapping, description: dict) -> Source
     state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     left = [name for name in weights if not name.startswith(prefix)]
     statistics = normalisation.of_run(content["config"], path)
-    size = to_2tuple(holder.get("img_size") or family_of(description["arch"]).own_size(description["arch"]))
+    size = holder.get("img_size")
+    if size is None and holder is model.get("backbone"):
+        raise UserError(f"{text}: its config does not tell the size of its images, model.backbone.img_size")
+    own = family_of(description["arch"]).own_size(description["arch"]) if "arch" in description else 224
+    size = to_2tuple(size or own)
     if holder is model.get("backbone") and holder.get("patch_size"):  # a classifier keeps the encoder's own
         description = {**description, "patch_size": holder["patch_size"]}
     kept = content["config"].get("dataset") or {}

@@ -6,6 +6,7 @@ throughout. What timm cannot do per image size (tables of relative positions) is
 
 import copy
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,7 +209,7 @@ class TimmEncoder(Encoder):
     @property
     def table_window(self) -> int | None:
         """Side in patches that its tables of relative positions were made for in pretraining; None without tables."""
-        if not any(getattr(block.attn, "relative_position_bias_table", None) is not None for block in self.blocks):
+        if not any(name.endswith("relative_position_bias_table") for name in self.shapes):
             return None
         own_patch = to_2tuple(entry(self.arch).arguments.get("patch_size", 16))
         return default_size(self.arch)[0] // own_patch[0]
@@ -241,8 +242,13 @@ class TimmEncoder(Encoder):
         """A file's tensors under the names and in the shapes of `vit`, by timm's filter for this architecture."""
         if self.filter is None:
             return dict(state)
-        with quiet():
-            return self.filter(dict(state), self.vit)
+        try:
+            with quiet():
+                return self.filter(dict(state), self.vit)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            sides = {n: tuple(t.shape) for n, t in state.items() if n.endswith(("pos_embed", "bias_table"))}
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{self.arch} cannot take tables {sides} of another size: {reason}") from None
 
     def load(self, source: Source) -> LoadReport:
         """See `Encoder.load`. What a file has besides the encoder (heads, decoders) is left and reported."""
@@ -261,7 +267,9 @@ class TimmEncoder(Encoder):
             reasons += [f"it holds {kinds(unread)}, which that architecture does not read"] if unread else []
             reasons += [f"{n} is {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:3]]
             raise UserError(f"{source.name} is no {self.arch}: {'; '.join(reasons)} (another --arch?)")
-        report = LoadReport(source.path, source.layout, matched, unexpected=[*source.left, *extra])
+        # timm's filter for EVA drops what is computed for RoPE without a word.
+        dropped = [name for name in source.state if "rope" in name and name not in state]
+        report = LoadReport(source.path, source.layout, matched, unexpected=[*source.left, *extra, *dropped])
         for name in matched:
             before = source.state.get(name)
             if before is not None and before.shape != state[name].shape:
@@ -272,14 +280,30 @@ class TimmEncoder(Encoder):
 
     def _resized(self, source: Source) -> dict[str, Tensor]:
         """The tensors of a run of ours, in this encoder's sizes: a table does not show the sides of its grid."""
+        own = self.vit.state_dict()
         if self.img_size == source.size and source.description.get("patch_size") in (None, self.patch_size[0]):
-            return source.state
+            if all(own[name].shape == tensor.shape for name, tensor in source.state.items() if name in own):
+                return source.state
         donor = build(source.description, img_size=source.size)
         assert isinstance(donor, TimmEncoder)
-        state = donor.vit.state_dict() | source.state
+        state = donor.vit.state_dict()
+        for index in range(donor.depth):  # a detector's windows have tables of their own size
+            name = f"blocks.{index}.attn.relative_position_bias_table"
+            if name in source.state and source.state[name].shape != state[name].shape:
+                donor.restrict_tables(index, (math.isqrt(len(source.state[name]) - 3) + 1) // 2)
+        state |= source.state
         donor.vit.load_state_dict({name: state[name] for name in donor.shapes}, strict=True)
-        donor.vit.set_input_size(img_size=self.img_size, patch_size=self.patch_size)
-        return {name: tensor for name, tensor in donor.vit.state_dict().items() if name in source.state}
+        with quiet():
+            donor.vit.set_input_size(img_size=self.img_size, patch_size=self.patch_size)
+            for index in self.windowed:
+                name = f"blocks.{index}.attn.relative_position_bias_table"
+                if source.state[name].shape == own[name].shape:
+                    donor.blocks[index].attn = copy.deepcopy(self.blocks[index].attn)
+                    donor.blocks[index].attn.relative_position_bias_table.data = source.state[name]
+                else:
+                    donor.blocks[index].attn.set_window_size(self.blocks[index].attn.window_size)
+        resized = donor.vit.state_dict()
+        return {name: resized[name] if name in resized else tensor for name, tensor in source.state.items()}
 
 
 @contextmanager

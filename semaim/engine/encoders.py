@@ -48,7 +48,7 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, 
     """
     if resumed:
         return settle(cfg, resumed)
-    source = source_of(cfg, weights)
+    source = source_of(cfg, weights, whole)
     if source is None:
         return _settle_own(cfg, weights)
     holder, preparation = holder_of(cfg), source.preparation
@@ -95,8 +95,11 @@ def _settle_own(cfg: Config, weights: str | None) -> Statistics:
     return settle(cfg, weights)
 
 
-def source_of(cfg: Config, weights: str | None) -> Source | None:
-    """The source of an encoder that another network than our own computes; None for our own network."""
+def source_of(cfg: Config, weights: str | None, whole: bool = False) -> Source | None:
+    """The source of an encoder that another network than our own computes; None for our own network.
+
+    Arguments as for `settle_images`.
+    """
     holder, arch = holder_of(cfg), cfg.get("arch")
     any_encoder = "encoder" in holder or holder.get("size", "base") is None
     takes = any_encoder or holder.get("type") == "Classifier"
@@ -122,6 +125,8 @@ def source_of(cfg: Config, weights: str | None) -> Source | None:
     content = checkpoints.read_file(weights)
     if trained_here(content):
         return open_source(weights)
+    if whole:
+        return None
     refused = own_refusal(cfg, weights)
     if refused is None:
         return None
@@ -142,8 +147,6 @@ def own_refusal(cfg: Config, weights: str) -> UserError | None:
     network["img_size"] = network.get("img_size") or 224
     try:
         found = checkpoints.read(weights)
-        if any(name in found.state for name in ("head.weight", "head.1.weight")) and found.native:
-            return None  # a whole classifier of ours
         with torch.device("meta"):
             checkpoints.fit(Classifier(0, **network), found, NEW_IN_CLASSIFIERS)
     except UserError as error:

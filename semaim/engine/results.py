@@ -73,9 +73,20 @@ def write_results(
 
 
 def statistics_of(cfg: Config) -> dict:
-    """mean, std for pixels from 0 to 1 that `normalisation.settle` has set in the config, and their origin."""
+    """mean, std for pixels from 0 to 1 that the config has by now, and their origin; how labelled images are cut."""
     found = of_config(cfg)
-    return {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
+    statistics = {"mean": found.mean, "std": found.std, "statistics_from": found.origin} if found else {}
+    return statistics | ({"images": prepared} if (prepared := prepared_images(cfg)) else {})
+
+
+def prepared_images(cfg: Config) -> dict:
+    """Size and crop of labelled images, as the config or the encoder's source has set them; empty for others."""
+    size = _mapping(_mapping(cfg.get("model")).get("network")).get("img_size")
+    dataset = _mapping(cfg.get("dataset"))
+    if size is None or "crop_pct" not in dataset:
+        return {}
+    kept = {key: dataset[key] for key in ("crop_pct", "crop_mode", "interpolation") if dataset.get(key) is not None}
+    return {"size": size, **kept}
 
 
 def record_origin(cfg: Config, weights: str | None, resumed: str | None = None, whole: bool = False) -> None:

@@ -35,12 +35,13 @@ from semaim.models.vitdet import ViTDet
 
 TimmNetwork = Any  #: one of timm's ViTs, whose classes declare different attributes
 Numbers = dict[str, Tensor]  #: what a network computes, by name: outputs, norms of gradients
+Pair = tuple[Numbers, Numbers]  #: ours, and timm's
 #: Right means equal up to rounding in float64: an epsilon of 1e-5 for 1e-6 changes tokens of variance 1 by 4.5e-6.
 TOLERANCE = 1e-9
 SIDE = 4  #: of the grid of patches that the position tables of the computed files are made for
 OTHER = (5, 3)  #: grid of images of another size
 MAP, PATCH = (6, 6), (16, 16)  #: grid and patches of the images of detectors and segmentors
-WIDE = 1300  #: networks wider than this are computed with one block, others with two
+WIDE = 1000  #: networks wider than this are computed with one block, others with two
 RANDOM = ("normal_", "uniform_", "erfinv_")  #: functions that fill new weights, which are then read from a file
 
 #: Consumers of any encoder.
@@ -123,7 +124,6 @@ class Unfilled(TorchFunctionMode):
     """Context in which new tensors get no random values, and on the meta device none at all: building is fast."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Leave that out."""
         name, first = getattr(func, "__name__", ""), args[0] if args else None
         if isinstance(first, Tensor) and name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
             if first.is_meta or name in RANDOM:
@@ -191,6 +191,7 @@ def check_names(tag: str, theirs: TimmNetwork, args: dict) -> list[Verdict]:
     def loads(use: Callable[[], OnEncoder]) -> tuple[None, str]:
         with on_meta():
             encoder = use().encoder
+            encoder.grid_of(encoder.img_size)  # the size of the tag's images, or that of the config
             lost = {name.removeprefix("vit.") for name in encoder.state_dict()} ^ set(encoder.load(source).matched)
         told = f"not loaded: {', '.join(sorted(lost | unread)[:3])}" if lost | unread else ""
         return None, told or ("" if source.size == size else f"tables of {size} are read as those of {source.size}")
@@ -220,13 +221,19 @@ def in_float64(network: Any) -> Any:
     return network
 
 
-def resized(theirs: TimmNetwork, grid: Sequence[int], patch: tuple[int, int] | None = None) -> TimmNetwork:
-    """A copy of timm's network in float64 for another grid of patches, perhaps of another size."""
-    twin = copy.deepcopy(theirs)
-    height, width = patch or theirs.patch_embed.patch_size
+def resized(theirs: TimmNetwork, grid: Sequence[int]) -> TimmNetwork:
+    """A copy of timm's network in float64 for another grid of patches."""
+    twin, (height, width) = copy.deepcopy(theirs), theirs.patch_embed.patch_size
     with torch.no_grad():
-        twin.set_input_size(img_size=(grid[0] * height, grid[1] * width), patch_size=patch)
+        twin.set_input_size(img_size=(grid[0] * height, grid[1] * width))
     return in_float64(twin)
+
+
+def loaded_by_timm(tag: str, theirs: TimmNetwork, **args: Any) -> TimmNetwork:
+    """A network that timm's own loading makes from the tensors of another one of the tag, perhaps of other sizes."""
+    cfg = {"state_dict": theirs.state_dict(), "num_classes": 5}
+    with Unfilled():
+        return timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=cfg, num_classes=5, **args)
 
 
 def read(use: Callable[..., OnEncoder], source: Source) -> Any:
@@ -243,9 +250,7 @@ def images_of(grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     return torch.randn(2, 3, grid[0] * patch[0], grid[1] * patch[1], generator=generator).double()
 
 
-def run(
-    network: nn.Module, images: Tensor, outputs: Callable[..., Any] | None = None, trained: bool = False
-) -> Numbers:
+def run(network: nn.Module, images: Tensor, outputs: Callable | None = None, trained: bool = False) -> Numbers:
     """What a network computes from images, by `outputs` or its forward pass; if trained, the norms of gradients too."""
     network.train(trained)
     torch.manual_seed(0)  # some of timm's networks vary positions in training
@@ -263,7 +268,7 @@ def run(
     return numbers
 
 
-def compare(found: Iterable[tuple[Numbers, Numbers]]) -> tuple[float, str]:
+def compare(found: Iterable[Pair]) -> tuple[float, str]:
     """The largest difference, relative to the largest of timm's values if that exceeds 1, and what differs."""
     worst, cause = 0.0, ""
     for own, theirs in found:
@@ -290,7 +295,7 @@ def compute_all(tag: str, consumers: Sequence[str], wide: bool) -> Iterator[Verd
         yield attempt(tag, name, partial(compare, found))
 
 
-def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Numbers, Numbers]]:
+def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[Pair]:
     """Our numbers and timm's for a pooling or for fine-tuning, at two image sizes."""
     trained = name == "fine-tuning"
     pool = "avg" if trained else name.removeprefix("pool ")
@@ -308,7 +313,7 @@ def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tu
         yield run(ours, images, PlainClassifier.features, training), wanted
 
 
-def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tuple[Numbers, Numbers]]:
+def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[Pair]:
     """As `pairs_of_pool`, for UperNet at two sizes, and for ViTDet with global blocks and with a window of the map."""
     every, images = range(len(theirs.blocks)), images_of(MAP, PATCH)
     size: dict[str, Any] = {"img_size": tuple(images.shape[2:]), "out_blocks": every}
@@ -316,7 +321,9 @@ def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tu
     def maps(network: TimmNetwork, images: Tensor) -> list[Tensor]:
         return network.forward_intermediates(images, indices=list(every), norm=False, intermediates_only=True)
 
-    wanted = run(resized(theirs, MAP, PATCH), images, maps, True)
+    args = {**source.description["args"], "img_size": size["img_size"], "patch_size": PATCH[0]}
+    for_maps = loaded_by_timm(source.name.removeprefix("timm:"), theirs, **args)
+    wanted = run(resized(for_maps, MAP), images, maps, True)
     if name == "ViTDet":
         for whole in (every, ()):
             use = partial(PlainViTDet, **size, window_size=MAP[0], global_blocks=whole)
@@ -324,21 +331,17 @@ def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[tu
         return
     yield run(read(partial(PlainSegmentationViT, **size), source), images, trained=True), wanted
     images = images_of(OTHER, PATCH)  # by the tables of training
-    wanted = run(resized(resized(theirs, MAP, PATCH), OTHER), images, maps)
+    wanted = run(resized(for_maps, OTHER), images, maps)
     yield run(read(partial(PlainSegmentationViT, **size), source), images), wanted
 
 
 # The recipes for our own ViT, of MAE's shape
 
-#: Their networks, and what is new in them.
-RECIPES: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
-    "own k-NN": (partial(Classifier, 0, "cls", probe=True), NEW_IN_CLASSIFIERS),
-    "own fine-tuning": (partial(Classifier, 5, "avg"), NEW_IN_CLASSIFIERS),
-    "own ViTDet": (
-        lambda **s: ViTDet(pretrain_img_size=s["img_size"], global_blocks=tuple(range(s["depth"])), **s),
-        NEW_IN_BACKBONES,
-    ),
-    "own UperNet": (lambda **s: SegmentationViT(layer_scale=1.0, out_blocks=(s["depth"] - 1,), **s), NEW_IN_BACKBONES),
+RECIPES: dict[str, Callable[..., nn.Module]] = {
+    "own k-NN": partial(Classifier, 0, "cls", probe=True),
+    "own fine-tuning": partial(Classifier, 5, "avg"),
+    "own ViTDet": lambda **s: ViTDet(pretrain_img_size=s["img_size"], global_blocks=tuple(range(s["depth"])), **s),
+    "own UperNet": lambda **s: SegmentationViT(layer_scale=1.0, out_blocks=(s["depth"] - 1,), **s),
 }
 
 
@@ -350,13 +353,14 @@ def own_network(name: str, tag: str, theirs: TimmNetwork, args: dict, config: bo
         config: timm's config.json is next to the file.
         part: load what fits, as --allow-partial does.
     """
-    (build, new), block = RECIPES[name], theirs.blocks[0]
+    block, grid, patch = theirs.blocks[0], theirs.patch_embed.grid_size, theirs.patch_embed.patch_size
     hidden = getattr(getattr(getattr(block, "mlp", None), "fc1", None), "out_features", 4 * theirs.embed_dim)
     sizes = {"embed_dim": theirs.embed_dim, "depth": len(theirs.blocks), "mlp_ratio": hidden / theirs.embed_dim}
     sizes |= {"num_heads": getattr(getattr(block, "attn", None), "num_heads", 1)}
-    ours = build(**sizes, img_size=theirs.patch_embed.img_size, patch_size=theirs.patch_embed.patch_size)
+    ours = RECIPES[name](**sizes, img_size=(grid[0] * patch[0], grid[1] * patch[1]), patch_size=patch)
     described = {"architecture": tag.partition(".")[0], "model_args": args} if config else None
     found = checkpoints.recognise(Path(f"{tag}.safetensors"), theirs.state_dict(), described)
+    new = NEW_IN_CLASSIFIERS if isinstance(ours, Classifier) else NEW_IN_BACKBONES
     _, state = checkpoints.fit(ours, found, new, partial=part)
     ours.load_state_dict(state, strict=False)
     return ours
@@ -373,10 +377,8 @@ def check_own(tag: str, theirs: TimmNetwork, args: dict, config: bool = True) ->
     return [attempt(tag, name, partial(loads, name)) for name in RECIPES]
 
 
-def pairs_of_own(
-    name: str, tag: str, theirs: TimmNetwork, args: dict, part: bool = False
-) -> Iterator[tuple[Numbers, Numbers]]:
-    """As `pairs`, for a recipe."""
+def pairs_of_own(name: str, tag: str, theirs: TimmNetwork, args: dict, part: bool = False) -> Iterator[Pair]:
+    """As `pairs_of_pool`, for a recipe for our own ViT."""
     ours, twin = in_float64(own_network(name, tag, theirs, args, part=part)), in_float64(copy.deepcopy(theirs))
     if name != "own k-NN":
         twin.norm = nn.Identity()
@@ -385,17 +387,12 @@ def pairs_of_own(
         if twin.pos_embed is not None:
             twin.pos_embed = nn.Parameter(twin.pos_embed[:, -(SIDE**2) :].detach())
 
-    def features(network: nn.Module, images: Tensor) -> Tensor:
-        found = network.features(images) if isinstance(network, Classifier) else network(images)
-        return found if isinstance(found, Tensor) else found[-1]
-
     def same(twin: TimmNetwork, images: Tensor) -> Tensor:
-        tokens = twin.forward_features(images)
-        patches = tokens[:, twin.num_prefix_tokens :]
+        tokens, prefix = twin.forward_features(images), twin.num_prefix_tokens
         if name == "own fine-tuning":
             norm = twin.fc_norm if isinstance(twin.fc_norm, nn.LayerNorm) else nn.LayerNorm(twin.embed_dim, 1e-6)
-            return norm.double()(patches.mean(dim=1))
-        return tokens[:, 0] if name == "own k-NN" else patches.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+            return norm.double()(tokens[:, prefix:].mean(dim=1))
+        return tokens[:, 0] if name == "own k-NN" else tokens[:, prefix:].transpose(1, 2).unflatten(2, (SIDE, SIDE))
 
     images = images_of((SIDE, SIDE), theirs.patch_embed.patch_size)
-    yield run(ours, images, features), run(twin, images, same)
+    yield run(ours, images, Classifier.features if isinstance(ours, Classifier) else None), run(twin, images, same)

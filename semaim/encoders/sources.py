@@ -189,7 +189,7 @@ def of_tensors(text: str, path: Path, content: Any) -> Source:
         statistics = found.statistics or Statistics(origin=f"ImageNet's, as {path.name} holds none")
         preparation = Preparation(to_2tuple(own["img_size"]), 0.875, "center", "bicubic", statistics)
         return Source(text, path, found.dialect, description, preparation, {}, found.skipped, own["img_size"], found)
-    inferred = inferring.infer(encoder_weights(content)[0])
+    inferred = inferring.infer(encoder_weights(content, text)[0])
     if inferred.arch is None:
         among = ", ".join(inferred.candidates[:4]) + (", ..." if len(inferred.candidates) > 4 else "")
         if inferred.candidates:
@@ -228,7 +228,7 @@ def of_timm(
             raise UserError(f"{text} ({foreign.name}) holds tensors that are not understood: {kinds(foreign.unread)}")
         state, left, layout = foreign.state, foreign.left, foreign.name
     else:
-        state, left = encoder_weights(content)
+        state, left = encoder_weights(content, text)
         layout = "timm"
     args = {name: value for name, value in dict(args).items() if name not in ("num_classes", "pretrained")}
     size, patch = args.pop("img_size", None), args.pop("patch_size", None)
@@ -256,14 +256,14 @@ def _rows_fit(state: Mapping[str, Tensor], arch: str, args: dict, size: tuple[in
     return all(n in state and state[n].shape == own[n].shape for n in tables)
 
 
-def encoder_weights(content: Any) -> tuple[dict[str, Tensor], list[str]]:
+def encoder_weights(content: Any, text: str) -> tuple[dict[str, Tensor], list[str]]:
     """A file's tensors without the prefix of the encoder's names, and the names that do not have that prefix."""
     _, weights = find_weights(content)
     ends = ("patch_embed.proj.weight", "patch_embed.projection.weight")
     anchors = [name for name in weights if name.endswith(ends)]
     if not anchors:
         held = ", ".join(list(dict.fromkeys(name.split(".")[0] for name in weights))[:6]) or "nothing"
-        raise UserError(f"no ViT encoder: the file holds {held}")
+        raise UserError(f"no ViT encoder in {text}: it holds {held}")
     first = min(anchors, key=len)
     prefix = first[: first.rindex("patch_embed")]
     state = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}

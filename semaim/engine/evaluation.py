@@ -52,7 +52,7 @@ class FeatureTask(ImageTask):
             log("random weights: the encoder as initialised")
         else:
             log(str(record_load(self.load_encoder(cfg, model, path), cfg)))
-        log(f"images of {cfg.model.network.img_size} pixels, normalised with {run.statistics}")
+        log(f"images normalised with {run.statistics}; {cfg.model.network.img_size} pixels")
         forget()
         features = extract_both(cfg, run, model.to(device).eval(), device, log)
         metrics = LOOPS.build(cfg.evaluation).run(*features, len(run.train.classes), device, log)

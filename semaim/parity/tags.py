@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -181,22 +181,23 @@ def check_names(tag: str, theirs: TimmNetwork, args: dict) -> list[Verdict]:
     with on_meta():
         bare: TimmNetwork = timm.create_model(tag, pretrained=False, **args, num_classes=0)
     size, wanted = tuple(bare.patch_embed.img_size), set(bare.state_dict())
-    try:
+
+    @cache
+    def opened() -> tuple[Source, set[str]]:
         source = source_of(tag, theirs, args)
         with on_meta():
-            unread = wanted ^ set(source.build().load(source).matched)
-    except UserError as error:
-        return [Verdict(tag, name, "refused", str(error)) for name in CONSUMERS[1:]]
+            return source, wanted ^ set(source.build().load(source).matched)
 
-    def loads(use: Callable[[], OnEncoder]) -> tuple[None, str]:
+    def loads(name: str) -> tuple[None, str]:
+        source, unread = opened()
         with on_meta():
-            encoder = use().encoder
+            encoder = uses(source)[name]().encoder
             encoder.grid_of(encoder.img_size)  # the size of the tag's images, or that of the config
             lost = {name.removeprefix("vit.") for name in encoder.state_dict()} ^ set(encoder.load(source).matched)
         told = f"not loaded: {', '.join(sorted(lost | unread)[:3])}" if lost | unread else ""
         return None, told or ("" if source.size == size else f"tables of {size} are read as those of {source.size}")
 
-    return [attempt(tag, name, partial(loads, use)) for name, use in uses(source).items()]
+    return [attempt(tag, name, partial(loads, name)) for name in CONSUMERS[1:]]
 
 
 # Numbers

@@ -21,6 +21,7 @@ from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: 
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config, set_data_root  # noqa: E402
+from semaim.engine.encoders import settle_images  # noqa: E402
 from semaim.engine.optim import layer_depths  # noqa: E402
 from semaim.engine.schedule import milestones_in_steps, plan_batch, schedule_of  # noqa: E402
 from semaim.engine.training import prepare_training  # noqa: E402
@@ -63,6 +64,14 @@ def options(**more):
 def test_config_builds_and_its_name_tells_the_truth(path):
     cfg = load_config(path)
     dense.enter(cfg)
+    if path.stem.startswith("plain"):  # of any encoder: without weights by its name
+        cfg.arch = "vit_tiny_patch16_224.augreg_in21k"
+        settle_images(cfg, None)
+        with torch.device("meta"):
+            detector = MODELS.build(cfg.model)
+        assert type(detector.backbone).__name__ == "PlainViTDet" and cfg.model.neck.in_channels == 192
+        assert list(cfg.model.data_preprocessor.mean) == [127.5] * 3
+        return
     with torch.device("meta"):
         detector = MODELS.build(cfg.model)
     size = next((part for part in path.stem.split("_") if part in SIZES), "base")

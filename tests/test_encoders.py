@@ -72,6 +72,10 @@ def assert_tokens_equal_timm(arch, wide=False):
         assert_near(own(images), expected)
 
 
+#: All of them; those that are not the first of their family among the slow tests.
+EACH = [arch if arch in FIRST else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_tokens_equal_timm_at_every_size(arch):
@@ -87,7 +91,7 @@ def test_tokens_equal_timm_at_the_width_of_the_architecture(arch):
     assert_tokens_equal_timm(arch, wide=True)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 @torch.no_grad()
 def test_maps_equal_timm_in_encoder_segmentor_and_detector(arch):
     size = sizes_of(arch)[2]
@@ -111,7 +115,7 @@ def test_maps_equal_timm_in_encoder_segmentor_and_detector(arch):
 # Gradients
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_gradients_reach_all_that_is_trained(arch):
     size = sizes_of(arch)[1]
     images = images_of(size, images=2)
@@ -144,7 +148,7 @@ def pools_of(arch):
 # Pooling
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 @torch.no_grad()
 def test_pooling_equals_timm(arch):
     size = sizes_of(arch)[1]
@@ -171,7 +175,7 @@ def test_pooling_equals_timm(arch):
 # Layers
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", EACH)
 def test_layers_and_weight_decay_are_timms(arch):
     timms = timm.create_model(arch, num_classes=3, **narrow(arch))
     excepted = timms.no_weight_decay()

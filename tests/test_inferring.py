@@ -10,6 +10,8 @@ from torch import Tensor
 from semaim.encoders import inferring
 from semaim.encoders.inferring import Inferred, architectures, infer, tags
 
+pytestmark = pytest.mark.slow  # many small tests, together most of a minute
+
 FAMILIES = (
     "vit_base_patch16_224", "vit_base_patch16_clip_224", "vit_base_patch16_siglip_256", "vit_base_patch14_reg4_dinov2",
     "deit3_small_patch16_224", "deit_base_distilled_patch16_224", "beit_base_patch16_224", "eva02_base_patch14_448",

@@ -83,6 +83,7 @@ def test_features_of_a_name_are_timms_own(hub, labelled, tmp_path):
     assert f"timm:{EVA}" not in done.stderr and "Warning" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_by_the_third_word(dino, labelled, tmp_path):
     for processes, name in ((1, "one"), (2, "two")):
         done = knn(dino, labelled, tmp_path / name, processes)
@@ -120,6 +121,7 @@ def resumed(config, whole, folder, name):
     return losses(folder)
 
 
+@pytest.mark.slow
 def test_fine_tuned_resumed_tested_and_measured_by_the_next_task(dino, labelled, tmp_path):
     config, whole = "semaim/configs/finetune/plain_vit_100e.py", tmp_path / "whole"
     options = {"train_cfg.max_epochs": 2, "param_scheduler.warmup": 0.5, "model.mixup": 0, "model.cutmix": 0}
@@ -197,6 +199,7 @@ def test_a_frozen_encoder_stays_as_it_is(task, dino, dense_scenes, tmp_path):
     assert not torch.equal(first[head], last[head])
 
 
+@pytest.mark.slow
 def test_what_is_not_understood_is_one_line(dino, labelled, dense_scenes, tmp_path):
     siglip = tmp_path / "siglip"
     write_folder(siglip, "vit_base_patch16_siglip_224", {"mean": [0.5] * 3, "std": [0.5] * 3}, depth=1, img_size=32)

@@ -16,7 +16,6 @@ from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.segvit import SegmentationViT
 from semaim.models.vitdet import ViTDet
-from semaim.parity import tags
 from semaim.results import load_published
 from semaim.results.formats import FORMATS
 from semaim.results.table import make_table
@@ -42,74 +41,6 @@ def scaled(tmp_path_factory):
     path = tmp_path_factory.mktemp("scaled") / "dinov2.safetensors"
     save_file(timms(init_values=0.1).state_dict(), path)
     return path
-
-
-# timm's tags.
-
-
-@pytest.fixture(scope="module")
-def verdicts():
-    """What every consumer makes of the names and shapes of every tag."""
-    groups = tags.architectures(tags.plain_tags())
-    return [verdict for group in groups for verdict in tags.judge(group, depth=1, compute=False)]
-
-
-@pytest.mark.slow
-def test_every_tag_of_timm_is_loaded_or_refused_by_the_name_of_a_tensor(verdicts):
-    told = ("it computes with ", "it lacks ", " is ", " has eps", "does not record its activation", "but no blocks.0.")
-    for verdict in verdicts:
-        assert verdict.refusal is None or any(words in verdict.refusal for words in told), verdict
-        assert verdict.word in ("loads", "refused")
-    loads = {(v.tags[0].partition(".")[0], v.config, v.consumer) for v in verdicts if v.word == "loads"}
-    for name in ("deit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"):
-        assert all((name, config, consumer) in loads for config in (False, True) for consumer in tags.USES), name
-    # Of those without a class token, a detector takes what config.json says has our activation, and nothing else does.
-    gap = [(config, consumer) for name, config, consumer in loads if name == "vit_base_patch16_siglip_gap_224"]
-    assert gap == [(True, "detection")]
-    assert not [name for name, *_ in loads if name == "vit_base_patch32_siglip_gap_256"]  # of the tanh form
-    families = ("dinov2", "dinov3", "deit3", "distilled", "beit", "clip", "eva02", "_pe_", "reg4", "rope", "aimv2")
-    assert not [name for name, *_ in loads if any(family in name for family in families)]
-
-
-@pytest.mark.slow
-def test_what_loads_gives_timms_numbers(verdicts):
-    """The narrow ones of all architectures here; tools/check_tags.py computes all."""
-    names = dict.fromkeys((v.tags[0], v.consumer) for v in verdicts if v.word == "loads")
-    narrow = [(tag, use) for tag, use in names if any(word in tag for word in ("tiny", "flexivit_small", "test_vit"))]
-    narrow += [("vit_small_patch16_224.dino", "k-NN"), ("vit_base_patch16_siglip_gap_224.v2_webli", "detection")]
-    narrow += [("eva_large_patch14_196.in22k_ft_in1k", "fine-tuning")]
-    assert len(narrow) > 15 and all(pair in names or "siglip" in pair[0] or "dino" in pair[0] for pair in narrow)
-    for tag, use in narrow:
-        assert tags.difference(tags.USES[use], tag) <= tags.TOLERANCE, (tag, use)
-
-
-@pytest.mark.parametrize(
-    ("tag", "use", "named"),
-    [
-        ("vit_small_patch14_dinov2.lvd142m", "k-NN", "blocks.*.ls1.gamma"),
-        ("vit_small_patch14_reg4_dinov2.lvd142m", "detection", "reg_token"),
-        ("deit3_small_patch16_224.fb_in1k", "fine-tuning", "blocks.*.ls2.gamma"),
-        ("deit_tiny_distilled_patch16_224.fb_in1k", "segmentation", "dist_token"),
-        ("vit_base_patch32_clip_quickgelu_224.openai", "k-NN", "norm_pre.weight"),
-        ("vit_base_patch16_siglip_gap_224.v2_webli", "mean", "it lacks cls_token"),
-        ("vit_base_patch32_siglip_gap_256.v2_webli", "detection", "blocks.0.mlp.act is GELUTanh"),
-        ("beit3_base_patch16_224.in22k_ft_in1k", "mean", "blocks.0.attn.norm.weight"),
-        ("vit_small_patch16_rope_ape_224.naver_in1k", "segmentation", "blocks.0.gamma_1"),
-    ],
-)
-def test_what_is_refused_computes_something_else(tag, use, named, verdicts):
-    """The judge of the table tells them apart: it would say WRONG, had the loader let them pass."""
-    (refusal,) = [v.refusal for v in verdicts if tag in v.tags and v.config and v.consumer == use]
-    assert named.replace("*", "0") in refusal.replace("*", "0")
-    assert tags.difference(tags.USES[use], tag) > 1e-6
-
-
-def test_the_table_is_a_command():
-    done = tool("check_tags.py", "test_vit*")
-    assert done.returncode == 0, done.stderr
-    rows = {tuple(line.split()[:2]): line.split()[2:7] for line in done.stdout.splitlines() if "test_vit" in line}
-    assert rows["test_vit", "bare"] == rows["test_vit", "config.json"] == ["right"] * 5
-    assert rows["test_vit3", "bare"] == ["refused"] * 5 and "0 wrong" in done.stdout
 
 
 # What no tensor tells.

@@ -23,6 +23,7 @@ from semaim.checkpoints.files import read_checkpoint, write_checkpoint  # noqa: 
 from semaim.data.scenes import CLASSES, LEVELS, write_scenes  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config, set_data_root  # noqa: E402
+from semaim.engine.encoders import settle_images  # noqa: E402
 from semaim.engine.training import prepare_training
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
@@ -55,6 +56,14 @@ def options(**more):
 def test_config_builds_and_its_name_tells_the_truth(path):
     cfg = load_config(path)
     dense.enter(cfg)
+    if path.stem.startswith("plain"):  # of any encoder: without weights by its name
+        cfg.arch = "vit_tiny_patch16_224.augreg_in21k"
+        settle_images(cfg, None)
+        with torch.device("meta"):
+            segmentor = MODELS.build(cfg.model)
+        assert type(segmentor.backbone).__name__ == "PlainSegmentationViT"
+        assert segmentor.decode_head.in_channels == [192] * 4 and segmentor.auxiliary_head.in_channels == 192
+        return
     with torch.device("meta"):
         segmentor = MODELS.build(cfg.model)
     size = next((part for part in path.stem.split("_") if part in SIZES), "base")

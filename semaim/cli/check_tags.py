@@ -105,10 +105,15 @@ def table(verdicts: Verdicts, consumers: list[str], names_only: bool) -> str:
     """The verdicts in Markdown: counts, a row per family of architectures, and what is refused."""
     import timm
 
-    done = "loaded or refused by names and shapes" if names_only else "computed"
+    done = (
+        "Right is computed: in networks of the tag's width and one or two random blocks, features, maps and gradients"
+        " equal timm's in float64, and images are prepared as timm does."
+    )
+    done = "Names and shapes were compared, not numbers." if names_only else done
     lines = [
-        f"Written by `semaim tags --table FILE.md`: {len(verdicts)} tags of timm {timm.__version__}, {done}."
-        f" {len(right_tags(verdicts))} are right in every task; the others are refused with a reason.",
+        f"`semaim tags --table FILE.md` wrote this about {len(verdicts)} tags of timm {timm.__version__}, of which"
+        f" {len(right_tags(verdicts))} are right in every task. {done} No weights were downloaded: a file is taken to"
+        " hold the names and shapes of timm's network.",
         "",
         "| consumer | right | refused | WRONG | why refused |",
         "| --- | --- | --- | --- | --- |",
@@ -118,8 +123,13 @@ def table(verdicts: Verdicts, consumers: list[str], names_only: bool) -> str:
         told = "; ".join(f"{reason} ({number})" for reason, number in why.most_common())
         right = counts["right"] + counts["loads"]
         lines.append(f"| {name} | {right} | {counts['refused']} | {counts['WRONG']} | {told} |")
+    lines += [
+        "",
+        "`own` are the recipes for our own ViT, which is of MAE's shape, with timm's config.json next to the file; the"
+        " last column names those that read a tag.",
+    ]
     columns = [name for name in consumers if name != "images" and not name.startswith(OWN)]
-    lines += ["", "| architectures | tags | " + " | ".join(columns) + " | MAE's recipes |"]
+    lines += ["", "| architectures | tags | " + " | ".join(columns) + " | own |"]
     lines.append("| --- " * (len(columns) + 3) + "|")
     families: dict[str, list[str]] = {}
     for tag in sorted(verdicts):

@@ -300,7 +300,6 @@ def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[Pa
     """Our numbers and timm's for a pooling or for fine-tuning, at two image sizes."""
     trained = name == "fine-tuning"
     pool = "avg" if trained else name.removeprefix("pool ")
-    ours = read(partial(PlainClassifier, num_classes=5, pool=pool, probe=not trained, img_size=source.size), source)
 
     def pooled(network: TimmNetwork, images: Tensor) -> Tensor:
         tokens = network.forward_features(images)
@@ -308,10 +307,11 @@ def pairs_of_pool(name: str, source: Source, theirs: TimmNetwork) -> Iterator[Pa
             return network.forward_head(tokens, pre_logits=True)
         return tokens[:, 0] if pool == "cls" else tokens[:, network.num_prefix_tokens :].mean(dim=1)
 
-    for grid, training in (((SIDE, SIDE), trained), (OTHER, False)):
-        images = images_of(grid, theirs.patch_embed.patch_size)
-        wanted = run(resized(theirs, grid), images, pooled, training)
-        yield run(ours, images, PlainClassifier.features, training), wanted
+    grids, patch = {(SIDE, SIDE): trained, OTHER: False}, theirs.patch_embed.patch_size
+    wanted = [run(resized(theirs, grid), images_of(grid, patch), pooled, grids[grid]) for grid in grids]
+    ours = read(partial(PlainClassifier, num_classes=5, pool=pool, probe=not trained, img_size=source.size), source)
+    for grid, numbers in zip(grids, wanted, strict=True):
+        yield run(ours, images_of(grid, patch), PlainClassifier.features, grids[grid]), numbers
 
 
 def pairs_of_maps(name: str, source: Source, theirs: TimmNetwork) -> Iterator[Pair]:

@@ -232,9 +232,11 @@ def resized(theirs: TimmNetwork, grid: Sequence[int]) -> TimmNetwork:
 
 def loaded_by_timm(tag: str, theirs: TimmNetwork, **args: Any) -> TimmNetwork:
     """A network that timm's own loading makes from the tensors of another one of the tag, perhaps of other sizes."""
-    cfg = {"state_dict": theirs.state_dict(), "num_classes": 5}
+    cfg, args = {"state_dict": theirs.state_dict(), "num_classes": 5}, {**args, "num_classes": 5}
     with Unfilled():
-        return timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=cfg, num_classes=5, **args)
+        network: TimmNetwork = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=cfg, **args)
+    network.pretrained_cfg = network.default_cfg = {}  # it keeps the tensors
+    return network
 
 
 def read(use: Callable[..., OnEncoder], source: Source) -> Any:

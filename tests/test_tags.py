@@ -5,7 +5,6 @@ from zlib import crc32
 
 import pytest
 import torch
-from commands import tool
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -142,12 +141,12 @@ def test_what_is_read_gives_timms_numbers(arch):
 
 @pytest.mark.slow
 def test_a_sample_of_all_gives_timms_numbers():
-    """An eighth of the architectures, by a hash of their names; `semaim tags` computes all."""
+    """A part of the architectures, by a hash of their names; `semaim tags` computes all."""
     known: dict = {}
-    chosen = [group for group in GROUPS if crc32(group[0].encode()) % 8 == 0]
+    chosen = [group for group in GROUPS if crc32(group[0].encode()) % 24 == 0]
     verdicts = [verdict for group in chosen for verdict in tags.judge(group, known=known)]
     check(verdicts)
-    assert "loads" not in {verdict.word for verdict in verdicts} and len(chosen) > 20
+    assert "loads" not in {verdict.word for verdict in verdicts} and len(chosen) > 5
 
 
 @pytest.mark.parametrize(
@@ -262,8 +261,8 @@ def test_an_error_that_is_no_answer_to_a_user_is_wrong(spoil):
 # The command
 
 
-def test_the_command_prints_verdicts_and_writes_the_table(tmp_path):
-    done = tool("check_tags.py", "test_vit*", "--table", tmp_path / "table.md")
+def test_the_command_prints_verdicts_and_writes_the_table(here, tmp_path):
+    done = here("check_tags.py", "test_vit*", "--table", tmp_path / "table.md")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("test_vit")}
     assert rows["test_vit"] == ["right"] * 11

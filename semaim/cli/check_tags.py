@@ -182,9 +182,9 @@ def exceptions(verdicts: Verdicts) -> list[str]:
 
     found: dict[str, None] = {}
     for tag, own in verdicts.items():
-        for verdict in own.values():
-            if verdict.word == "WRONG" or verdict.word == "refused" and verdict.consumer in (*NEEDED, "pool native"):
-                found[f"* `{arch_of(tag)}`, {verdict.consumer}: {verdict.word}: {verdict.reason}"] = None
+        asked = (*NEEDED, "pool native")
+        told = [one for one in own.values() if one.word == "WRONG" or one.word == "refused" and one.consumer in asked]
+        found |= dict.fromkeys(f"* `{arch_of(tag)}`: {reason}." for reason in reasons(told))
     sizes = {tag: cfg.input_size[1:] for tag in verdicts if (cfg := get_pretrained_cfg(tag)) is not None}
     if tall := [f"`{arch_of(tag)}`" for tag, (height, width) in sizes.items() if height != width]:
         found[f"* Images are not square, so `model.network.img_size` has to be set, for {', '.join(tall)}."] = None

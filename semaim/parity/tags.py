@@ -291,10 +291,8 @@ def compute_all(tag: str, consumers: Sequence[str], wide: bool) -> Iterator[Verd
     theirs = random_network(tag, **args)
     source = source_of(tag, theirs, args)
     for name in consumers:
-        if name in RECIPES:
-            found = pairs_of_own(name, tag, theirs, args)
-        else:
-            found = (pairs_of_maps if name in ("ViTDet", "UperNet") else pairs_of_pool)(name, source, theirs)
+        pairs = pairs_of_maps if name in ("ViTDet", "UperNet") else pairs_of_pool
+        found = pairs_of_own(name, tag, theirs, args) if name in RECIPES else pairs(name, source, theirs)
         yield attempt(tag, name, partial(compare, found))
 
 

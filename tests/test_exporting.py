@@ -139,7 +139,10 @@ def test_exports_that_timm_could_not_open_are_refused(states, tmp_path):
 def test_the_tool(pretrained, tmp_path):
     done = tool("checkpoint.py", "inspect", pretrained)
     assert done.returncode == 0, done.stderr
-    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    own, _, plain = done.stdout.partition("\n\nBy the configs plain_*.py, for any encoder:\n")
+    told, other = (dict(line.split(maxsplit=1) for line in part.splitlines()) for part in (own, plain))
+    assert other["architecture"] == "ViT of width 32, depth 2, patch 8" and "1: class token" in other["prefix"]
+    assert other["segmentation"].startswith("28 tensors")
     assert told["encoder"] == "ViT of width 32, depth 2, patch 8, 32 px" and told["heads"] == "2"
     assert told["epochs"] == "1" and told["also"].startswith("in it") and "query_blocks" in told["also"]
     assert told["detection"].startswith("27 tensors")

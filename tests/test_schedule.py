@@ -87,7 +87,8 @@ COSINE = {"type": "CosineAnnealingLR"}
 #: Configs of mmdet_configs and mmseg_configs -> steps of the run, and their schedule in mmengine's terms, in steps:
 #: the end of LinearLR, the milestones, the start of PolyLR. Those of a published recipe are that recipe's numbers.
 IN_STEPS = {
-    "semaim_mask_rcnn scratch_mask_rcnn mae_mask_rcnn semaim_cascade_mask_rcnn semaim_mask_rcnn_large": (
+    "semaim_mask_rcnn scratch_mask_rcnn mae_mask_rcnn plain_mask_rcnn semaim_cascade_mask_rcnn"
+    " semaim_mask_rcnn_large": (
         184375,
         [LINEAR | {"end": 251}, STEPS | {"milestones": [163889, 177546]}],
     ),
@@ -95,14 +96,20 @@ IN_STEPS = {
     "semaim_mask_rcnn_1gpu": (368750, [LINEAR | {"end": 2001}, STEPS | {"milestones": [327778, 355092]}]),
     "semaim_mask_rcnn_huge": (138281, [LINEAR | {"end": 189}, STEPS | {"milestones": [122916, 133159]}]),
     "semaim_mask_rcnn_li2021": (184375, [LINEAR | {"end": 462}, COSINE | {"T_max": 184375}]),
-    "semaim_mask_rcnn_scenes": (1000, [LINEAR | {"end": 50}, STEPS | {"milestones": [800, 925]}]),
+    "semaim_mask_rcnn_scenes plain_mask_rcnn_scenes": (
+        1000,
+        [LINEAR | {"end": 50}, STEPS | {"milestones": [800, 925]}],
+    ),
     "semaim_mask_rcnn_scenes_easy": (900, [LINEAR | {"end": 50}, STEPS | {"milestones": [720, 840]}]),
     "semaim_mask_rcnn_overfit": (1000, [LINEAR | {"end": 50}, STEPS | {"milestones": [850, 950]}]),
     "semaim_mask_rcnn_cifar10": (5000, [LINEAR | {"end": 250}, STEPS | {"milestones": [4250, 4750]}]),
     "semaim_upernet mae_upernet scratch_upernet semaim_upernet_1gpu semaim_upernet_640 semaim_upernet_large"
-    " semaim_upernet_ms": (160000, [LINEAR | {"start_factor": 1e-6, "end": 1500}, POLY | {"begin": 1500}]),
+    " semaim_upernet_ms plain_upernet": (
+        160000,
+        [LINEAR | {"start_factor": 1e-6, "end": 1500}, POLY | {"begin": 1500}],
+    ),
     "semaim_upernet_camvid": (500, [LINEAR | {"end": 50}, POLY | {"begin": 50}]),
-    "semaim_upernet_scenes": (1000, [LINEAR | {"end": 50}, POLY | {"begin": 50}]),
+    "semaim_upernet_scenes plain_upernet_scenes": (1000, [LINEAR | {"end": 50}, POLY | {"begin": 50}]),
     "semaim_upernet_scenes_easy": (400, [LINEAR | {"end": 50}, POLY | {"begin": 50}]),
     "semaim_upernet_cifar10": (5000, [LINEAR | {"end": 250}, POLY | {"begin": 250}]),
 }
@@ -118,12 +125,14 @@ IN_EPOCHS = {
     "pretrain/*_tiny_scenes_easy": (6, 0.6, 0),
     "pretrain/*_tiny_cifar10": (3, 0.3, 0),
     "finetune/vit_base*_100e": (100, 20, 1e-6),
+    "finetune/plain_vit_100e": (100, 20, 1e-6),
     "finetune/vit_large_50e": (50, 5, 1e-6),
     "finetune/vit_tiny_scenes": (10, 1, 1e-6),
     "finetune/vit_tiny_scenes_easy": (80, 8, 1e-6),
     "finetune/vit_tiny_cifar10": (5, 0.5, 1e-6),
     "linear/vit_*_90e": (90, 0, 0),
     "linear/vit_base_90e_mae": (90, 10, 0),
+    "linear/plain_vit_90e": (90, 10, 0),
     "linear/vit_tiny_scenes": (10, 0, 0),
 }
 

@@ -83,11 +83,9 @@ def test_tokens_equal_timm_at_every_size(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", FIRST)
+@pytest.mark.parametrize("arch", [arch for arch in FIRST if not arch.endswith("sapiens2")])  # its blocks differ in kind
 @torch.no_grad()
 def test_tokens_equal_timm_at_the_width_of_the_architecture(arch):
-    if arch.endswith("sapiens2"):
-        pytest.skip("its blocks are not of one kind, so it has no form of two blocks by depth alone")
     assert_tokens_equal_timm(arch, wide=True)
 
 

@@ -86,8 +86,8 @@ class SamEncoder(Encoder):
         return max(block.window_size for block in self.vit.blocks)
 
     def width_of(self, pool: str) -> int:
-        """The channels of the neck."""
-        return self.vit.num_features
+        """The channels of the neck; `UserError` for native, which it does not have."""
+        return super().width_of(pool) if pool == "native" else self.vit.num_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> the maps after the neck as tokens (B, L, D')."""

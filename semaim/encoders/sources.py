@@ -11,6 +11,7 @@ No code from a file is run. What is not determined by the file, its config or `a
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,10 @@ def download(repository: str, names: tuple[str, ...] = ()) -> Path:
     repo, _, revision = repository.partition("@")
     try:
         for name in CONFIGS:
-            try:
+            # A repository need not have every config. Without network this also means: not in the cache; then the
+            # weights, which come next, decide.
+            with suppress(EntryNotFoundError):
                 hf_hub_download(repo, name, revision=revision or None)
-            except EntryNotFoundError:  # or, without network, not in the cache: then the weights decide
-                pass
         last: Exception | None = None
         for name in names or WEIGHTS:
             try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yapf  # noqa: F401
 from hypothesis import settings
 
@@ -60,6 +61,15 @@ def labelled(scenes, tmp_path_factory) -> Path:
             for path in chosen:
                 (folder / split / name / f"{path.parent.parent.name}_{path.name}").symlink_to(path)
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """For networks so small that threads cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

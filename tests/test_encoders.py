@@ -22,6 +22,8 @@ from semaim.encoders.networks import PlainClassifier, PlainSegmentationViT, Plai
 from semaim.encoders.sources import open_source, trained_here
 from semaim.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: timm resamples their positions bilinearly when it loads weights, and bicubically in the forward pass: weights loaded
 #: for a size and images of another size give different tokens, in timm too.
 TWO_WAYS = ("flexivit_small", "vit_base_patch16_radio_v3")
@@ -34,14 +36,6 @@ REOPENED = (
 )  # fmt: skip
 #: timm scales the coordinates of its rotary positions at random in training.
 RANDOM = ("vit_base_patch16_sapiens2",)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_near(found, expected):

@@ -10,7 +10,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from semaim.encoders.layouts import LAYOUTS, Foreign, flatten, recognise
-from semaim.encoders.timm_vit import set_eps
+from semaim.encoders.timm_vit import TimmEncoder
 
 pytestmark = pytest.mark.slow  # many small tests, together most of a minute
 
@@ -35,15 +35,11 @@ def images(height: int = 32, width: int = 32) -> Tensor:
 def network(found: Foreign) -> nn.Module:
     """timm's network as a file with a config determines it, with the file's tensors."""
     assert (found.unread, found.reason) == ([], "") and found.arch
-    args = dict(found.args)
-    eps = args.pop("norm_eps", None)
-    built = timm.create_model(found.arch, num_classes=0, **args).eval()
-    if eps is not None:
-        set_eps(built, eps)
-    function = (eva if isinstance(built, eva.Eva) else vision_transformer).checkpoint_filter_fn
-    assert same(function(dict(found.state), built), found.state)
-    built.load_state_dict(found.state, strict=True)
-    return built
+    args = {name: value for name, value in found.args.items() if name not in ("img_size", "patch_size")}
+    encoder = TimmEncoder(found.arch, args, found.args.get("img_size"), found.args.get("patch_size"))
+    assert same(encoder.filtered(found.state), found.state)
+    encoder.vit.load_state_dict(found.state, strict=True)
+    return encoder.vit.eval()
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -375,7 +371,7 @@ def test_other_files_are_none():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"layer_norm_eps": None}, "eps of the normalisations is None"),
+        ({"layer_norm_eps": None}, "does not determine norm_eps"),
         ({"hidden_act": "mish"}, "does not determine act_layer"),
         ({"num_attention_heads": None}, "does not determine num_heads"),
         ({"image_size": 24}, "24 x 24 pixels have not the file's 16 positions"),

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
-import torch
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -13,6 +12,8 @@ from semaim.data.labelled import evaluation_transform
 from semaim.encoders.images import Preparation, cfg_of
 from semaim.encoders.timm_vit import TimmEncoder
 from semaim.parity import tags
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TAGS = tags.plain_tags()
 GROUPS = tags.architectures(TAGS)
@@ -32,14 +33,6 @@ SAMPLE = (
     "vit_base_patch16_siglip_224",
     "beit_base_patch16_224",
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def group_of(arch):

@@ -17,6 +17,8 @@ from semaim.encoders.own import OwnEncoder
 from semaim.encoders.windows import Geometry, Windows, restrict, spans
 from semaim.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Architecture: what its blocks do.
 KINDS = {
     "vit_base_patch16_siglip_gap_224": "no prefix",
@@ -38,14 +40,6 @@ GRIDS = {"whole": ((4, 6), 2), "edges": ((5, 7), 3), "row": ((4, 9), 4), "one": 
 PATCH = 4
 TABLE = "blocks.0.attn.relative_position_bias_table"
 OTHERS = ("beit_base_patch16_224", "vit_small_patch16_18x2_224", "vit_pwee_patch16_reg1_gap_256")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pixels(grid):

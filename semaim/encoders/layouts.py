@@ -371,10 +371,8 @@ def by_transformers(layout: Layout, state: Mapping, config: Mapping, args: Mappi
     elif not gated:  # the gate of DINOv2 and AIMv2 is SiLU whatever the config says
         more["act_layer"] = activation
     eps = said.get("rms_norm_eps", said.get("layer_norm_eps"))
-    if not isinstance(eps, float) or not 0 < eps < 0.01:
-        problems.append(f"eps of the normalisations is {eps}")
-    elif eps != layout.eps:  # transformers' ViT has 1e-12
-        more["norm_eps"] = eps
+    if eps != layout.eps:  # transformers' ViT has 1e-12
+        more["norm_eps"] = eps if isinstance(eps, float) and 0 < eps < 0.01 else None
     return layout.archs[gated], more, problems if layout.archs[gated] else [f"timm has no {layout.name} with such MLPs"]
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from semaim.encoders.contract import POOLS, Encoder, build
 from semaim.encoders.windows import PREFIXES, Geometry, restrict
 from semaim.errors import UserError
+from semaim.models.classifier import make_head
 
 
 def quarters(depth: int) -> tuple[int, ...]:
@@ -99,12 +100,7 @@ class PlainClassifier(OnEncoder):
         self.pool, self.probe, self.num_classes = pool, probe, num_classes
         self.embed_dim = self.encoder.width_of(pool)
         self.img_size = self.encoder.img_size
-        head: nn.Module = nn.Identity()
-        if num_classes:
-            head = nn.Linear(self.embed_dim, num_classes)
-            trunc_normal_(head.weight, std=head_init_std)
-            nn.init.zeros_(head.bias)
-        self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head
+        self.head = make_head(self.embed_dim, num_classes, probe, head_init_std)
         self.finish()
 
     @property

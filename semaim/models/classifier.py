@@ -9,6 +9,16 @@ from semaim.models.vit import LAYER_NORM_EPS, VisionTransformer
 POOLS = ("cls", "avg")
 
 
+def make_head(width: int, num_classes: int, probe: bool, init_std: float) -> nn.Module:
+    """A linear head (B, width) -> (B, num_classes), or none for 0 classes; arguments as for `Classifier`."""
+    head: nn.Module = nn.Identity()
+    if num_classes:
+        head = nn.Linear(width, num_classes)
+        trunc_normal_(head.weight, std=init_std)
+        nn.init.zeros_(head.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), head) if probe else head
+
+
 class Classifier(VisionTransformer):
     """A plain ViT that classifies.
 
@@ -47,12 +57,7 @@ class Classifier(VisionTransformer):
             self.fc_norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS) if normed else nn.Identity()
         if probe:
             self.requires_grad_(False)
-        head: nn.Module = nn.Identity()
-        if num_classes:
-            head = nn.Linear(self.embed_dim, num_classes)
-            trunc_normal_(head.weight, std=head_init_std)
-            nn.init.zeros_(head.bias)
-        self.head = nn.Sequential(nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6), head) if probe else head
+        self.head = make_head(self.embed_dim, num_classes, probe, head_init_std)
 
     @property
     def pooling(self) -> str:

@@ -13,7 +13,6 @@ from semaim.encoders.layouts import LAYOUTS, Foreign, flatten, recognise
 from semaim.encoders.timm_vit import TimmEncoder
 
 pytestmark = pytest.mark.slow  # many small tests, together most of a minute
-
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 TESTS = "is not installed: runs after tools/setup.sh"
 

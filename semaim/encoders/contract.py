@@ -91,6 +91,9 @@ class Encoder(nn.Module):
     #: Whether its blocks attend within windows of their own, as SAM's: detectors leave its attention as it is.
     windowed_itself: ClassVar[bool] = False
 
+    #: Whether its tables are built for `img_size`; else they keep the size that the description's `args` give.
+    resizes: ClassVar[bool] = True
+
     # What a family provides
 
     @classmethod

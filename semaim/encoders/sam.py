@@ -35,6 +35,7 @@ class SamEncoder(Encoder):
     family = "sam"
     num_prefix_tokens = 0
     windowed_itself = True
+    resizes = False
     vit: Any
 
     def __init__(

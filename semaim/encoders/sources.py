@@ -232,7 +232,9 @@ def of_timm(
         state, left = encoder_weights(content, text)
         layout = "timm"
     args = {name: value for name, value in dict(args).items() if name not in ("num_classes", "pretrained")}
-    size, patch = args.pop("img_size", None), args.pop("patch_size", None)
+    size, patch = args.get("img_size"), args.pop("patch_size", None)
+    if family_of(arch).resizes:  # the size is the task's choice; else it belongs to the architecture
+        args.pop("img_size", None)
     size = to_2tuple(size or family_of(arch).own_size(arch))
     fixed = "pos_embed" in state or any(name.endswith("relative_position_bias_table") for name in state)
     if (

@@ -12,16 +12,13 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from semaim.checkpoints import LoadReport
-from semaim.checkpoints.same_network import kinds
-from semaim.encoders.contract import FAMILIES, Encoder, Source
-from semaim.encoders.timm_vit import default_size, entry, in_modules, layers_of
+from semaim.encoders.contract import FAMILIES, Source
+from semaim.encoders.timm_vit import OfTimm, entry
 from semaim.errors import UserError
-
-MODULE = "vision_transformer_sam"
 
 
 @FAMILIES.register_module(name="sam")
-class SamEncoder(Encoder):
+class SamEncoder(OfTimm):
     """One of timm's SAM encoders, without a classifier.
 
     Args:
@@ -36,7 +33,7 @@ class SamEncoder(Encoder):
     num_prefix_tokens = 0
     windowed_itself = True
     resizes = False
-    vit: Any
+    timm_modules = ("vision_transformer_sam",)
 
     def __init__(
         self,
@@ -49,7 +46,7 @@ class SamEncoder(Encoder):
     ):
         super().__init__()
         args = dict(args or {})
-        self.filter = entry(arch, (MODULE,)).filter
+        self.filter = entry(arch, self.timm_modules).filter
         self.vit = timm.create_model(arch, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **args)
         self.patch_size = to_2tuple(self.vit.patch_embed.patch_size)
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
@@ -60,26 +57,6 @@ class SamEncoder(Encoder):
         self.shapes = {name: tensor.shape for name, tensor in self.vit.state_dict().items()}
         if with_cp:
             self.vit.set_grad_checkpointing(True)
-
-    @classmethod
-    def knows(cls, arch: str) -> bool:
-        """See `Encoder.knows`."""
-        return in_modules(arch, (MODULE,))
-
-    @classmethod
-    def own_size(cls, arch: str) -> tuple[int, int]:
-        """See `Encoder.own_size`."""
-        return default_size(arch)
-
-    @property
-    def blocks(self) -> Any:
-        """timm's blocks."""
-        return self.vit.blocks
-
-    @property
-    def title(self) -> str:
-        """timm's name of the architecture."""
-        return self.arch
 
     @property
     def table_window(self) -> int:
@@ -100,16 +77,6 @@ class SamEncoder(Encoder):
         self.check_images(images)
         return self.vit.forward_intermediates(images, indices=list(blocks), norm=False, intermediates_only=True)
 
-    def get_layer_depth(self, name: str) -> tuple[int, int]:
-        """See `Encoder.get_layer_depth`."""
-        layers = layers_of(self.vit)
-        last = max(layers.values()) + 1
-        return layers.get(name.removeprefix("vit."), last), last + 1
-
-    def no_weight_decay(self) -> set[str]:
-        """timm's list."""
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
-
     def keep_for_maps(self) -> None:
         """See `Encoder.keep_for_maps`."""
         self.vit.neck = nn.Identity()
@@ -124,12 +91,6 @@ class SamEncoder(Encoder):
         state = self.filter({f"image_encoder.{name}": tensor for name, tensor in source.state.items()}, self.vit)
         own = self.vit.state_dict()
         needed = [name for name in self.shapes if name in own] if source.layout == "semaim" else list(self.shapes)
-        missing = [name for name in needed if name not in state]
-        unread = [name for name in state if name not in self.shapes and not name.startswith("head.")]
-        matched = [name for name in own if name in state]
-        wrong = [name for name in matched if state[name].shape != own[name].shape]
-        if missing or unread or wrong:
-            raise UserError(f"{source.name} is no {self.arch}: {kinds(missing + unread + wrong)}")
-        if not self.vit.patch_embed.proj.weight.is_meta:
-            self.vit.load_state_dict({name: state[name] for name in matched}, strict=True)
-        return LoadReport(source.path, source.layout, matched, unexpected=list(source.left))
+        matched, extra = self.compare(state, needed, source)
+        self.fill(state, matched)
+        return LoadReport(source.path, source.layout, matched, unexpected=[*source.left, *extra])

@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import timm
 import torch
@@ -84,8 +84,84 @@ def takes(kind: type[nn.Module], name: str) -> bool:
     return any(name in inspect.signature(base.__init__).parameters for base in inspect.getmro(kind)[:-1])  # type: ignore[misc]
 
 
+class OfTimm(Encoder):
+    """What encoders on timm's networks share.
+
+    Attributes:
+        vit: timm's network, without its classifier; its classes declare different attributes.
+        arch: its name.
+        shapes: of all its tensors as built, also of those that `keep_for_maps` and `keep_for_pool` remove.
+        timm_modules: those of timm's whose architectures belong to the family.
+    """
+
+    vit: Any
+    arch: str
+    shapes: dict[str, torch.Size]
+    timm_modules: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def knows(cls, arch: str) -> bool:
+        """See `Encoder.knows`."""
+        return in_modules(arch, cls.timm_modules)
+
+    @classmethod
+    def own_size(cls, arch: str) -> tuple[int, int]:
+        """See `Encoder.own_size`."""
+        return default_size(arch)
+
+    @property
+    def blocks(self) -> Any:
+        """timm's blocks."""
+        return self.vit.blocks
+
+    @property
+    def title(self) -> str:
+        """timm's name of the architecture."""
+        return self.arch
+
+    @cached_property
+    def layers(self) -> dict[str, int]:
+        """The layer of every parameter by timm's `group_matcher`: 0 is the embedding."""
+        return dict(group_with_matcher(self.vit.named_parameters(), self.vit.group_matcher(coarse=False), reverse=True))
+
+    def get_layer_depth(self, name: str) -> tuple[int, int]:
+        """See `Encoder.get_layer_depth`."""
+        last = max(self.layers.values()) + 1
+        return self.layers.get(name.removeprefix("vit."), last), last + 1
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's list."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+    def compare(
+        self, state: Mapping[str, Tensor], needed: Sequence[str], source: Source
+    ) -> tuple[list[str], list[str]]:
+        """The tensors of `vit` that `state` has, and those of `state` that it lacks: heads and the like.
+
+        Raises:
+            UserError: one of `needed` is missing, one that encoders compute with is not read, or a shape differs.
+        """
+        own = self.vit.state_dict()
+        missing = [name for name in needed if name not in state]
+        extra = [name for name in state if name not in self.shapes]
+        unread = [name for name in extra if not is_apart(name)]
+        matched = [name for name in own if name in state]
+        wrong = [name for name in matched if state[name].shape != own[name].shape]
+        if missing or unread or wrong:
+            reasons = [f"it lacks {kinds(missing)}"] if missing else []
+            reasons += [f"it holds {kinds(unread)}, which that architecture does not read"] if unread else []
+            reasons += [f"{n} is {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:3]]
+            raise UserError(f"{source.name} is no {self.arch}: {'; '.join(reasons)} (another --arch?)")
+        return matched, extra
+
+    def fill(self, state: Mapping[str, Tensor], matched: Sequence[str]) -> None:
+        """Load these tensors, except on the meta device."""
+        if not self.vit.patch_embed.proj.weight.is_meta:
+            self.vit.load_state_dict({name: state[name] for name in matched}, strict=True)
+
+
 @FAMILIES.register_module(name="timm")
-class TimmEncoder(Encoder):
+class TimmEncoder(OfTimm):
     """One of timm's plain ViTs, without its classifier.
 
     Args:
@@ -100,7 +176,7 @@ class TimmEncoder(Encoder):
     """
 
     family = "timm"
-    vit: Any  #: timm's network; its classes declare different attributes
+    timm_modules = MODULES
 
     def __init__(
         self,
@@ -139,26 +215,6 @@ class TimmEncoder(Encoder):
         self.shapes = {name: tensor.shape for name, tensor in self.vit.state_dict().items()}  # also of what is removed
         if with_cp:
             self.vit.set_grad_checkpointing(True)
-
-    @classmethod
-    def knows(cls, arch: str) -> bool:
-        """See `Encoder.knows`."""
-        return in_modules(arch, MODULES)
-
-    @classmethod
-    def own_size(cls, arch: str) -> tuple[int, int]:
-        """See `Encoder.own_size`."""
-        return default_size(arch)
-
-    @property
-    def blocks(self) -> Any:
-        """timm's blocks."""
-        return self.vit.blocks
-
-    @property
-    def title(self) -> str:
-        """timm's name of the architecture."""
-        return self.arch
 
     @property
     def has_class_token(self) -> bool:
@@ -214,16 +270,6 @@ class TimmEncoder(Encoder):
         own_patch = to_2tuple(entry(self.arch).arguments.get("patch_size", 16))
         return default_size(self.arch)[0] // own_patch[0]
 
-    def get_layer_depth(self, name: str) -> tuple[int, int]:
-        """See `Encoder.get_layer_depth`; the layers are those of timm's `group_matcher`."""
-        layers = layers_of(self.vit)
-        last = max(layers.values()) + 1
-        return layers.get(name.removeprefix("vit."), last), last + 1
-
-    def no_weight_decay(self) -> set[str]:
-        """timm's list."""
-        return {f"vit.{name}" for name in self.vit.no_weight_decay()} if hasattr(self.vit, "no_weight_decay") else set()
-
     def keep_for_maps(self) -> None:
         """See `Encoder.keep_for_maps`."""
         self.vit.norm = self.vit.fc_norm = nn.Identity()
@@ -257,16 +303,7 @@ class TimmEncoder(Encoder):
             state, needed = self._resized(source), [name for name in self.shapes if name in own]
         else:
             state, needed = self.filtered(source.state), list(self.shapes)
-        missing = [name for name in needed if name not in state]
-        extra = [name for name in state if name not in self.shapes]
-        unread = [name for name in extra if not is_apart(name)]
-        matched = [name for name in own if name in state]
-        wrong = [name for name in matched if state[name].shape != own[name].shape]
-        if missing or unread or wrong:
-            reasons = [f"it lacks {kinds(missing)}"] if missing else []
-            reasons += [f"it holds {kinds(unread)}, which that architecture does not read"] if unread else []
-            reasons += [f"{n} is {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:3]]
-            raise UserError(f"{source.name} is no {self.arch}: {'; '.join(reasons)} (another --arch?)")
+        matched, extra = self.compare(state, needed, source)
         # timm's filter for EVA drops what is computed for RoPE without a word.
         dropped = [name for name in source.state if "rope" in name and name not in state]
         report = LoadReport(source.path, source.layout, matched, unexpected=[*source.left, *extra, *dropped])
@@ -274,8 +311,7 @@ class TimmEncoder(Encoder):
             before = source.state.get(name)
             if before is not None and before.shape != state[name].shape:
                 report.resized.append(f"{name} {tuple(before.shape)} -> {tuple(state[name].shape)}")
-        if not self.vit.patch_embed.proj.weight.is_meta:
-            self.vit.load_state_dict({name: state[name] for name in matched}, strict=True)
+        self.fill(state, matched)
         return report
 
     def _resized(self, source: Source) -> dict[str, Tensor]:
@@ -330,11 +366,6 @@ def is_apart(name: str) -> bool:
 def size_of(images: Tensor) -> tuple[int, int]:
     """(height, width) of a batch of images."""
     return images.shape[-2], images.shape[-1]
-
-
-def layers_of(vit: Any) -> dict[str, int]:
-    """The layer of every parameter of timm's network, without its head: 0 is the embedding."""
-    return dict(group_with_matcher(vit.named_parameters(), vit.group_matcher(coarse=False), reverse=True))
 
 
 def default_size(arch: str) -> tuple[int, int]:

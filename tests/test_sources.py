@@ -22,6 +22,7 @@ from semaim.encoders.contract import build
 from semaim.encoders.images import Preparation, cfg_of, preparation_of_arch
 from semaim.encoders.own import OwnEncoder
 from semaim.encoders.sources import open_source
+from semaim.engine.config import load_config
 from semaim.engine.encoders import settle_images
 from semaim.errors import UserError
 
@@ -374,3 +375,17 @@ def test_weights_of_an_architecture_alone_tell_what_timms_weights_agree_in():
     open_ = preparation_of_arch("vit_base_patch16_224", Path("a.pth"))
     assert open_.statistics is None and "a.pth are not known" in open_.unknown and "--arch vit_base" in open_.unknown
     assert preparation_of_arch("vit_base_patch16_224.mae", Path("a.pth")).statistics is not None
+
+
+def test_a_crop_that_timms_weights_disagree_on_is_asked_for():
+    """CLIP's tags of one architecture have the same mean and different crops."""
+    cfg = load_config("semaim/configs/knn/plain_vit.py")
+    cfg.arch = "vit_base_patch16_clip_224"
+    with pytest.raises(UserError, match="crop of .* is not known.*--arch NAME.TAG"):
+        settle_images(cfg, None)
+    cfg.arch += ".openai"
+    assert settle_images(cfg, None).origin.endswith("openai") and cfg.dataset.crop_pct == 0.9
+    cfg = load_config("semaim/configs/knn/plain_vit.py", {"dataset.crop_pct": 0.875})
+    cfg.arch = "vit_base_patch16_clip_224"
+    settle_images(cfg, None)
+    assert cfg.dataset.crop_pct == 0.875

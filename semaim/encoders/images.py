@@ -21,7 +21,7 @@ class Preparation:
 
     Attributes:
         size: (height, width) in pixels.
-        crop_pct: share of the resized image that the crop covers, along a side.
+        crop_pct: share of the resized image that the crop covers, along a side; None if it is not known.
         crop_mode: "center": the short side is resized, then the centre is cropped; "squash": both sides are resized;
             "border": as center, with a border where the image is too small.
         interpolation: of resizing, "bicubic", "bilinear" or "lanczos".
@@ -30,7 +30,7 @@ class Preparation:
     """
 
     size: tuple[int, int]
-    crop_pct: float
+    crop_pct: float | None
     crop_mode: str
     interpolation: str
     statistics: Statistics | None
@@ -40,7 +40,8 @@ class Preparation:
         """In words, for the log."""
         height, width = self.size
         crop = {"center": "centre crop", "border": "centre crop with a border", "squash": "both sides resized"}
-        how = f"{crop.get(self.crop_mode, self.crop_mode)} of {self.crop_pct:g}, {self.interpolation}"
+        share = "a share that is not known" if self.crop_pct is None else f"{self.crop_pct:g}"
+        how = f"{crop.get(self.crop_mode, self.crop_mode)} of {share}, {self.interpolation}"
         return f"{height} x {width} pixels, {how}; {self.statistics or self.unknown}"
 
     @classmethod
@@ -100,7 +101,9 @@ def preparation_of(path: Path, arch: str, args: Mapping[str, Any]) -> Preparatio
 def preparation_of_arch(
     arch: str, path: Path, size: tuple[int, int] | None = None, alike: Sequence[str] = ()
 ) -> Preparation:
-    """timm's preparation for ARCH.TAG; for ARCH alone, mean and std only if all its weights have the same.
+    """timm's preparation for ARCH.TAG; for ARCH alone, what all its weights have in common.
+
+    An architecture without weights in timm has the usual crop, 0.875 and bicubic, and no mean and std.
 
     Args:
         arch: name, perhaps with a tag.
@@ -117,7 +120,8 @@ def preparation_of_arch(
     size = size or family_of(name).own_size(name)
     numbers = {(one.statistics.mean, one.statistics.std) for one in found if one.statistics}
     crops = {(one.crop_pct, one.crop_mode, one.interpolation) for one in found}
-    crop = crops.pop() if len(crops) == 1 else (0.875, "center", "bicubic")
+    usual = None if crops else 0.875
+    crop = crops.pop() if len(crops) == 1 else (usual, "center", "bicubic")
     if len(numbers) == 1:
         return Preparation(size, *crop, found[0].statistics)
     why = f"timm's weights for {name} have different ones" if numbers else f"timm has no weights for {name}"

@@ -64,6 +64,11 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, 
             if height != width:
                 raise UserError(f"{source.name} is for images of {height} x {width}: set model.network.img_size")
             holder.img_size = height
+        if preparation.crop_pct is None and cfg.dataset.get("crop_pct") is None:
+            raise UserError(
+                f"the crop of {source.name}'s images is not known, as timm's weights of that architecture differ: name"
+                " them, --arch NAME.TAG, or set --cfg-options dataset.crop_pct=..."
+            )
         named = {"crop_pct": preparation.crop_pct, "crop_mode": preparation.crop_mode}
         for key, value in {**named, "interpolation": preparation.interpolation}.items():
             if cfg.dataset.get(key) is None:

@@ -159,7 +159,7 @@ def compare_images(tag: str, theirs: TimmNetwork) -> tuple[float, str]:
     wanted, own = resolve_model_data_config(theirs), Preparation.of_cfg(cfg_of(tag), tag)
     if own.statistics is None:
         raise UserError(own.unknown)
-    values = {"crop_pct": own.crop_pct, "crop_mode": own.crop_mode, "interpolation": own.interpolation}
+    values: dict[str, Any] = {"crop_pct": own.crop_pct, "crop_mode": own.crop_mode, "interpolation": own.interpolation}
     values |= {"input_size": (3, *own.size), "mean": own.statistics.mean, "std": own.statistics.std}
     differ = [name for name in wanted.keys() | values.keys() if values.get(name) != wanted.get(name)]
     return float(len(differ)), ", ".join(differ)

@@ -15,10 +15,11 @@ import commands
 import pytest
 from schedules import rates
 
+from semaim.cli.sweep import parse_args
 from semaim.engine.config import load_config
 from semaim.errors import UserError
 from semaim.results.running import shortened
-from semaim.results.sweeping import DECAY, short
+from semaim.results.sweeping import DECAY, plan, short
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -344,3 +345,13 @@ def test_runs_of_other_origin_are_left_alone(tmp_path, here):
     (tmp_path / "work/lr0.1").mkdir(parents=True)
     (tmp_path / "work/lr0.1/results.json").write_text(json.dumps({"metrics": {"top1": 1.0}}))
     refused(here(LINEAR, "--lr", 0.1, "--work-dir", tmp_path / "work"), "a run that no sweep started", "--work-dir")
+
+
+def test_the_name_of_an_encoder_is_no_path(monkeypatch, tmp_path):
+    """Its runs are the same ones from any folder."""
+    config = str(ROOT / "semaim/configs/finetune/plain_vit_100e.py")
+    words = [config, "--lr", "1e-3", "--epochs", "1", "--pretrained", "timm:eva02_tiny_patch14_224"]
+    monkeypatch.chdir(tmp_path)
+    (record,) = plan(parse_args(words)).values()
+    assert record["settings"]["pretrained"] == "timm:eva02_tiny_patch14_224"
+    assert record["settings"]["config"] == config

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from semaim.engine.config import load_config
 from semaim.errors import Diverged, UserError, check_work_dir
+from semaim.places import is_name
 from semaim.registry import Metric, task_titled, tasks
 from semaim.results.running import as_words, follow, read, refuse_changes, shortened, tool
 from semaim.results.runs import metrics_in
@@ -44,8 +45,9 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
                 raise UserError(f"{flag} {value:g}: give numbers above 0" + ", at most 1" * (key == DECAY))
     options = given | shortened(cfg, args.iters, args.epochs)
     paths = {"config": args.config, "pretrained": args.pretrained, "data_root": args.data_root}
+    whole = {name: path if is_name(path) else path and str(Path(path).resolve()) for name, path in paths.items()}
     settings = {
-        **{name: path and str(Path(path).resolve()) for name, path in paths.items()},  # latest.pth is a moving link
+        **whole,  # latest.pth is a moving link
         "options": as_words(options),
     }
     runs = {}

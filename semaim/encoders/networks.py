@@ -1,7 +1,8 @@
 """The networks of the tasks on top of any `Encoder`: classifier, ViTDet's map, the maps of several blocks.
 
-Configs name them `PlainClassifier`, `PlainViTDet` and `PlainSegmentationViT`. Their `encoder` is a description, see
-`contract.build`; the run takes it from the source of the weights.
+Configs name them `Classifier` (which is a `PlainClassifier` where an `encoder` is given), `PlainViTDet` and
+`PlainSegmentationViT`. Their `encoder` is a description, see `contract.build`; the run takes it from the source of the
+weights.
 """
 
 import math

@@ -6,6 +6,7 @@ from mmengine.registry import MODELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from semaim.encoders.contract import Encoder
 from semaim.errors import UserError
 from semaim.models.vit import Block
 
@@ -33,10 +34,16 @@ class NormaliseImages(BaseDataPreprocessor):
         return {"images": self.normalise(data["image"]), "draw": data["draw"]}
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks inside a model: those of an encoder of any family, else our own."""
+    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+    found = [block for encoder in encoders for block in encoder.blocks]
+    return found or [module for module in model.modules() if isinstance(module, Block)]
+
+
 def compile_blocks(network: nn.Module) -> None:
     """Compile each transformer block of a network, in place; the first step then takes a while."""
-    encoder = getattr(network, "encoder", None)
-    blocks = list(encoder.blocks) if encoder is not None else [m for m in network.modules() if isinstance(m, Block)]
+    blocks = blocks_of(network)
     # Blocks share their code, of which torch keeps 8 variants; each drop path rate adds one for training, one for eval.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
     for block in blocks:

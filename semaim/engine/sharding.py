@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from semaim.checkpoints.divided import divided_like
-from semaim.models.vit import Block
+from semaim.engine.network import blocks_of
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -27,9 +27,8 @@ def shard(model: nn.Module) -> nn.Module:
     if not on_gpu:
         model = revert_sync_batchnorm(model)  # torch refuses SyncBN on a CPU
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (get_world_size(),))
-    for module in list(model.modules()):
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 

@@ -1,0 +1,60 @@
+"""`outcomes.npz`: how each validation image fared in a run, beside results.json; what a paired bootstrap needs."""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from semaim.errors import UserError
+
+FILE = "outcomes.npz"  #: in a run's work folder
+NAMES = "names"  #: its array of the images' names; all others are named after a metric
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Per validation image, what a metric is the mean of.
+
+    Args:
+        names: (M,), each image's path relative to the data's folder.
+        scores: key of the metric in results.json -> float32 (M,) or, for a ratio of sums, (M, C, 2).
+    """
+
+    names: np.ndarray
+    scores: Mapping[str, np.ndarray]
+
+
+def write_outcomes(folder: Path, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> None:
+    """Write them atomically; M names, and scores of shape (M,), whose mean times 100 is the metric in percent.
+
+    Scores of shape (M, C, 2) are numerators and denominators of C classes, such as intersections and unions: the metric
+    is the mean over the classes of the ratio of their sums.
+    """
+    arrays = {key: np.asarray(rows, dtype=np.float32) for key, rows in scores.items()}
+    for key, rows in arrays.items():
+        if key == NAMES or len(rows) != len(names):
+            raise ValueError(f"{len(rows)} outcomes of {key} for {len(names)} images")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".outcomes.partial"
+    with open(partial, "wb") as file:
+        np.savez_compressed(file, **{NAMES: np.array(list(names), dtype=np.str_)}, **arrays)
+    os.replace(partial, folder / FILE)
+
+
+def read_outcomes(folder: Path) -> Outcomes | None:
+    """A run's outcomes; None if it kept none, `UserError` if the file is broken."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        names = arrays.pop(NAMES)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is broken: {error}; remove it, or measure again") from None
+    if any(len(rows) != len(names) or rows.dtype != np.float32 or rows.ndim not in (1, 3) for rows in arrays.values()):
+        raise UserError(f"{path} is broken: its arrays do not fit its {len(names)} images")
+    return Outcomes(names, arrays)

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,14 +34,15 @@ def write_outcomes(folder: Path, names: Sequence[str], scores: Mapping[str, np.n
     Scores of shape (M, C, 2) are numerators and denominators of C classes, such as intersections and unions: the metric
     is the mean over the classes of the ratio of their sums.
     """
-    arrays = {key: np.asarray(rows, dtype=np.float32) for key, rows in scores.items()}
-    for key, rows in arrays.items():
+    arrays: dict[str, Any] = {NAMES: np.array(list(names), dtype=np.str_)}
+    for key, rows in scores.items():
         if key == NAMES or len(rows) != len(names):
             raise ValueError(f"{len(rows)} outcomes of {key} for {len(names)} images")
+        arrays[key] = np.asarray(rows, dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".outcomes.partial"
     with open(partial, "wb") as file:
-        np.savez_compressed(file, **{NAMES: np.array(list(names), dtype=np.str_)}, **arrays)
+        np.savez_compressed(file, **arrays)
     os.replace(partial, folder / FILE)
 
 

@@ -61,6 +61,7 @@ class Metric:
         higher_is_better: the direction.
         tabled: whether it is in the table, or only in the report.
         least: a smaller number means there was nothing to measure, as COCO's -1; None if every number is a figure.
+        share: whether it is a share of the validation images, whose sampling gives it an interval.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Metric:
     higher_is_better: bool = True
     tabled: bool = True
     least: float | None = None
+    share: bool = False
 
     def measured(self, number: float | None) -> bool:
         """Whether a recorded number is a real figure."""

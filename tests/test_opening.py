@@ -98,14 +98,17 @@ def test_what_is_sure_and_what_is_not(tmp_path):
     assert list(rows) == ["k-NN, k = 20", "fine-tuning, top-1", "box AP", "box AP50", "mask AP"]
     # 241/302 - 121/302 = 0.397351; half width 1.96 sqrt((241 x 61 + 121 x 181) / 302^3) = 0.071459
     figures, judged = rows["k-NN, k = 20"]
-    assert figures == ["80.0", "40.0"] and (judged.words, judged.side) == ("+40.0 (95 %: +32.6 to +46.9)", 1)
+    assert figures == ["80.0", "40.0"] and (judged.words, judged.side) == (
+        "+40.0 (95 %: +32.6 to +46.9 over 300 images, unpaired)",
+        1,
+    )
     # 211/302 - 205/302 = 0.019868; half width 1.96 sqrt((211 x 91 + 205 x 97) / 302^3) = 0.073764
     figures, judged = rows["fine-tuning, top-1"]
-    assert (judged.words, judged.side) == ("+2.0 (95 %: -5.4 to +9.4): cannot tell", 0)
-    assert rows["box AP50"][0] == ["45.6", "40.0"] and rows["box AP50"][1].words == "+5.6 (one run: no interval)"
+    assert (judged.words, judged.side) == ("+2.0 (95 %: -5.4 to +9.4 over 300 images, unpaired): cannot tell", 0)
+    assert rows["box AP50"][0] == ["45.6", "40.0"] and rows["box AP50"][1].words == "+5.6 (no interval)"
     wrong = {name: {**KNN, **origin, "metrics": {"knn20_top1": 400.0}} for name, origin in
              (("x/s", PRETRAINED), ("x/r", SCRATCH))}  # fmt: skip
-    assert opened(tmp_path / "wrong", wrong)[0].lines[0].differences[0].words == "+0.0 (no shares: no interval)"
+    assert opened(tmp_path / "wrong", wrong)[0].lines[0].differences[0].words == "+0.0 (no interval)"
     (told,) = opening.verdicts
     assert told.endswith("above random weights in k-NN; cannot tell in fine-tuning.")
 
@@ -146,8 +149,10 @@ def test_several_seeds_are_a_mean_with_the_images_of_one(tmp_path):
     first, second = opening.lines
     # 79 and 81 %: standard deviation sqrt(2); the interval is that of 240 of 300 against 120 of 300, as above.
     assert first.figures == ["80.0 ± 1.4 (2 seeds)", "40.0 ± 0.0 (2 seeds)"]
-    assert first.differences[0].words == "+40.0 (95 %: +32.6 to +46.9)"
-    assert second.differences[0].words == "+10.5 (mean over seeds: no interval)"
+    # Over two seeds the differences are 39 and 41: 40 ± 12.706 x sqrt(2) / sqrt(2).
+    seeds = "+27.3 to +52.7 over 2 seeds"
+    assert first.differences[0].words == f"+40.0 (95 %: {seeds}; +32.6 to +46.9 over 300 images, unpaired)"
+    assert second.differences[0].words == "+10.5 (95 %: +4.1 to +16.9 over 2 seeds)"
     # The same seed again is no further run.
     again = {"again/knn": knn(120, **SCRATCH)}
     opening, _ = opened(tmp_path, files | again)

@@ -27,6 +27,7 @@ class Published:
         source: where it was read.
         notes: printed wherever the figure is.
         scales: image scales that predictions are averaged over, each also flipped; `SINGLE` for one, unflipped.
+        over: the method that a gain is over; None for a figure that is no gain. `metric` says it, too.
     """
 
     method: str
@@ -42,17 +43,35 @@ class Published:
     value_to: float | None = None
     notes: tuple[str, ...] = ()
     scales: tuple[float, ...] | None = SINGLE
+    over: str | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a published figure was trained, and the backbones of our configs that follow it, by file name."""
+    """How a published figure was trained.
+
+    Args:
+        configs: those of ours that follow it, by file name -> backbone; None for any.
+        epochs, iterations: length of the training.
+        states: recipes of published figures that agree with this one in all that their sources state.
+    """
 
     name: str
     task: str
-    configs: dict[str, str]
+    configs: dict[str, str | None]
     epochs: int | None = None
     iterations: int | None = None
+    states: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What weights are: of one of our configs, or released by others, with the source that says so."""
+
+    method: str
+    backbone: str
+    pretrain_epochs: int
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,8 @@ class Catalogue:
     figures: list[Published] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)  # by config file
     datasets: dict[str, Dataset] = field(default_factory=dict)  # by task
+    pretrainings: dict[str, Pretraining] = field(default_factory=dict)  # by config file
+    released: dict[str, Pretraining] = field(default_factory=dict)  # by timm's name
 
 
 def load_published() -> Catalogue:
@@ -85,12 +106,19 @@ def load_published() -> Catalogue:
             notes = tuple(raw["notes"][name] for name in entry.get("notes", ()))
             entry |= {"source": raw["sources"][entry["source"]], "notes": notes}
             entry["scales"] = tuple(entry.get("scales", SINGLE))
-            entry["metric"] = measured(entry["metric"], entry["scales"])
+            gain = f", gain over {entry['over']}" if entry.get("over") else ""
+            entry["metric"] = measured(entry["metric"], entry["scales"]) + gain
             figures.append(Published(**entry))
-    recipes = [Recipe(**recipe) for recipe in raw["recipes"]]
+    recipes = [Recipe(**{**recipe, "states": tuple(recipe.get("states", ()))}) for recipe in raw["recipes"]]
+    released = {
+        name: Pretraining(**{**known, "source": raw["sources"][known["source"]]})
+        for name, known in raw["released"].items()
+    }
     sizes = {name: Dataset(name, tuple(n["train_images"]), n["val_images"]) for name, n in raw["datasets"].items()}
     return Catalogue(
         figures,
         {config: recipe for recipe in recipes for config in recipe.configs},
         {group["task"]: sizes[group["data"]] for group in raw["groups"]},
+        {config: Pretraining(**known) for config, known in raw["pretrainings"].items()},
+        released,
     )

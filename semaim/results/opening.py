@@ -4,35 +4,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from semaim.registry import task_titled, tasks
 from semaim.results import Catalogue
-from semaim.results.difference import Difference, difference
-from semaim.results.runs import HARMLESS, Run, read_runs
-from semaim.results.table import Cell, data_of, make_cells
+from semaim.results.cells import AGAIN, Cell, make_cells
+from semaim.results.difference import difference
+from semaim.results.gains import RANDOM, Encoder, Gain, Place, encoder_of, measure, names_of, place_of
+from semaim.results.runs import Run, read_runs
 
-RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
 #: Pictures of a pretraining; the first existing one is shown.
 LOOKS = {
     "orders.png": "validation images, in which order it predicts their patches (bright first), and what it predicts",
     "reconstruction.png": "validation images, and what it predicts of them",
 }
-
-
-class Place(NamedTuple):
-    """What two encoders must have in common to be compared: task, config and data, as far as recorded."""
-
-    task: str
-    metric: str
-    data: str
-    backbone: str | None
-    config: str
-    val_images: int | None
-    train_images: int | None
-    folder: str | None  #: of the data
-    stage: str | None
-    kept: tuple  #: length, scales, changed options, and what was left out when weights were loaded
 
 
 @dataclass(frozen=True)
@@ -74,11 +58,11 @@ class Opening:
 def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
     """The opening for these results.json; None if no measure has both a pretrained encoder and random weights."""
     runs = [run for file in files for run in headline_runs(file, catalogue)]
-    places: dict[Place, dict[tuple, list[Cell]]] = {}
+    places: dict[Place, dict[Encoder, list[Cell]]] = {}
     for cell in make_cells(runs, catalogue):
         place = place_of(cell.runs[0], catalogue)
         places.setdefault(place, {}).setdefault(encoder_of(cell.runs[0]), []).append(cell)
-    random = (RANDOM, None, "")
+    random = Encoder(RANDOM)
     places = {place: cells for place, cells in places.items() if random in cells and len(cells) > 1}
     if not places:
         return None
@@ -89,7 +73,7 @@ def make_opening(files: Iterable[Path], catalogue: Catalogue) -> Opening | None:
     for place in order:
         cells = places[place]
         figures = ["; ".join(map(seeds_words, cells.get(it, []))) for it in (*encoders, random)]
-        judged = [judge(cells.get(it, []), cells[random]) for it in encoders]
+        judged = [judge(cells.get(it, []), cells[random], place, catalogue) for it in encoders]
         lines.append(Line(*words_of(place, order), str(place.val_images or "not recorded"), figures, judged))
     cells_of = {it: [cell for place in order for cell in places[place].get(it, [])] for it in encoders}
     return Opening(
@@ -131,33 +115,6 @@ def measure_of(title: str, label: str) -> tuple[int, str] | None:
     return (place + 1, "classification") if (title, wanted) == ("classification", "top-1") else None
 
 
-def place_of(run: Run, catalogue: Catalogue) -> Place:
-    """The `Place` at which a run is compared."""
-    options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
-    kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.record.partly_loaded)
-    val, train, folder, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "data", "stage"))
-    data = data_of(run, catalogue)
-    return Place(run.task, run.metric, data, run.backbone, run.config, val, train, folder, stage, kept)
-
-
-def encoder_of(run: Run) -> tuple:
-    """Method, epochs of pretraining and its changes except to the schedule; for random weights only the method."""
-    changes = ", ".join(part for part in run.changes.split(", ") if part.startswith("pretraining's "))
-    return (run.method, None, "") if run.method == RANDOM else (run.method, run.record.pretrain_epochs, changes)
-
-
-def names_of(encoders: list[tuple]) -> list[str]:
-    """Method names, with as many details as needed to distinguish them."""
-    for count in (1, 2, 3):
-        names = [
-            ", ".join(str(part) + " epochs" * (place == 1) for place, part in enumerate(it[:count]) if part)
-            for it in encoders
-        ]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
 def named_measure(place: Place) -> tuple[int, str]:
     """`measure_of` for a place, which always has one."""
     return measure_of(place.task, place.metric) or (0, place.metric)
@@ -169,7 +126,7 @@ def words_of(place: Place, all_places: Iterable[Place]) -> tuple[str, str]:
     more = place.metric.partition(", ")[2] or ("top-1" if place.metric == "top-1" else "")
     where = ""
     if sum(other[:2] == place[:2] for other in all_places) > 1:
-        where = f" ({', '.join(part for part in (place.data, place.backbone, place.config) if part)})"
+        where = f" ({', '.join(part for part in (place.data, place.backbone, place.recipe) if part)})"
     return f"{name}{where}", f"{name}{f', {more}' if more else ''}{where}"
 
 
@@ -182,35 +139,26 @@ def seeds_words(cell: Cell) -> str:
 # Significance
 
 
-def judge(ours: list[Cell], random: list[Cell]) -> Judged:
+def judge(ours: list[Cell], random: list[Cell], place: Place, catalogue: Catalogue) -> Judged:
     """Pretrained minus random weights, in words; empty if one is missing."""
     if not ours:
         return Judged()
-    if len(ours) > 1 or len(random) > 1:
+    if any(AGAIN in cell.remarks for cell in (*ours, *random)) or len(ours) > 1 or len(random) > 1:
         return Judged("not averaged: one seed more than once")
-    (mine,), (theirs,) = ours, random
-    points = f"{mine.mean - theirs.mean:+.1f}"
-    images = mine.runs[0].record.val_images  # the same for both
-    if not mine.runs[0].metric.startswith("top-1"):
-        several = max(len(mine.runs), len(theirs.runs)) > 1
-        return Judged(f"{points} ({'mean over seeds' if several else 'one run'}: no interval)")
-    if not images:
-        return Judged(f"{points} (validation images not recorded: no interval)")
-    try:
-        found = difference(mine.mean, int(images), theirs.mean, int(images))
-    except ValueError:  # results.json from elsewhere may contain anything
-        return Judged(f"{points} (no shares: no interval)")
-    return Judged(interval_words(found), found.side)
+    found = measure(ours[0], random[0], place, catalogue)
+    return Judged(gain_words(found), found.side)
 
 
-def interval_words(found: Difference) -> str:
-    """A difference, its interval, and whether it excludes 0."""
-    unsure = "" if found.side else ": cannot tell"
-    return f"{found.points:+.1f} (95 %: {found.low:+.1f} to {found.high:+.1f}){unsure}"
+def gain_words(gain: Gain) -> str:
+    """A gain, its intervals, and whether they exclude 0."""
+    if not gain.intervals:
+        return f"{gain.points:+.1f} (no interval)"
+    intervals = [f"{it.low:+.1f} to {it.high:+.1f} over {it.over}" for it in gain.intervals]
+    return f"{gain.points:+.1f} (95 %: {'; '.join(intervals)})" + ("" if gain.side else ": cannot tell")
 
 
 def verdict(name: str, place: int, lines: list[Line]) -> str:
-    """A sentence about the accuracies of an encoder."""
+    """A sentence about an encoder, by the intervals that there are."""
     sides: dict[int, list[str]] = {}
     for line in lines:
         side = line.differences[place].side
@@ -218,7 +166,7 @@ def verdict(name: str, place: int, lines: list[Line]) -> str:
             sides.setdefault(side, []).append(line.name)
     words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
     parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
-    return f"{name}, by the 95 % intervals of the accuracies: {'; '.join(parts)}." if parts else ""
+    return f"{name}, by the 95 % intervals: {'; '.join(parts)}." if parts else ""
 
 
 def listed(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from semaim.errors import UserError
@@ -18,14 +18,18 @@ HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hoo
 #: Options that change with a run's length, which is reported itself.
 SCHEDULE = re.compile(r"(train_cfg|param_scheduler)\..*")
 
+#: A public name of weights: timm's, which are those of timm's repositories on the hub.
+PUBLIC = re.compile(r"(?:timm:|hf[-_]hub:timm/)(.+)")
+
 SIZES = {"tiny": "ViT-T", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L", "huge": "ViT-H"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One metric, in percent, of one results.json, its `record`; `recipe` is the one its config follows.
+    """One metric, in its table's unit, of one results.json, its `record`; `recipe` is the one its config follows.
 
-    The name in `metric` says if predictions were averaged over scales.
+    `key` and `kind` are the metric's in results.json. The name in `metric` says if predictions were averaged over
+    scales.
     """
 
     method: str
@@ -36,6 +40,8 @@ class Run:
     recipe: Recipe | None
     folder: str
     record: Record
+    key: str
+    kind: Metric
 
     @property
     def config(self) -> str:
@@ -91,7 +97,7 @@ def find_results(folders: Iterable[str | Path]) -> list[Path]:
 
 def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     """The runs in one file: one for each metric in the table."""
-    record = read_record(path)
+    record = completed(read_record(path), catalogue)
     recipe = catalogue.recipes.get(Path(record.config or "").name)
     runs = []
     for name, (title, metric) in reported(record.metrics, record.task, record.reported).items():
@@ -103,8 +109,25 @@ def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
         label = measured(metric.label, scales_of(record))
         label += f", {record.features}" if (record.features or CLS) != CLS else ""
         backbone, folder = backbone_of(record, recipe), str(path.parent)
-        runs.append(Run(method_of(record), backbone, title, label, value, follows, folder, record))
+        runs.append(Run(method_of(record), backbone, title, label, value, follows, folder, record, name, metric))
     return runs
+
+
+def completed(record: Record, catalogue: Catalogue) -> Record:
+    """A record whose weights are known by their public name, with what is known of their pretraining."""
+    name = PUBLIC.fullmatch(record.checkpoint or "")
+    known = catalogue.released.get(name[1]) if name else None
+    if not name or known is None:
+        return record
+    (images,) = catalogue.datasets["fine-tuning"].train_images
+    return replace(
+        record,
+        method=known.method,
+        backbone=known.backbone,
+        pretrain_config=name[1],
+        pretrain_epochs=known.pretrain_epochs,
+        pretrain_images=images,
+    )
 
 
 def reported(
@@ -165,7 +188,7 @@ def words_of(*names: str) -> set[str]:
 def method_of(record: Record) -> str:
     """The recorded method, or the one that the names of the checkpoint and its folder suggest; else those names."""
     named_source = is_name(record.checkpoint)
-    if record.method and not named_source:
+    if record.method and (not named_source or record.pretrain_epochs is not None):
         return record.method
     if not record.checkpoint:
         return "random weights"

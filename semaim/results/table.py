@@ -1,20 +1,21 @@
 """The results table: our runs next to published figures.
 
 Runs that differ only in their seed form one cell: mean and sample standard deviation. A cell is in the row of a
-published figure, with the difference, only if method, backbone, pretraining, data, recipe and length are recorded and
-the same. Every other cell has its own row, which says why it is not compared.
+published figure, with the difference, if nothing that is known of the two differs; the row says what the published
+source does not state. Every other cell has its own row, which says why it is not compared. Gains between our own runs
+are in `semaim.results.gains`.
 """
 
-import math
-import statistics
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from semaim.errors import UserError
 from semaim.results import Catalogue, Published
-from semaim.results.runs import Run, find_results, read_runs, remarks_of
+from semaim.results.cells import Cell, figure_words, make_cells
+from semaim.results.comparing import Comparison, compare, reason, unusable, way_words
+from semaim.results.gains import Gain, Interval, encoder_of, gains_of, names_of
+from semaim.results.runs import Run, find_results, read_runs
 
 HEADER = (
     *("Method", "Backbone", "Pretraining epochs", "Task", "Metric", "Recipe", "Published", "Ours", "Difference"),
@@ -22,59 +23,30 @@ HEADER = (
 )
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
 SPREAD = "Ours: mean ± sample standard deviation over n runs that differ only in their seed; percent."
+GAINS = (
+    *("Method", "Baseline", "Backbone", "Task", "Metric", "Recipe", "Seeds", "Gain", "95 % over seeds"),
+    *("95 % over images", "Verdict", "Published gain", "Remark"),
+)
+JUDGED = (
+    "Gain: mean difference of runs with the same seed, in points. Over seeds: paired t. Over images: bootstrap over the"
+    " validation images, paired unless it says otherwise. Better or worse: every interval excludes 0. Each interval"
+    " holds by itself: of twenty, one is expected to miss."
+)
 PRETRAINING = "pretraining's "  #: prefix of a changed option in `Run.changes`
-NOTHING = "nothing published to compare with"
-
-#: The origin of a figure: label in the table -> key of results.json.
-ORIGIN = {
-    "commit": "commit",
-    "config": "config",
-    "checkpoint": "checkpoint",
-    "data folder": "data",
-    "training images": "train_images",
-    "validation images": "val_images",
-    "seed": "seed",
-    "hardware": "device",
-    "date": "date",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Runs that differ only in their seed, the data they were measured on, and reasons not to compare them."""
-
-    runs: tuple[Run, ...]
-    data: str
-    remarks: tuple[str, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean of the runs."""
-        return statistics.fmean(run.value for run in self.runs)
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation; None for a single run."""
-        if len(self.runs) == 1:
-            return None
-        values = [run.value for run in self.runs]
-        return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-    @property
-    def origin(self) -> dict[str, str]:
-        """Labels of `ORIGIN`, and "folder" -> the values of the runs."""
-        found = {name: joined(getattr(run.record, key) for run in self.runs) for name, key in ORIGIN.items()}
-        if all("checkpoint" in run.record.given and not run.record.checkpoint for run in self.runs):
-            found["checkpoint"] = "none"
-        return found | {"folder": joined(run.folder for run in self.runs)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published figure, a cell of ours, or both if they may be compared."""
+    """A published figure, a cell of ours, or both if they may be compared; remarks on the figure, or on both."""
 
     published: Published | None
     cell: Cell | None
+    more: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Everything that a reader has to know about the row, besides the published figure's notes."""
+        return (*(self.cell.remarks if self.cell else ()), *self.more)
 
     @property
     def difference(self) -> float | None:
@@ -114,19 +86,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and their warnings."""
+    """Rows, their warnings, and the gains of our runs over a baseline among them."""
 
     rows: list[Row]
     notes: list[str]
+    gains: list[Gain] = field(default_factory=list)
 
 
-def joined(values: Iterable) -> str:
-    """Distinct values as text."""
-    return ", ".join(dict.fromkeys("unknown" if value is None else str(value) for value in values))
+def make_table(
+    folders: Iterable[str | Path], catalogue: Catalogue, published: bool = True, against: str | None = None
+) -> Table:
+    """Everything measured in the folders, and the published figures of the same tasks.
 
-
-def make_table(folders: Iterable[str | Path], catalogue: Catalogue, published: bool = True) -> Table:
-    """Everything measured in the folders, and the published figures of the same tasks."""
+    Args:
+        folders: searched for results.json, recursively.
+        catalogue: what is published.
+        published: whether its figures are rows, too.
+        against: the method that gains are over; None for the usual one, see `semaim.results.gains.baseline_in`.
+    """
     runs = [run for path in find_results(folders) for run in read_runs(path, catalogue)]
     if not runs:
         raise UserError("the results found hold no figure that the table has, such as top1, mIoU or coco/bbox_mAP")
@@ -134,65 +111,41 @@ def make_table(folders: Iterable[str | Path], catalogue: Catalogue, published: b
     figures = [f for f in catalogue.figures if published and any(f.task == run.task for run in runs)]
     rows = []
     for figure in figures:
-        rows += [Row(figure, cell) for cell in cells if comparable(cell, figure)] or [Row(figure, None)]
+        found = [(cell, comparison) for cell in cells if (comparison := beside(cell, figure)) and comparison.allowed]
+        rows += [Row(figure, cell, not_stated(comparison)) for cell, comparison in found]
+        rows += [] if found else [Row(figure, None, (way_words(figure, catalogue),))]
     alone = [cell for cell in cells if not any(cell is row.cell for row in rows)]
-    if published:
-        alone = [replace(cell, remarks=cell.remarks or (NOTHING,)) for cell in alone]
-    rows += [Row(None, cell) for cell in alone]
+    whys = [(reason(cell.runs[0], figures),) if published and not cell.remarks else () for cell in alone]
+    rows += [Row(None, cell, why) for cell, why in zip(alone, whys, strict=True)]
     measures = [(figure.task, figure.metric) for figure in figures] + [(run.task, run.metric) for run in runs]
     sections = list(dict.fromkeys(measures))
     tasks = list(dict.fromkeys(task for task, _ in sections))
     rows.sort(key=lambda row: (tasks.index(row.section[0]), sections.index(row.section)))
-    return Table(rows, list(dict.fromkeys(note for figure in figures for note in figure.notes)))
+    notes = dict.fromkeys(note for figure in figures for note in figure.notes)
+    cells.sort(key=lambda cell: sections.index((cell.runs[0].task, cell.runs[0].metric)))
+    return Table(rows, list(notes), gains_of(cells, against, catalogue))
 
 
-def make_cells(runs: Iterable[Run], catalogue: Catalogue) -> list[Cell]:
-    """Group runs that differ only in their seed."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        data, remarks = data_of(run, catalogue), remarks_of(run, catalogue)
-        groups.setdefault((data, remarks, *setting_of(run)), []).append(run)
-    cells = []
-    for (data, remarks, *_), group in groups.items():
-        seeds = Counter((run.record.seed, run.record.checkpoint) for run in group)
-        if max(seeds.values()) == 1:
-            cells.append(Cell(tuple(group), data, remarks))
-        else:  # something unrecorded differs, or it is the same run twice
-            cells += [Cell((run,), data, (*remarks, "one seed more than once: not averaged")) for run in group]
-    return cells
-
-
-def data_of(run: Run, catalogue: Catalogue) -> str:
-    """The data set's name if it is complete, else its folder's name."""
-    whole = catalogue.datasets.get(run.task, catalogue.datasets["fine-tuning"])
-    complete = run.record.train_images in whole.train_images and run.record.val_images == whole.val_images
-    return whole.name if complete else Path(run.record.data or "data not recorded").name
-
-
-def setting_of(run: Run) -> tuple:
-    """Everything else recorded that a run's figure depends on, except the seed; changes are in its remarks."""
-    names = ("stage", "train_images", "val_images", "pretrain_images")
-    recorded = [getattr(run.record, name) for name in names] + [run.scales]
-    weights = run.record.pretrain_epochs if run.identified else run.record.checkpoint
-    return (run.method, run.backbone, run.task, run.metric, run.config, run.length, *recorded, weights)
-
-
-def comparable(cell: Cell, figure: Published) -> bool:
-    """Whether the two were measured in the same way; unknown values count as different."""
+def beside(cell: Cell, figure: Published) -> Comparison | None:
+    """How a cell compares with a figure; None if that says nothing: other measures, no value, remarks on the cell."""
     run = cell.runs[0]
-    ours = (run.method, run.backbone, run.record.pretrain_epochs, run.task, run.metric, run.scales)
-    theirs = (figure.method, figure.backbone, figure.pretrain_epochs, figure.task, figure.metric, figure.scales)
-    known = figure.status in ("read", "derived") and figure.value_to is None and None not in theirs
-    return known and ours == theirs and not cell.remarks and run.recipe is not None and run.recipe.name == figure.recipe
+    alike = (run.task, run.metric) == (figure.task, figure.metric) and not cell.remarks and not unusable(figure)
+    return compare(run, figure) if alike else None
+
+
+def not_stated(comparison: Comparison) -> tuple[str, ...]:
+    """The remark on what a published source does not state."""
+    return (f"the source does not state: {', '.join(comparison.unstated)}",) if comparison.unstated else ()
 
 
 @dataclass(frozen=True)
 class Printed:
-    """A table as text: rows by `HEADER`, and numbered lists of origins and notes below."""
+    """A table as text: rows by `HEADER`, numbered lists of origins and notes, and gains: their header, then rows."""
 
     rows: list[list[str]]
     origins: dict[str, str]
     notes: list[str]
+    gains: list[list[str]]
 
 
 def print_form(table: Table) -> Printed:
@@ -201,7 +154,7 @@ def print_form(table: Table) -> Printed:
     rows = []
     for row in table.rows:
         labels, figure, cell = row.labels(), row.published, row.cell
-        marks, remarks = [], list(cell.remarks) if cell else []
+        marks, remarks = [], list(row.remarks)
         if cell:
             text = "; ".join(f"{name} {value}" for name, value in cell.origin.items())
             marks.append(origins.setdefault(text, f"R{1 + sum(mark[0] == 'R' for mark in origins.values())}"))
@@ -214,7 +167,56 @@ def print_form(table: Table) -> Printed:
         rows.append([*labels.values(), *words])
     notes = [f"Note {number}: {note}" for number, note in enumerate(table.notes, 1)]
     marked = sorted(origins.items(), key=lambda item: (item[1][0], int(item[1][1:])))
-    return Printed(rows, {mark: text for text, mark in marked}, [SPREAD, *notes])
+    gains = [list(GAINS), *gain_rows(table)] if table.gains else []
+    return Printed(rows, {mark: text for text, mark in marked}, [SPREAD, *([JUDGED] if gains else []), *notes], gains)
+
+
+def gain_rows(table: Table) -> list[list[str]]:
+    """The gains as text, by the columns of `GAINS`."""
+    named = encoder_names(table)
+    rows = []
+    for gain in table.gains:
+        place, ours, baseline = gain.place, encoder_of(gain.ours.runs[0]), encoder_of(gain.baseline.runs[0])
+        published = f"{gain.published.value:+g}" if gain.published and gain.published.value is not None else ""
+        where = [named[ours], named[baseline], place.backbone or "not recorded", f"{place.task}, {place.data}"]
+        intervals = [interval_words(gain.over_seeds), interval_words(gain.over_images)]
+        rows.append(
+            [*where, place.metric, place.recipe, str(gain.seeds), f"{gain.points:+.2f}", *intervals, gain.verdict]
+            + [published, "; ".join(gain.remarks)]
+        )
+    return rows
+
+
+def encoder_names(table: Table) -> dict:
+    """Encoders of the gains -> names that distinguish them."""
+    cells = [cell for gain in table.gains for cell in (gain.ours, gain.baseline)]
+    encoders = list(dict.fromkeys(encoder_of(cell.runs[0]) for cell in cells))
+    return dict(zip(encoders, names_of(encoders), strict=True))
+
+
+def interval_words(interval: Interval | None) -> str:
+    """Ends of an interval, and what it is over."""
+    return f"{interval.low:+.2f} to {interval.high:+.2f} ({interval.over})" if interval else ""
+
+
+def gains_at_a_glance(table: Table) -> list[list[str]]:
+    """The gains again: one line per encoder, one column per metric, with the verdict; empty if there are none."""
+    named = encoder_names(table)
+    lines: dict[str, dict[str, list[str]]] = {}
+    columns: dict[str, None] = {}
+    for gain in table.gains:
+        place, baseline = gain.place, named[encoder_of(gain.baseline.runs[0])]
+        column = f"{place.task}, {place.data}: {place.metric}"
+        name = f"{named[encoder_of(gain.ours.runs[0])]} over {baseline}"
+        columns[column] = None
+        ends = [(interval.low, interval.high) for interval in gain.intervals]
+        wide = f" [{min(e[0] for e in ends):+.2f}, {max(e[1] for e in ends):+.2f}]" if ends else ""
+        lines.setdefault(name, {}).setdefault(column, []).append(f"{gain.points:+.2f}{wide}: {gain.verdict}")
+    if not lines:
+        return []
+    return [["Gain", *columns]] + [
+        [name, *("; ".join(figures.get(column, [])) for column in columns)] for name, figures in lines.items()
+    ]
 
 
 def at_a_glance(table: Table) -> list[list[str]]:
@@ -241,11 +243,6 @@ def at_a_glance(table: Table) -> list[list[str]]:
         [encoder[place] for place in several] + ["; ".join(figures.get(column, [])) for column in columns]
         for encoder, figures in lines.items()
     ]
-
-
-def figure_words(cell: Cell) -> str:
-    """Mean and spread as text."""
-    return f"{cell.mean:.2f}" + ("" if cell.spread is None else f" ± {cell.spread:.2f}")
 
 
 def published_words(figure: Published | None) -> str:

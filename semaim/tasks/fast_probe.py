@@ -52,7 +52,10 @@ class FastProbeTask(FeatureTask):
     title = "fast linear probe"
     stage = "linear"
     place = 2
-    metrics = {"probe_top1": Metric("top-1", "fast probe"), "probe_top5": Metric("top-5", tabled=False)}
+    metrics = {
+        "probe_top1": Metric("top-1", "fast probe", share=True),
+        "probe_top5": Metric("top-5", tabled=False, share=True),
+    }
     configs = {
         "quick": "semaim/configs/linear/vit_tiny_scenes_easy_fast.py",
         "study": "semaim/configs/linear/vit_tiny_cifar10_fast.py",

@@ -9,8 +9,8 @@ from semaim.registry import TASKS, Metric
 def accuracies(short: str) -> dict[str, Metric]:
     """The metrics of a classifier; `short` names the task in the report's first lines."""
     return {
-        "top1": Metric("top-1", short),
-        "top5": Metric("top-5"),
+        "top1": Metric("top-1", short, share=True),
+        "top5": Metric("top-5", share=True),
         "loss": Metric("loss", unit="nats", higher_is_better=False, tabled=False),
     }
 

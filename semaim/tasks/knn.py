@@ -54,7 +54,7 @@ class KNN(FeatureTask):
     name = "knn"
     title = "k-NN"
     place = 1
-    metrics = {USUAL: Metric("top-1, k = 20", "k-NN")}
+    metrics = {USUAL: Metric("top-1, k = 20", "k-NN", share=True)}
     configs = {
         "quick": "semaim/configs/knn/vit_tiny_scenes_easy.py",
         "study": "semaim/configs/knn/vit_tiny_cifar10.py",
@@ -65,7 +65,7 @@ class KNN(FeatureTask):
         """The usual k, or if it is missing all, by rising k."""
         found = {name: int(match[1]) for name in names if (match := KEY.fullmatch(name)) and match[2] == "1"}
         kept = [USUAL] if USUAL in found else sorted(found, key=lambda name: found[name])
-        return {name: Metric(f"top-1, k = {found[name]}", "k-NN") for name in kept}
+        return {name: Metric(f"top-1, k = {found[name]}", "k-NN", share=True) for name in kept}
 
     def matches(self, cfg: Mapping) -> bool:
         """See `Task.matches`."""

@@ -1,0 +1,334 @@
+"""Gains of one method over another: pairs, intervals and their coverage, verdicts, and how they are printed."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+from commands import one_line, tool
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_results import CATALOGUE, DETECTOR, NEIGHBOURS, WHOLE, write
+from test_table_formats import html_table
+
+from semaim.errors import UserError
+from semaim.outcomes import read_outcomes, write_outcomes
+from semaim.results.formats import FORMATS, glance
+from semaim.results.gains import baseline_in
+from semaim.results.intervals import bootstrap, figure_of, seeds_interval
+from semaim.results.table import GAINS, gain_rows, make_table
+
+MAE = {"method": "MAE", "pretrain_epochs": 1600, "pretrain_config": "mae_vit_base_1600e.py"}
+
+
+def gains(folder, against=None):
+    """All gains in a folder."""
+    return make_table([folder], CATALOGUE, against=against).gains
+
+
+def pair(folder, ours, theirs, content=WHOLE, key="top1", **changes):
+    """Runs of two methods with seeds 0, 1, ...; the baseline is MAE."""
+    for name, values, method in (("ours", ours, {}), ("mae", theirs, MAE)):
+        for seed, value in enumerate(values):
+            checkpoint = f"{name}/seed{seed}/latest.pth"
+            settled = {"metrics": {key: value}, "seed": seed, "checkpoint": checkpoint, **changes, **method}
+            write(folder / name / str(seed), content, **settled)
+
+
+# Intervals
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.floats(-3, 3))
+def test_the_interval_over_seeds_is_that_of_the_paired_t_test(noise, shift):
+    ours = np.array(noise) + 50
+    theirs = 50 + np.arange(len(noise)) * 0.37 - shift
+    differences = (ours - theirs).tolist()
+    if np.std(differences) < 1e-6:
+        return
+    known = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found, why = seeds_interval(differences)
+    assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=1e-6, abs=1e-6) and not why
+    assert found.side == (0 if known.low <= 0 <= known.high else 1 if known.low > 0 else -1)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [([], ""), ([0.5], "one seed"), ([0.5, 0.5, 0.5], "all seeds give the same"), ([0.1, float("nan")], "not finite")],
+)
+def test_no_interval_over_seeds_says_why(values, why):
+    found, words = seeds_interval(values)
+    assert found is None and words.startswith(why) and bool(words) == bool(why)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_coverage_over_seeds(seeds):
+    """Of 10,000 tables 95 % of the intervals hold the true gain; seeds shift both methods alike, as data order does."""
+    random = np.random.default_rng(seeds)
+    shared = random.normal(0, 2, (10_000, seeds))
+    ours, theirs = (shared + random.normal(mean, 0.5, (10_000, seeds)) for mean in (84.1, 83.6))
+    found = [seeds_interval(row.tolist())[0] for row in ours - theirs]
+    assert 0.93 < np.mean([it.low <= 0.5 <= it.high for it in found]) < 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [200, 2000])
+def test_coverage_over_images(images):
+    """Outcomes of two encoders that are right on the same images more often than by chance; 1,000 tables."""
+    random = np.random.default_rng(images)
+    held = 0
+    for _ in range(1000):
+        easy = random.random(images)
+        ours = (easy + 0.3 * random.normal(size=images) > 0.45).astype(np.float32)
+        theirs = (easy + 0.3 * random.normal(size=images) > 0.50).astype(np.float32)
+        low, high = bootstrap(ours[None], theirs[None])
+        held += low <= TRUE_GAIN <= high
+    assert 930 < held < 970
+
+
+def _true_share(threshold):
+    """P(u + 0.3 z > threshold), u uniform and z normal: the integral of the normal's distribution over u."""
+    u = np.linspace(0, 1, 200_001)
+    return float(np.trapezoid(scipy.stats.norm.sf((threshold - u) / 0.3), u))
+
+
+TRUE_GAIN = 100 * (_true_share(0.45) - _true_share(0.50))
+
+
+def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
+    """With many images both are the same, and pairing makes it narrower than independent samples."""
+    random = np.random.default_rng(0)
+    easy = random.random(20_000)
+    ours, theirs = ((easy + 0.2 * random.normal(size=20_000) > edge).astype(np.float32) for edge in (0.3, 0.32))
+    low, high = bootstrap(ours[None], theirs[None])
+    spread = 196 * np.std(ours - theirs) / np.sqrt(20_000)
+    mean = 100 * (ours - theirs).mean(dtype=np.float64)
+    assert (low, high) == pytest.approx((mean - spread, mean + spread), abs=0.1 * spread)
+    assert spread < 0.8 * 196 * np.sqrt((ours.var() + theirs.var()) / 20_000)
+    assert bootstrap(ours[None], theirs[None]) == (low, high)  # the same every time
+    assert bootstrap(ours[None], ours[None]) == (0, 0)
+
+
+def test_ratios_of_sums_are_resampled_by_image():
+    """Mean IoU over classes from intersections and unions of each image, against a slow loop."""
+    random = np.random.default_rng(1)
+    union = random.integers(0, 50, (2, 40, 3)).astype(np.float32)
+    union[:, :, 2] = 0  # a class that is nowhere has no IoU
+    scores = np.stack([np.floor(union * random.random((2, 40, 3))), union], axis=-1).astype(np.float32)
+    chosen = random.integers(0, 40, 40)
+    slow = []
+    for run in range(2):
+        ious = []
+        for kind in range(2):
+            above = sum(scores[run, image, kind, 0] for image in chosen)
+            ious.append(above / sum(scores[run, image, kind, 1] for image in chosen))
+        slow.append(100 * np.mean(ious))
+    assert figure_of(scores, chosen) == pytest.approx(np.mean(slow))
+    low, high = bootstrap(scores, scores * np.array([0.5, 1], np.float32))
+    assert 0 < low < figure_of(scores, np.arange(40)) / 2 < high
+
+
+# What is paired with what
+
+
+def test_runs_are_paired_by_seed(tmp_path):
+    pair(tmp_path, [84.0, 84.3, 84.15], [83.5, 83.6, 83.55])
+    (gain,) = gains(tmp_path)
+    assert gain.points == pytest.approx(0.6) and gain.seeds == 3 and gain.verdict == "better"
+    known = scipy.stats.ttest_rel([84.0, 84.3, 84.15], [83.5, 83.6, 83.55]).confidence_interval(0.95)
+    assert (gain.over_seeds.low, gain.over_seeds.high) == pytest.approx((known.low, known.high))
+    assert gain.published.value == 0.5 and gain.difference == pytest.approx(0.1)
+    assert gain.over_images.over == "50,000 images, unpaired"  # no outcomes kept: wider, never narrower
+    assert gain.remarks == ("pretrained differently: 800 against 1,600 epochs",)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        ([84.0, 84.3, 83.0], [83.5, 83.6, 83.55], "cannot tell"),  # over seeds
+        ([83.65, 83.76, 83.71], [83.5, 83.6, 83.55], "cannot tell"),  # over images: 0.15 of 50,000
+        ([80.0, 80.1, 80.2], [83.5, 83.7, 83.55], "worse"),
+        ([90.0], [83.5], "better"),  # one seed: over images alone
+        ([83.7], [83.5], "cannot tell"),
+    ],
+)
+def test_every_interval_has_to_exclude_0(tmp_path, ours, theirs, verdict):
+    pair(tmp_path, ours, theirs)
+    (gain,) = gains(tmp_path)
+    assert gain.verdict == verdict and (gain.over_seeds is None) == (len(ours) == 1)
+
+
+def test_boxes_have_no_interval_over_images(tmp_path):
+    detector = {**WHOLE, **{key: DETECTOR[key] for key in ("config", "iterations")}, "task": "detection"}
+    detector |= {"config": "semaim_mask_rcnn.py", "iterations": 184375, "train_images": 117266, "val_images": 5000}
+    detector = {key: value for key, value in detector.items() if key != "epochs"}
+    pair(tmp_path, [0.511, 0.514], [0.500, 0.505], detector, "coco/bbox_mAP")
+    for folder in (tmp_path / "mae").iterdir():  # their configs differ by name, and follow one recipe
+        content = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**content, "config": "mae_mask_rcnn.py"}))
+    (gain,) = gains(tmp_path)
+    assert gain.points == pytest.approx(1.0) and gain.published.value == 1.0 and gain.verdict == "cannot tell"
+    assert gain.over_images is None and "no outcomes of single images are kept" in "; ".join(gain.remarks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": "vit_base_100e_mae.py"},
+        {"epochs": 50},
+        {"val_images": 100},
+        {"train_images": 1000},
+        {"data": "elsewhere", "train_images": 7},
+        {"cfg_options": {"model.mixup": 0}},
+        {"backbone": "ViT-L"},
+        {"partly_loaded": "without 1 tensor"},
+        {"features": "mean of the patches"},
+    ],
+    ids=str,
+)
+def test_other_recipes_and_data_give_no_gain(tmp_path, change):
+    write(tmp_path / "ours", WHOLE)
+    write(tmp_path / "mae", WHOLE, **MAE)
+    assert len(gains(tmp_path)) == 2  # top-1 and top-5
+    write(tmp_path / "other/mae", WHOLE, **{**MAE, **change})
+    (tmp_path / "mae/results.json").unlink()
+    assert not gains(tmp_path)
+
+
+def test_what_a_reader_has_to_know_is_said(tmp_path):
+    pair(tmp_path / "a", [84.0, 84.5, 84.7], [83.0, 83.1])
+    (gain,) = gains(tmp_path / "a")
+    assert gain.seeds == 2 and "left out, as only one of the two has it: seed 2" in gain.remarks
+    pair(tmp_path / "b", [84.0, 84.2], [83.0, 83.1], checkpoint="one.pth")
+    (gain,) = gains(tmp_path / "b")
+    assert {f"all seeds of {name} are of one pretraining" for name in ("SemAIM", "MAE")} <= set(gain.remarks)
+    write(tmp_path / "c/ours", WHOLE, seed=1, metrics={"top1": 90.0})
+    write(tmp_path / "c/mae", WHOLE, seed=2, metrics={"top1": 80.0}, **MAE)
+    (gain,) = gains(tmp_path / "c")
+    assert gain.seeds == 0 and "no seed in common: not paired" in gain.remarks and gain.points == 10
+    write(tmp_path / "d/a", WHOLE, metrics={"top1": 90.0})
+    write(tmp_path / "d/b", WHOLE, metrics={"top1": 91.0})
+    write(tmp_path / "d/mae", WHOLE, metrics={"top1": 80.0}, **MAE)
+    assert not gains(tmp_path / "d")  # one seed twice: something unrecorded differs
+
+
+def test_random_weights_are_the_baseline_without_mae(tmp_path):
+    write(tmp_path / "ours", NEIGHBOURS, checkpoint="a/latest.pth", method="SemAIM", metrics={"knn20_top1": 40.0})
+    write(tmp_path / "random", NEIGHBOURS, metrics={"knn20_top1": 30.0})
+    (gain,) = gains(tmp_path)
+    assert gain.verdict == "better" and gain.baseline.runs[0].method == "random weights"
+    assert not gains(tmp_path, "SemAIM")[0].side == 1
+
+
+@pytest.mark.parametrize(
+    ("methods", "asked", "found"),
+    [
+        (["SemAIM", "MAE", "random weights"], None, "MAE"),
+        (["SemAIM", "random weights"], None, "random weights"),
+        (["SemAIM", "SAIM"], None, None),
+        (["MAE"], None, None),
+        (["SemAIM", "MAE"], "semaim", "SemAIM"),
+        (["SemAIM", "random weights"], "random", "random weights"),
+        (["SemAIM", "SemAIM*"], "semaim", "SemAIM"),
+    ],
+)
+def test_the_baseline_is_the_asked_or_the_usual_one(methods, asked, found):
+    assert baseline_in(methods, asked, CATALOGUE) == found
+    with pytest.raises(UserError, match="--against dino"):
+        baseline_in(methods, "dino", CATALOGUE)
+
+
+# Outcomes of single images
+
+
+def outcomes(folder, values, key="knn20_top1", names=None, metrics=None):
+    """A run with outcomes of its images."""
+    values = np.asarray(values, np.float32)
+    metric = 100 * values.mean(dtype=np.float64) if metrics is None else metrics
+    method = {} if "random" in str(folder) else {"method": "SemAIM", "checkpoint": "a/latest.pth"}
+    write(folder, NEIGHBOURS, metrics={key: metric}, val_images=len(values), **method)
+    write_outcomes(folder, names or [f"cat/{place:04}.png" for place in range(len(values))], {key: values})
+
+
+def test_outcomes_pair_the_images(tmp_path):
+    random = np.random.default_rng(2)
+    theirs = random.random(2000) > 0.5
+    ours = theirs.copy()
+    ours[np.flatnonzero(~theirs)[:20]] = True  # never worse, on 20 images better: 1 point, sure only if paired
+    outcomes(tmp_path / "ours", ours)
+    outcomes(tmp_path / "random", theirs)
+    (gain,) = gains(tmp_path)
+    assert gain.points == pytest.approx(1.0) and gain.verdict == "better" and gain.over_images.over == "2,000 images"
+    (tmp_path / "ours/outcomes.npz").unlink()
+    (gain,) = gains(tmp_path)
+    assert gain.verdict == "cannot tell" and gain.over_images.over == "2,000 images, unpaired"
+
+
+def test_the_order_of_the_images_does_not_matter(tmp_path):
+    random = np.random.default_rng(3)
+    values, mixed = random.random(300) > 0.4, random.permutation(300)
+    names = [f"{place:04}.png" for place in range(300)]
+    outcomes(tmp_path / "ours", values, names=names)
+    outcomes(tmp_path / "random", values[mixed], names=[names[place] for place in mixed])
+    (gain,) = gains(tmp_path)
+    assert (gain.over_images.low, gain.over_images.high) == (0, 0) and gain.verdict == "cannot tell"
+
+
+def test_outcomes_that_do_not_belong_are_not_used(tmp_path):
+    values = np.arange(100) % 2
+    outcomes(tmp_path / "a/ours", values, metrics=70.0)
+    outcomes(tmp_path / "a/random", values)
+    (gain,) = gains(tmp_path / "a")
+    assert gain.over_images.over.endswith("unpaired")
+    outcomes(tmp_path / "b/ours", values)
+    outcomes(tmp_path / "b/random", values, names=[f"dog/{place}.png" for place in range(100)])
+    (gain,) = gains(tmp_path / "b")
+    assert gain.over_images is None and "other validation images" in "; ".join(gain.remarks)
+    (tmp_path / "b/ours/outcomes.npz").write_bytes(b"PK" + b"\0" * 40)
+    with pytest.raises(UserError, match="outcomes.npz is broken"):
+        read_outcomes(tmp_path / "b/ours")
+    assert gains(tmp_path / "b")[0].over_images.over.endswith("unpaired")
+
+
+# Printed
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Two methods, three seeds."""
+    pair(tmp_path, [84.0, 84.3, 84.15], [83.5, 83.6, 83.55])
+    return tmp_path
+
+
+def test_gains_are_printed_in_every_format(compared):
+    table = make_table([compared], CATALOGUE)
+    (row,) = gain_rows(table)
+    assert len(row) == len(GAINS)
+    words = dict(zip(GAINS, row, strict=True))
+    assert words["Gain"] == "+0.60" and words["Verdict"] == "better" and words["Published gain"] == "+0.5"
+    assert (words["Method"], words["Baseline"], words["Seeds"]) == ("SemAIM", "MAE", "3")
+    markdown = FORMATS["md"](table)
+    (line,) = [line for line in markdown.splitlines() if "| better |" in line]
+    assert re.sub(r"\\(.)", r"\1", line) == "| " + " | ".join(row) + " |" and "* Gain: mean difference" in markdown
+    assert r" & ".join(row).replace("%", r"\%") in FORMATS["latex"](table)
+    assert f"<td>{'</td><td>'.join(row)}</td>" in FORMATS["html"](table) and html_table is not None
+    lines = list(csv.DictReader(io.StringIO(FORMATS["csv"](table))))
+    (line,) = [line for line in lines if line["gain"]]
+    assert (line["baseline"], line["verdict"], line["published"], line["n"]) == ("MAE", "better", "0.5", "3")
+    assert float(line["gain"]) == pytest.approx(0.6) and float(line["difference"]) == pytest.approx(0.1)
+    (gain,) = table.gains
+    ends = (gain.over_seeds.low, gain.over_seeds.high, gain.over_images.low, gain.over_images.high)
+    columns = [f"{end}_over_{what}" for what in ("seeds", "images") for end in ("low", "high")]
+    assert [float(line[name]) for name in columns] == pytest.approx(list(ends))
+    assert "SemAIM over MAE" in glance(table) and ": better |" in glance(table)
+
+
+def test_the_command_takes_a_baseline(compared):
+    done = tool("results_table.py", compared, "--against", "mae", "--no-published")
+    assert done.returncode == 0 and "| SemAIM | MAE | ViT-B |" in done.stdout and "+0.60" in done.stdout
+    done = tool("results_table.py", compared, "--against", "semaim", "--glance")
+    assert done.returncode == 0 and "MAE over SemAIM" in done.stdout and "-0.60" in done.stdout
+    one_line(tool("results_table.py", compared, "--against", "dino"), "--against dino")

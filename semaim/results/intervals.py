@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,6 @@ class Interval:
 
 def seeds_interval(differences: Sequence[float]) -> tuple[Interval | None, str]:
     """Paired t over the seeds: mean ± t sd / sqrt(n), with n - 1 degrees of freedom; or why there is none."""
-    from scipy.stats import t  # takes a second
-
     count = len(differences)
     if count < 2:
         return None, "one seed: no interval over seeds" if count else ""
@@ -42,8 +41,16 @@ def seeds_interval(differences: Sequence[float]) -> tuple[Interval | None, str]:
     middle, spread = statistics.fmean(differences), statistics.stdev(differences)
     if spread < 1e-9:  # such as k-NN on one encoder, which no seed changes
         return None, "all seeds give the same: no interval over seeds"
-    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count)
+    half = t_quantile(count - 1) * spread / math.sqrt(count)
     return Interval(middle - half, middle + half, f"{count} seeds"), ""
+
+
+@cache
+def t_quantile(freedom: int) -> float:
+    """The end of the central 95 % of Student's t."""
+    from scipy.stats import t  # takes a second
+
+    return float(t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def images_interval(ours: Sequence[Run], baseline: Sequence[Run]) -> tuple[Interval | None, str]:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from semaim.engine import extraction
-from semaim.engine.extraction import extract_features, reduce_sum
+from semaim.engine.extraction import extract_features, gather_rows, reduce_sum
 from semaim.engine.features import knn_accuracy
 from semaim.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, WIDTH = 23, 6
+SHAPES = {"features": (WIDTH,)}
 
 
 def random(*shape, seed=0):
@@ -35,7 +36,12 @@ def clusters(per_class, classes=6, width=8, noise=1.0, seed=0):
 
 def encode(images):
     """(B, 3, 2, 2) -> (B, 6): any function that tells images apart."""
-    return images.flatten(1)[:, :6] * 2 + images.mean(dim=(1, 2, 3))[:, None]
+    return {"features": images.flatten(1)[:, :6] * 2 + images.mean(dim=(1, 2, 3))[:, None]}
+
+
+def other(images):
+    """What another encoder makes of them."""
+    return {"features": encode(images)["features"] + 1}
 
 
 def images():
@@ -57,13 +63,15 @@ def loader(indices=None, batch=4, rank=0, world=1, change=None):
 
 
 def extract(source=None, function=encode, **options):
-    return extract_features(function, loader() if source is None else source, LENGTH, WIDTH, "cpu", **options)
+    if "key" in options:
+        options["key"] = {"weights": options["key"]}
+    return extract_features(function, loader() if source is None else source, LENGTH, SHAPES, "cpu", **options)
 
 
 def assert_right(found):
-    features, found_labels = found
+    features, found_labels = found["features"], found["labels"]
     assert features.dtype == np.float16 and found_labels.dtype == np.int64
-    np.testing.assert_array_equal(features, encode(images()).half().numpy())
+    np.testing.assert_array_equal(features, encode(images())["features"].half().numpy())
     np.testing.assert_array_equal(found_labels, labels().numpy())
 
 
@@ -72,9 +80,9 @@ def never(_):
 
 
 def test_features_in_memory_are_in_order():
-    features, found = extract()
-    assert not isinstance(features, np.memmap)
-    assert_right((features, found))
+    found = extract()
+    assert not isinstance(found["features"], np.memmap)
+    assert_right(found)
 
 
 def test_no_gradient_is_kept():
@@ -82,8 +90,8 @@ def test_no_gradient_is_kept():
     seen = []
 
     def record(images):
-        seen.append(encode(images) * weight)
-        return seen[-1]
+        seen.append(encode(images)["features"] * weight)
+        return {"features": seen[-1]}
 
     assert_right(extract(function=record))
     assert not any(part.requires_grad for part in seen)
@@ -91,19 +99,20 @@ def test_no_gradient_is_kept():
 
 def test_files_are_reused(tmp_path):
     lines = []
-    features, found = extract(cache=tmp_path / "a/b", key="one", log=lines.append)
-    assert isinstance(features, np.memmap) and not features.flags.writeable
-    assert_right((features, found))
+    found = extract(cache=tmp_path / "a/b", key="one", log=lines.append)
+    assert isinstance(found["features"], np.memmap) and not found["features"].flags.writeable
+    assert_right(found)
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["done.json", "features.npy", "labels.npy"]
     assert_right(extract(function=never, cache=tmp_path / "a/b", key="one", log=lines.append))
     assert lines == [f"23 features written to {tmp_path}/a/b", f"23 features read from {tmp_path}/a/b"]
-    assert_right((features, found))
+    assert_right(found)
 
 
 def test_another_key_is_made_again(tmp_path):
-    old, _ = extract(function=lambda images: encode(images) + 1, cache=tmp_path, key="one")
-    before = old.copy()
-    assert_right(extract(cache=tmp_path, key="two"))
+    old = extract(function=other, cache=tmp_path, key="one")["features"]
+    before, lines = old.copy(), []
+    assert_right(extract(cache=tmp_path, key="two", log=lines.append))
+    assert lines[0] == f"features in {tmp_path} are extracted anew: weights changed"
     np.testing.assert_array_equal(old, before)  # who still reads the old file goes on
     assert_right(extract(function=never, cache=tmp_path, key="two"))
     with pytest.raises(AssertionError, match="encoded again"):
@@ -122,13 +131,13 @@ def test_another_key_is_made_again(tmp_path):
     ],
 )
 def test_damaged_files_are_made_again(tmp_path, harm):
-    extract(function=lambda images: encode(images) + 1, cache=tmp_path, key="one")
+    extract(function=other, cache=tmp_path, key="one")
     harm(tmp_path)
     assert_right(extract(cache=tmp_path, key="one"))
 
 
 def test_an_interrupted_extraction_is_not_finished(tmp_path):
-    extract(function=lambda images: encode(images) + 1, cache=tmp_path, key="one")
+    extract(function=other, cache=tmp_path, key="one")
 
     def interrupted():
         yield next(loader())
@@ -146,8 +155,40 @@ def test_an_interrupted_extraction_is_not_finished(tmp_path):
 def test_another_length_is_made_again(tmp_path):
     extract(cache=tmp_path, key="one")
     source = loader(range(10))
-    features, found = extract_features(encode, source, 10, WIDTH, "cpu", cache=tmp_path, key="one")
-    assert features.shape == (10, WIDTH) and len(found) == 10
+    key = {"weights": "one"}
+    found = extract_features(encode, source, 10, SHAPES, "cpu", cache=tmp_path, key=key)
+    assert found["features"].shape == (10, WIDTH) and len(found["labels"]) == 10
+
+
+def both(images):
+    """Vectors, and two tokens an image."""
+    return encode(images) | {"tokens": images[:, :2].flatten(2)}
+
+
+def test_one_pass_makes_all_that_is_read_and_later_ones_only_what_is_missing(tmp_path):
+    wanted, lines = {"features": (WIDTH,), "tokens": (2, 4)}, []
+
+    def run(function, *names, key="one"):
+        shapes = {name: wanted[name] for name in names}
+        options = {"cache": tmp_path, "key": {"weights": key}, "log": lines.append}
+        return extract_features(function, loader(), LENGTH, shapes, "cpu", **options)
+
+    def tokens_only(images):
+        return {"tokens": both(images)["tokens"]}
+
+    first = run(both, "features", "tokens")
+    assert_right(first)
+    np.testing.assert_array_equal(first["tokens"], images()[:, :2].flatten(2).half().numpy())
+    assert set(run(never, "tokens")) == {"tokens", "labels"}
+    # Another key: only what is read, and what the folder had of the old one is gone.
+    assert set(run(encode, "features", key="two")) == {"features", "labels"}
+    assert not (tmp_path / "tokens.npy").exists()
+    second = run(tokens_only, "features", "tokens", key="two")  # the vectors are read, the tokens made
+    assert_right(second)
+    np.testing.assert_array_equal(second["tokens"], first["tokens"])
+    assert_right(run(never, "features", key="two"))
+    with pytest.raises(ValueError, match=r"\(4, 2, 4\) in place of \(4, 3, 4\)"):
+        extract_features(both, loader(), LENGTH, {"tokens": (3, 4)}, "cpu")
 
 
 def not_finite(pixels):
@@ -173,7 +214,7 @@ def test_what_is_wrong_with_a_loader(tmp_path, options, message, cached):
 
 def test_features_of_another_width():
     with pytest.raises(ValueError, match=r"\(4, 1\) in place of \(4, 6\)"):
-        extract(function=lambda images: encode(images)[:, :1])
+        extract(function=lambda images: {"features": encode(images)["features"][:, :1]})
 
 
 def test_a_cache_needs_a_key(tmp_path):
@@ -199,11 +240,11 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
 def test_rows_lost_by_the_file_system_are_noticed(tmp_path, monkeypatch):
     opened = []
 
-    def forgetful(cache, mode, real=extraction._open):
+    def forgetful(cache, names, mode, real=extraction._open):
         opened.append(mode)
         if mode == "r" and opened.count("r+"):
             np.load(cache / "features.npy", mmap_mode="r+")[3] = 0
-        return real(cache, mode)
+        return real(cache, names, mode)
 
     monkeypatch.setattr(extraction, "_open", forgetful)
     with pytest.raises(UserError, match="does not hold what the processes wrote"):
@@ -225,6 +266,7 @@ rank, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{{folder}}/meeting", rank=rank, world_size=2)
 assert t.reduce_sum(torch.tensor([rank + 1, 5])).tolist() == [3, 10]
 share = lambda **options: t.loader(rank=rank, world=2, **options)
+assert t.gather_rows(torch.arange(7)[rank::2] * 2, 7).tolist() == [0, 2, 4, 6, 8, 10, 12]
 t.assert_right(t.extract(share(), cache=folder / "cache", key="one"))
 dist.barrier()
 t.assert_right(t.extract(share(), t.never, cache=folder / "cache", key="one"))
@@ -269,8 +311,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
         for run in runs:
             run.kill()
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
-    assert_right([np.load(tmp_path / f"cache/{name}.npy") for name in ("features", "labels")])
-    assert json.loads((tmp_path / "cache/done.json").read_text())["key"] == "two"
+    assert_right({name: np.load(tmp_path / f"cache/{name}.npy") for name in ("features", "labels")})
+    assert json.loads((tmp_path / "cache/done.json").read_text())["key"] == {"weights": "two"}
     errors = (tmp_path / "error0").read_text()
     assert errors == (tmp_path / "error1").read_text()
     assert "1 of 23 images were not loaded" in errors and "2 of 23 images are not finite" in errors
@@ -284,7 +326,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 def test_the_sum_of_one_process_is_its_own():
-    assert reduce_sum(torch.tensor([1, 2])).tolist() == [1, 2]
+    assert reduce_sum(torch.tensor([1, 2])).tolist() == gather_rows(torch.tensor([1, 2]), 2).tolist() == [1, 2]
 
 
 # k nearest neighbours

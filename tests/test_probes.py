@@ -7,16 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_features import clusters, random  # noqa: F401
+from test_features import clusters, random
 from torch import nn
 
 from semaim.engine import features as module
 from semaim.engine.features import (
     ProbeResult,
+    accuracies,
     fast_probe,
+    heads_hits,
     knn_accuracy,
+    knn_hits,
     probe_batches,
-    score_heads,
     split_held_out,
     train_heads,
 )
@@ -61,6 +63,10 @@ def test_knn_equals_the_oracle(size, queries, width, classes, chunk, temperature
     found = knn_accuracy(*given_, temperature, chunk)
     assert found == knn_oracle(*given_, temperature) and list(found) == ks
     assert found == knn_accuracy(*given_, temperature, chunk=1000)
+    for i in range(len(queries)):  # a query's hits are those of the query alone
+        alone = knn_accuracy(bank, labels[0], queries[i : i + 1], labels[1][i : i + 1], classes, ks, temperature)
+        hits = {k: tuple(100.0 * both[i]) for k, both in knn_hits(*given_, temperature, chunk).items()}
+        assert hits == alone
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 10])
@@ -123,6 +129,11 @@ def test_knn_errors(options, message):
         knn_accuracy(*clusters(6), *clusters(2), **options)
     with pytest.raises(UserError, match="no features"):
         knn_accuracy(*clusters(6), torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), 6)
+
+
+def score_heads(heads, features, labels, rows):
+    """Top-1 and top-5 accuracy of each head."""
+    return [accuracies(hits) for hits in heads_hits(heads, features, labels, rows)]
 
 
 def linear_oracle(bank, labels, rows, classes, lr, batches, weight):
@@ -233,10 +244,10 @@ def test_what_chooses_and_what_is_trained_on(monkeypatch):
 
     def record_scoring(heads, features, labels, rows):
         scored.append((features, rows, score_heads(heads, features, labels, rows)))
-        return scored[-1][2]
+        return heads_hits(heads, features, labels, rows)
 
     monkeypatch.setattr(module, "train_heads", record_training)
-    monkeypatch.setattr(module, "score_heads", record_scoring)
+    monkeypatch.setattr(module, "heads_hits", record_scoring)
     result = fast_probe(bank, labels, queries, query_labels, 6, [0.001, 0.1, 10], epochs=3, batch=16)
     assert all(torch.equal(source, bank) for source, _, _ in trained)
     (_, train, tried), (_, everything, chosen) = trained
@@ -247,7 +258,8 @@ def test_what_chooses_and_what_is_trained_on(monkeypatch):
     assert all_queries.tolist() == list(range(60))
     assert result.held_out == dict(zip(tried, (top1 for top1, _ in accuracies), strict=True))
     assert chosen == [result.lr] and result.held_out[result.lr] == max(result.held_out.values())
-    assert (result.top1, result.top5) == both
+    assert (result.top1, result.top5) == both and result.hits.dtype == bool
+    assert len(result.hits) == 60 and 100 * result.hits.mean() == pytest.approx(result.top1)
 
 
 def test_queries_choose_nothing():

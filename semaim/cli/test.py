@@ -23,6 +23,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     parser.add_argument("processes", nargs="?", metavar="GPUS", help="the same as --gpus")
     parser.add_argument("--pretrained", metavar="SOURCE", help="the same as SOURCE, as tools/train.py takes it")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="with a config of frozen features: measure several tasks in one pass over the images, such as"
+        " knn,fast_probe,fast_attentive; results in WORK_DIR/NAME",
+    )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser.parse_args(argv)
@@ -39,6 +45,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         cfg.tta = True
     if args.data_root:
         set_data_root(cfg, args.data_root)
+    if args.tasks is not None:
+        cfg.tasks = [name.strip() for name in args.tasks.split(",")]
     weights = args.checkpoint or args.pretrained
     if args.arch:
         cfg.arch = args.arch

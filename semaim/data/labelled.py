@@ -209,6 +209,11 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def names(self) -> list[str]:
+        """Paths relative to `root`, in the order of the indices."""
+        prefix = len(os.fsencode(os.path.join(self.root, "")))
+        return [os.fsdecode(path[prefix:]) for path in self.paths.tolist()]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image = load_image(os.fsdecode(self.paths[index]))

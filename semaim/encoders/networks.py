@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from semaim.encoders.contract import POOLS, Encoder, build
 from semaim.encoders.windows import PREFIXES, Geometry, restrict
 from semaim.errors import UserError
-from semaim.models.classifier import make_head
+from semaim.models.attentive import ATTENTIVE, tokens_read
+from semaim.models.classifier import attended, make_head
 
 
 def quarters(depth: int) -> tuple[int, ...]:
@@ -77,12 +78,13 @@ class PlainClassifier(OnEncoder):
     Args:
         encoder: of `OnEncoder`.
         num_classes: of the head; 0 for no head.
-        pool: a name of `contract.POOLS`.
+        pool: a name of `contract.POOLS`, or of `ATTENTIVE`.
         probe: the encoder is frozen, and the head is preceded by a batch normalisation without affine parameters.
         head_init_std: of the head's truncated normal initialisation.
         img_size: side or (height, width) in pixels of the images; None for the encoder's own.
         drop_path_rate: of the last block, rising linearly from 0 at the first.
         with_cp: recompute activations in the backward pass.
+        attention: further arguments of `attentive_head`.
     """
 
     def __init__(
@@ -95,23 +97,42 @@ class PlainClassifier(OnEncoder):
         img_size: int | tuple[int, int] | None = None,
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
+        attention: dict | None = None,
     ):
         super().__init__(encoder, probe, img_size=img_size, drop_path_rate=drop_path_rate, with_cp=with_cp)
-        self.encoder.keep_for_pool(pool)
+        # Attention reads tokens as the mean does; `ep_all` the class token too.
+        self.encoder.keep_for_pool(pool if pool not in ATTENTIVE else "cls" if ATTENTIVE[pool][1] else "avg")
         self.pool, self.probe, self.num_classes = pool, probe, num_classes
-        self.embed_dim = self.encoder.width_of(pool)
-        self.img_size = self.encoder.img_size
-        self.head = make_head(self.embed_dim, num_classes, probe, head_init_std)
+        self.embed_dim = self.encoder.width_of(pool)  # an attentive probe reads tokens, whose width that of "avg" is
+        self.img_size, self.num_prefix_tokens = self.encoder.img_size, self.encoder.num_prefix_tokens
+        self.head = make_head(self.embed_dim, num_classes, probe, head_init_std, pool, attention)
         self.finish()
 
     @property
     def pooling(self) -> str:
         """A short description of `features` for logs and results."""
-        return POOLS[self.pool]
+        return attended(self.pool) if self.pool in ATTENTIVE else POOLS[self.pool]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of an image's pooled features and tokens."""
+        rows, columns = self.encoder.grid_of(self.img_size)
+        tokens = (self.num_prefix_tokens + rows * columns, self.encoder.width_of("avg"))
+        return {"features": (self.embed_dim,), "tokens": tokens}
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> tokens after the final norm (B, P + L, D)."""
+        return self.encoder(images)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """What the head reads of `tokens`: (B, D), or (B, N, D) in an attentive probe."""
+        if self.pool in ATTENTIVE:
+            return tokens_read(self.pool, tokens, self.num_prefix_tokens)
+        return self.encoder.pool(tokens, self.pool)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised -> what the head reads (B, D)."""
-        return self.encoder.features(images, self.pool)
+        """Images (B, 3, H, W), normalised -> what the head reads: (B, D), or (B, N, D) in an attentive probe."""
+        return self.pooled(self.tokens(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> logits (B, num_classes)."""

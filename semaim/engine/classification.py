@@ -1,5 +1,6 @@
 """Classification under mmengine's runner: fine-tuning and linear probing, and their accuracy."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.dist import get_world_size
@@ -9,7 +10,6 @@ from timm.data import Mixup
 from torch import Tensor
 
 from semaim.data.labelled import LabelledImages
-from semaim.encoders.contract import POOLS
 from semaim.encoders.networks import PlainClassifier
 from semaim.engine.network import NetworkModel
 from semaim.errors import UserError
@@ -69,9 +69,8 @@ class Classification(NetworkModel):
     def describe(self) -> str:
         """What is trained, in one line."""
         network = self.network
-        what = "linear probe of the frozen encoder" if network.probe else "all layers"
-        pooled = POOLS[network.pool]
-        return f"{what}; {pooled} -> {network.num_classes} classes"
+        what = "probe of the frozen encoder" if network.probe else "all layers"
+        return f"{what}; {network.pooling} -> {network.num_classes} classes"
 
     def forward(
         self, image: Tensor, label: Tensor, index: Tensor, mode: str = "loss"
@@ -80,7 +79,7 @@ class Classification(NetworkModel):
 
         Returns:
             In mode "loss" a dict with the scalar training loss. Else a list of one dict of tensors for the whole batch:
-            cross-entropy, and whether the label is the top class or among the top five.
+            cross-entropy, whether the label is the top class or among the top five, and the images' `index`.
         """
         if mode == "loss":
             if self.mixup:
@@ -99,6 +98,7 @@ class Classification(NetworkModel):
                 "loss": F.cross_entropy(logits, label, reduction="none"),
                 "top1": best[:, 0],
                 "top5": best.any(dim=1),
+                "index": index,
             }
         ]
 
@@ -107,29 +107,40 @@ class Classification(NetworkModel):
 class ClassAccuracy(BaseMetric):
     """Top-1 and top-5 accuracy in percent and mean cross-entropy; every image counts once, on any number of processes.
 
-    Each process's loader has its own share of the images, without repetition, so only sums are collected.
+    Each process's loader has its own share of the images, without repetition, so sums and hits are added up.
+
+    Attributes:
+        hits: "top1" and "top5" -> (M,), 1 for each image of the last evaluation that was right, else 0; on the CPU.
     """
 
     default_prefix = ""
+    hits: dict[str, np.ndarray]
 
     def process(self, data_batch: dict, data_samples: list[dict[str, Tensor]]) -> None:
-        """Add a batch to the sums."""
-        for sample in data_samples:
-            sums = [sample[name].double().sum() for name in ("loss", "top1", "top5")]
-            self.results.append(torch.stack([*sums, sums[0].new_tensor(len(sample["loss"]))]))
+        """Keep what a batch has."""
+        kept = ("loss", "top1", "top5", "index")
+        self.results += [torch.stack([sample[name].double() for name in kept]) for sample in data_samples]
 
     def compute_metrics(self, results: list[Tensor]) -> dict[str, float]:
-        """Sums over all batches of all processes -> the three means."""
+        """Sums of loss, top-1, top-5 and images over all processes -> the three means."""
         loss, top1, top5, count = torch.stack(results).sum(dim=0).tolist()
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def evaluate(self, size: int) -> dict[str, float]:
         """The metrics over all processes; `size` is the number of images, all of which must have been evaluated."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        sums = sum(self.results, torch.zeros(4, dtype=torch.float64, device=device))
-        if get_world_size() > 1:
-            torch.distributed.all_reduce(sums)
+        own = torch.cat([torch.zeros(4, 0, dtype=torch.float64), *(rows.cpu() for rows in self.results)], dim=1)
         self.results.clear()
-        if int(sums[3]) != size:
-            raise RuntimeError(f"{int(sums[3])} images were evaluated, of {size}")
-        return self.compute_metrics([sums])
+        # Losses summed, and per image: top-1, top-5, how often it was evaluated.
+        rows = torch.zeros(1 + size, 3, dtype=torch.float64)
+        rows[0, 0] = own[0].sum()
+        rows.index_add_(0, 1 + own[3].long(), torch.stack([own[1], own[2], torch.ones_like(own[0])], dim=1))
+        if get_world_size() > 1:
+            rows = rows.to(device)
+            torch.distributed.all_reduce(rows)
+            rows = rows.cpu()
+        loss, hits = rows[0, 0], rows[1:]
+        if not bool((hits[:, 2] == 1).all()):
+            raise RuntimeError(f"{int((hits[:, 2] == 1).sum())} images were evaluated once, of {size}")
+        self.hits = {"top1": hits[:, 0].numpy(), "top5": hits[:, 1].numpy()}
+        return self.compute_metrics([torch.stack([loss, *hits.sum(dim=0)])])

@@ -1,11 +1,11 @@
 """Features of a frozen encoder, extracted once by all processes and stored in files.
 
-Shapes: N images, D channels. Stored features are fp16.
+Shapes: N images, D channels, T tokens. Stored features are fp16.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from semaim.errors import UserError
+
+Arrays = dict[str, np.ndarray]  #: by name, one row per image; `LABELS` among them
+Shapes = Mapping[str, tuple[int, ...]]  #: name -> shape of an image's row
+LABELS = "labels"
 
 
 def processes() -> tuple[int, int]:
@@ -32,74 +36,94 @@ def reduce_sum(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def gather_rows(own: Tensor, length: int) -> Tensor:
+    """Rows [rank::world] of every process -> all rows (length, ...) in order, the same on each. Waits for all."""
+    rank, world = processes()
+    if world == 1:
+        return own
+    rows = own.new_zeros(length, *own.shape[1:])
+    rows[rank::world] = own
+    return reduce_sum(rows)
+
+
 def extract_features(
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Mapping[str, Tensor]],
     loader: Iterable[dict[str, Tensor]],
     length: int,
-    width: int,
+    shapes: Shapes,
     device: torch.device | str,
     cache: str | os.PathLike | None = None,
-    key: str = "",
+    key: Mapping[str, str] | None = None,
     log: Callable[[str], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Arrays:
     """Features and labels of a whole data set, on every process.
 
     Args:
-        encode: images (B, 3, H, W) -> features (B, D), of a network in eval mode; called without gradient.
+        encode: images (B, 3, H, W) -> name -> features (B, ...), of a network in eval mode; called without gradient.
         loader: yields this process's share of the images, each once: dicts of `image`, float (B, 3, H, W), and `label`
             and `index`, int64 (B,).
-        length, width: N and D.
+        length: N.
+        shapes: which of the features are wanted, and their shapes without N: (D,) for a vector, (T, D) for tokens.
         device: of the images given to `encode`.
-        cache: folder of `features.npy`, `labels.npy` and `done.json`, on a file system that all processes share; None
+        cache: folder of `NAME.npy`, `labels.npy` and `done.json`, on a file system that all processes share; None
             keeps the features in memory, for one process only.
-        key: identifies the weights, data, transform and pooling. Complete files with the same key are reused.
+        key: what the features depend on, such as weights, files and transform, in words or hashes; read on the main
+            process. Complete files with the same key are reused; what is missing is added to them.
         log: called with lines of progress.
 
     Returns:
-        features: (N, D) fp16, with a cache a read-only memory map. labels: (N,) int64.
+        For each name of `shapes` (N, ...) fp16, with a cache a read-only memory map; and `labels` (N,) int64.
     """
     rank, world = processes()
-    stamp = {"key": key, "length": length, "width": width}
     if cache is None:
         if world > 1:
             raise UserError(f"{world} processes hand each other features in files: name a folder for them (cache)")
-        features, labels = np.zeros((length, width), np.float16), np.zeros(length, np.int64)
+        made, kept = dict(shapes), {}
+        arrays = {name: np.zeros((length, *shape), np.float16) for name, shape in shapes.items()}
+        arrays[LABELS] = np.zeros(length, np.int64)
     else:
-        if not key:
+        if rank == 0 and not key:
             raise ValueError("a cache needs a key that names what is in it")
         cache = Path(cache)
-        reuse = rank == 0 and _is_finished(cache, stamp)
-        if rank == 0 and not reuse:
-            _allocate(cache, length, width)
+        stored = _stored(cache, dict(key or {}), length, log) if rank == 0 else {}
         # Rank 0 decides for all; and no other process opens the files before they are there.
-        if reduce_sum(torch.tensor(int(reuse))):
+        found = reduce_sum(torch.tensor([int(stored.get(name) == shape) for name, shape in shapes.items()])).tolist()
+        made = {name: shape for (name, shape), there in zip(shapes.items(), found, strict=True) if not there}
+        if not made:
             if log:
                 log(f"{length} features read from {cache}")
-            opened = _open(cache, "r")
+            opened = _open(cache, shapes, "r")
             reduce_sum(torch.tensor(0))  # a fast process must not rewrite what another has yet to open
             return opened
-        features, labels = _open(cache, "r+")
+        kept = {name: shape for name, shape in stored.items() if name not in made}
+        if rank == 0:
+            _allocate(cache, length, made, kept)
+        reduce_sum(torch.tensor(0))
+        arrays = _open(cache, made, "r+")
 
     count, broken, written, done = torch.zeros(length, dtype=torch.int32), 0, 0, 0
     for step, batch in enumerate(loader):
         with torch.no_grad():
             encoded = encode(batch["image"].to(device, non_blocking=True))
         index = batch["index"].cpu()
-        if encoded.shape != (len(index), width):
-            raise ValueError(f"encode gave {tuple(encoded.shape)} in place of {(len(index), width)}")
         if len(outside := index[(index < 0) | (index >= length)]):
             raise UserError(f"the loader's image {int(outside[0])} is none of 0 to {length - 1}")
-        half = encoded.half().cpu()
-        broken += int((~half.isfinite()).any(dim=1).sum())
-        features[index.numpy()] = half.numpy()
-        labels[index.numpy()] = batch["label"].cpu().numpy()
+        finite = torch.ones(len(index), dtype=torch.bool)
+        for name, shape in made.items():
+            if encoded[name].shape != (len(index), *shape):
+                raise ValueError(f"encode gave {tuple(encoded[name].shape)} in place of {(len(index), *shape)}")
+            half = encoded[name].half().cpu()
+            finite &= half.isfinite().flatten(1).all(dim=1)
+            arrays[name][index.numpy()] = half.numpy()
+            written += _checksum(half.numpy())
+        broken += int((~finite).sum())
+        arrays[LABELS][index.numpy()] = batch["label"].cpu().numpy()
         count.index_add_(0, index, torch.ones(len(index), dtype=torch.int32))
-        written += _checksum(half.numpy())
         done += len(index)
         if log and step % 100 == 99:
             log(f"features of {min(done * world, length)} of {length} images")
 
-    for rows in (features, labels):
+    for rows in arrays.values():
         if isinstance(rows, np.memmap):
             rows.flush()
     # From here on all processes have the same numbers, so either all raise or none.
@@ -112,37 +136,47 @@ def extract_features(
     if broken:
         raise UserError(f"the features of {broken} of {length} images are not finite, or beyond fp16's 65504")
     if cache is None:
-        return features, labels
+        return arrays
 
     # Nodes that do not share files, or write back whole pages of them (NFS), lose each other's rows.
-    features, labels = _open(cache, "r")
-    if reduce_sum(torch.tensor(int(_checksum(features) != written))):
+    arrays = _open(cache, shapes, "r")
+    if reduce_sum(torch.tensor(int(sum(_checksum(arrays[name]) for name in made) != written))):
         raise UserError(f"{cache} does not hold what the processes wrote: name a folder that all nodes share")
     if rank == 0:
         partial = cache / f".done.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps(stamp))
+        partial.write_text(json.dumps({"key": dict(key or {}), "length": length, "shapes": kept | made}))
         os.replace(partial, cache / "done.json")
     if log:
         log(f"{length} features written to {cache}")
-    return features, labels
+    return arrays
 
 
-def _is_finished(cache: Path, stamp: dict) -> bool:
+def _stored(cache: Path, key: dict[str, str], length: int, log: Callable[[str], None] | None) -> dict[str, tuple]:
+    """Shapes of the complete features in a folder, by name; none if their key is another, which the log then says."""
     try:
-        features, labels = _open(cache, "r")
-        finished = json.loads((cache / "done.json").read_text())
-    except (OSError, ValueError, UserError):
-        return False
-    return finished == stamp and features.shape == (stamp["length"], stamp["width"]) and len(labels) == len(features)
+        done = json.loads((cache / "done.json").read_text())
+        before, shapes = dict(done["key"]), {name: tuple(shape) for name, shape in done["shapes"].items()}
+        if changed := [name for name in key | before if before.get(name) != key.get(name)]:
+            if log:
+                log(f"features in {cache} are extracted anew: {', '.join(changed)} changed")
+            return {}
+        arrays = _open(cache, shapes, "r")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return {}
+    right = [arrays[name].shape == (length, *shape) for name, shape in shapes.items()]
+    return shapes if done.get("length") == length and all(right) and len(arrays[LABELS]) == length else {}
 
 
-def _allocate(cache: Path, length: int, width: int) -> None:
+def _allocate(cache: Path, length: int, shapes: Shapes, kept: Iterable[str]) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / "done.json").unlink(missing_ok=True)  # first of all: what follows is incomplete
-        for name, shape, dtype in (("features", (length, width), np.float16), ("labels", (length,), np.int64)):
+        for path in cache.glob("*.npy"):
+            if path.stem not in kept:
+                path.unlink()  # truncating an old file would crash processes that still have it mapped
+        wanted = [(name, (length, *shape), np.float16) for name, shape in shapes.items()]
+        for name, shape, dtype in (*wanted, (LABELS, (length,), np.int64)):
             path = cache / f"{name}.npy"
-            path.unlink(missing_ok=True)  # truncating the old file would crash processes that still have it mapped
             np.lib.format.open_memmap(path, "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a bus error in a memory map
                 with open(path, "r+b") as file:
@@ -151,12 +185,17 @@ def _allocate(cache: Path, length: int, width: int) -> None:
         raise UserError(f"cannot write features to {cache}: {error.strerror}") from None
 
 
-def _open(cache: Path, mode: Literal["r", "r+"]) -> tuple[np.ndarray, np.ndarray]:
+def _open(cache: Path, names: Iterable[str], mode: Literal["r", "r+"]) -> Arrays:
     try:
-        return tuple(np.load(cache / f"{name}.npy", mmap_mode=mode) for name in ("features", "labels"))
+        return {name: np.load(cache / f"{name}.npy", mmap_mode=mode) for name in (*names, LABELS)}
     except FileNotFoundError as error:
         raise UserError(f"no {error.filename}: the processes need a folder that all nodes share") from None
 
 
 def _checksum(features: np.ndarray) -> int:
-    return int(features.view(np.uint16).sum(dtype=np.int64))
+    """The sum of the values' bit patterns, a few rows at a time."""
+    rows = max(1, (1 << 24) // max(1, features[:1].size))
+    return sum(
+        int(features[start : start + rows].view(np.uint16).sum(dtype=np.int64))
+        for start in range(0, len(features), rows)
+    )

@@ -7,7 +7,7 @@ comes first.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semaim.data.folder import seed_of
-from semaim.engine.extraction import processes, reduce_sum
+from semaim.engine.extraction import gather_rows, processes
 from semaim.errors import UserError
 
 NORM_EPS = 1e-6  #: of the probe's batch normalisation, as in MAE
 MOMENTUM = 0.9
 INIT_STD = 0.01  #: of the probe's weights, as in MAE and DINO
+
+LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)  #: of the fast probe
 
 Rows = np.ndarray | Tensor
 Split = tuple[Rows, Rows]  #: features (N, D) and labels (N,)
@@ -32,7 +34,8 @@ def _tensor(rows: Rows, device: torch.device | str) -> Tensor:
     return (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).to(device)
 
 
-def _check(features: Rows, labels: Rows, classes: int) -> None:
+def check_rows(features: Rows, labels: Rows, classes: int) -> None:
+    """`UserError` for rows without labels that fit the classes."""
     if len(features) != len(labels):
         raise ValueError(f"{len(features)} features and {len(labels)} labels")
     if not len(features):
@@ -41,7 +44,7 @@ def _check(features: Rows, labels: Rows, classes: int) -> None:
         raise UserError(f"labels {int(labels.min())} to {int(labels.max())} do not fit {classes} classes")
 
 
-def _rank(scores: Tensor, labels: Tensor) -> Tensor:
+def rank_of(scores: Tensor, labels: Tensor) -> Tensor:
     """How many classes rank above the right one: scores (..., B, C), labels (B,) -> (..., B)."""
     labels = labels.view(-1, 1).expand(*scores.shape[:-1], 1)
     own = scores.gather(-1, labels)
@@ -52,8 +55,22 @@ def _rank(scores: Tensor, labels: Tensor) -> Tensor:
 # k nearest neighbours
 
 
-@torch.no_grad()
 def knn_accuracy(
+    bank: Rows, bank_labels: Rows, queries: Rows, labels: Rows, classes: int, *options, **more
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy (top-C if C is below 5) for each k; arguments as for `knn_hits`."""
+    hits = knn_hits(bank, bank_labels, queries, labels, classes, *options, **more)
+    return {k: accuracies(found) for k, found in hits.items()}
+
+
+def accuracies(hits: Tensor) -> tuple[float, float]:
+    """Hits bool (M, 2) -> top-1 and top-5 accuracy."""
+    top1, top5 = (100 * hits.sum(dim=0).double() / len(hits)).tolist()
+    return top1, top5
+
+
+@torch.no_grad()
+def knn_hits(
     bank: Rows,
     bank_labels: Rows,
     queries: Rows,
@@ -63,7 +80,7 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 8192,
     device: torch.device | str = "cpu",
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, Tensor]:
     """Weighted k-NN by cosine similarity: a neighbour votes for its class with exp(similarity / temperature).
 
     Each process classifies queries[rank::world]; the result is over all processes. The bank is read once, `chunk` rows
@@ -77,12 +94,12 @@ def knn_accuracy(
         chunk: rows of the bank, and of the queries, that are compared at once: chunk^2 fp32 similarities in memory.
 
     Returns:
-        For each k, top-1 and top-5 accuracy (top-C if C is below 5).
+        For each k, bool (M, 2) on the CPU: whether a query's class comes first, and whether it is among the first five.
 
     Source: DINO, `eval_knn.py`.
     """
-    _check(bank, bank_labels, classes)
-    _check(queries, labels, classes)
+    check_rows(bank, bank_labels, classes)
+    check_rows(queries, labels, classes)
     most = max(ks)
     if min(ks) < 1 or most > len(bank):
         raise UserError(f"k = {most if min(ks) > 0 else min(ks)} neighbours of {len(bank)}: give 1 to {len(bank)}")
@@ -105,15 +122,15 @@ def knn_accuracy(
 
     # Relative to the nearest neighbour: it changes no ranking and cannot overflow.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=own.device)
+    hits = torch.zeros(len(own), len(ks), 2, dtype=torch.int32, device=own.device)
     for block in blocks:
         for i, k in enumerate(ks):
             scores = weights.new_zeros(len(labels[block]), classes)
             scores.scatter_add_(1, votes[block][:, :k], weights[block][:, :k])
-            before = _rank(scores, labels[block])
-            hits[i] += torch.stack([(before < 1).sum(), (before < 5).sum()])
-    accuracies = (100 * reduce_sum(hits).double().cpu() / len(queries)).tolist()
-    return {k: tuple(both) for k, both in zip(ks, accuracies, strict=True)}
+            before = rank_of(scores, labels[block])
+            hits[block, i] = torch.stack([before < 1, before < 5], dim=1).int()
+    found = gather_rows(hits, len(queries)).bool().cpu()
+    return {k: found[:, i] for i, k in enumerate(ks)}
 
 
 # Linear probe
@@ -128,6 +145,7 @@ class ProbeResult:
     top5: float
     held_out: dict[float, float]
     at_border: bool  #: the best learning rate is the smallest or largest of several: a better one may lie outside
+    hits: np.ndarray = field(compare=False, repr=False)  #: bool (M,), whether each query's class came first
 
     def __str__(self) -> str:
         text = f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % with lr {self.lr:g}"
@@ -156,7 +174,7 @@ def fast_probe(
     queries: Rows,
     labels: Rows,
     classes: int,
-    lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+    lrs: Sequence[float] = LRS,
     epochs: int = 30,
     batch: int = 1024,
     held_out: float = 0.1,
@@ -177,26 +195,39 @@ def fast_probe(
         batch: images per step.
         held_out: share of each class that chooses the learning rate.
     """
-    _check(bank, bank_labels, classes)
-    _check(queries, labels, classes)
-    lrs = sorted(set(map(float, lrs)))
-    if not lrs or lrs[0] <= 0:
-        raise UserError(f"learning rates {lrs}: give one or more above 0")
+    check_rows(bank, bank_labels, classes)
+    check_rows(queries, labels, classes)
+    lrs = check_probe(lrs, _tensor(bank_labels, "cpu"), held_out)
     bank, bank_labels, labels = _tensor(bank, device), _tensor(bank_labels, device), _tensor(labels, device)
     train, held = split_held_out(bank_labels.cpu(), held_out, seed)
 
     heads = train_heads(bank, bank_labels, train, classes, lrs, epochs, batch, seed)
-    accuracies = [top1 for top1, _ in score_heads(heads, bank, bank_labels, held)]
-    if not any(accuracies):
-        raise UserError(f"no learning rate from {lrs[0]:g} to {lrs[-1]:g} gets any held-out image right: try others")
-    tied = [i for i, accuracy in enumerate(accuracies) if accuracy == max(accuracies)]
-    best = tied[len(tied) // 2]
+    chosen_by = [accuracies(hits)[0] for hits in heads_hits(heads, bank, bank_labels, held)]
+    best = best_rate(lrs, chosen_by)
 
     everything = torch.arange(len(bank))
     heads = train_heads(bank, bank_labels, everything, classes, [lrs[best]], epochs, batch, seed)
-    [(top1, top5)] = score_heads(heads, _tensor(queries, device), labels, torch.arange(len(labels)))
+    [hits] = heads_hits(heads, _tensor(queries, device), labels, torch.arange(len(labels)))
     at_border = len(lrs) > 1 and best in (0, len(lrs) - 1)
-    return ProbeResult(lrs[best], top1, top5, dict(zip(lrs, accuracies, strict=True)), at_border)
+    held_out_too = dict(zip(lrs, chosen_by, strict=True))
+    return ProbeResult(lrs[best], *accuracies(hits), held_out_too, at_border, hits[:, 0].numpy())
+
+
+def best_rate(lrs: Sequence[float], scores: Sequence[float]) -> int:
+    """The place of the best of rising learning rates by their accuracies on held-out images; of several the middle."""
+    if not any(scores):
+        raise UserError(f"no learning rate from {lrs[0]:g} to {lrs[-1]:g} gets any held-out image right: try others")
+    tied = [place for place, score in enumerate(scores) if score == max(scores)]
+    return tied[len(tied) // 2]
+
+
+def check_probe(lrs: Sequence[float], labels: Tensor, share: float) -> list[float]:
+    """The learning rates in rising order; `UserError` for those and a held-out share that cannot work."""
+    lrs = sorted(set(map(float, lrs)))
+    if not lrs or lrs[0] <= 0:
+        raise UserError(f"learning rates {lrs}: give one or more above 0")
+    split_held_out(labels, share, 0)
+    return lrs
 
 
 def split_held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -262,13 +293,15 @@ def train_heads(
 
 
 @torch.no_grad()
-def score_heads(heads: Heads, features: Tensor, labels: Tensor, rows: Tensor) -> list[tuple[float, float]]:
-    """Top-1 and top-5 accuracy of each head on rows (m,) of features (M, D); 0 if its logits are not finite."""
-    hits = torch.zeros(len(heads.weight), 2, dtype=torch.int64, device=features.device)
-    finite = torch.ones(len(heads.weight), 1, dtype=torch.bool, device=features.device)
+def heads_hits(heads: Heads, features: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Whether the class of rows (m,) of features (M, D) comes first, and is among the first five: bool (R, m, 2).
+
+    On the CPU. A head whose logits are not finite is never right.
+    """
+    hits, finite = [], torch.ones(len(heads.weight), 1, 1, dtype=torch.bool, device=features.device)
     for part in rows.to(features.device).split(4096):
         logits = heads.standardise(features[part]) @ heads.weight + heads.bias[:, None]
-        finite &= logits.isfinite().all(dim=-1).all(dim=-1, keepdim=True)
-        before = _rank(logits, labels[part])
-        hits += torch.stack([(before < 1).sum(dim=1), (before < 5).sum(dim=1)], dim=1)
-    return [tuple(both) for both in (100 * (hits * finite).double().cpu() / len(rows)).tolist()]
+        finite &= logits.isfinite().flatten(1).all(dim=1).view(-1, 1, 1)
+        before = rank_of(logits, labels[part])
+        hits.append(torch.stack([before < 1, before < 5], dim=2))
+    return (torch.cat(hits, dim=1) & finite).cpu()

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +23,7 @@ from semaim.engine.runner import SeededRunner, evaluation_loader, training_loade
 from semaim.engine.schedule import describe, plan_batch, schedule_of
 from semaim.engine.training import Prepared, PreparedTraining, make_runner
 from semaim.errors import UserError
+from semaim.outcomes import write_outcomes
 from semaim.registry import Task, build_model
 
 
@@ -108,6 +111,8 @@ class ImageTask(Task):
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
         """The figures of the last validation, and further values for results.json."""
+        if is_main_process():
+            write_hits(cfg, runner.val_loop)
         hub = runner.message_hub
         return {name: hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}, {
             "epochs": runner.epoch
@@ -151,8 +156,16 @@ class ImageTask(Task):
             report.refuse()
         record_load(report, cfg)
         metrics = runner.test()
+        if is_main_process():
+            write_hits(cfg, runner.test_loop)
         write_results(cfg, metrics, None, len(run.val), weights, stage="Classification")
         return metrics
+
+
+def write_hits(cfg: Config, loop: BaseLoop) -> None:
+    """Write `outcomes.npz`: which images of a loop's last evaluation were classified right."""
+    [metric] = loop.evaluator.metrics
+    write_outcomes(Path(cfg.work_dir), loop.dataloader.dataset.names(), {"top1": metric.hits["top1"]})
 
 
 def build_datasets(cfg: Config, labelled: bool = True) -> tuple[PretrainImages | LabelledImages, LabelledImages | None]:

@@ -16,7 +16,7 @@ class Detection(DenseTask):
 
     name = "detection"
     title = "detection"
-    place = 5
+    place = 7
     scope = "mmdet"
     package = "semaim.detection"
     needs = "mmdet"

@@ -7,13 +7,14 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.registry import LOOPS
 
-from semaim.engine.evaluation import FeatureTask
-from semaim.engine.features import Split, fast_probe
+from semaim.data.labelled import LabelledImages
+from semaim.engine.evaluation import Evaluation, FeatureTask, Frozen, Measured
+from semaim.engine.features import LRS, check_probe, fast_probe
 from semaim.registry import TASKS, Metric
 
 
 @LOOPS.register_module()
-class FastProbe:
+class FastProbe(Evaluation):
     """A linear classifier on features extracted once, without augmentation, at many learning rates in parallel.
 
     The learning rate is chosen on a held-out part of the training images. Not comparable with published linear probes,
@@ -31,17 +32,22 @@ class FastProbe:
         self.options: dict[str, Any] = {"epochs": epochs, "batch": batch, "held_out": held_out}
         self.options |= {"lrs": tuple(lrs)} if lrs else {}
 
-    def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics, on the main process; empty on the others."""
+    def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
+        """`UserError` for learning rates and a held-out share that cannot work."""
+        check_probe(self.options.get("lrs", LRS), torch.from_numpy(train.labels), self.options["held_out"])
+
+    def run(self, data: Frozen) -> Measured:
+        """The accuracy on the main process; nothing on the others."""
         if not is_main_process():
-            return {}
-        found = fast_probe(*train, *val, classes, **self.options, device=device)
+            return Measured({})
+        found = fast_probe(*data.train, *data.val, data.classes, **self.options, device=data.device)
         for lr, accuracy in found.held_out.items():
-            log(f"fast probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
-        log(f"fast probe: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
+            data.log(f"fast probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
+        data.log(f"fast probe: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
         if found.at_border:
-            log("the best learning rate is at the border of those tried: widen evaluation.lrs")
-        return {"probe_top1": found.top1, "probe_top5": found.top5, "probe_lr": found.lr}
+            data.log("the best learning rate is at the border of those tried: widen evaluation.lrs")
+        metrics = {"probe_top1": found.top1, "probe_top5": found.top5, "probe_lr": found.lr}
+        return Measured(metrics, {"probe_top1": found.hits})
 
 
 @TASKS.register_module()
@@ -56,6 +62,7 @@ class FastProbeTask(FeatureTask):
         "probe_top1": Metric("top-1", "fast probe", share=True),
         "probe_top5": Metric("top-5", tabled=False, share=True),
     }
+    evaluation = {"type": "FastProbe"}
     configs = {
         "quick": "semaim/configs/linear/vit_tiny_scenes_easy_fast.py",
         "study": "semaim/configs/linear/vit_tiny_cifar10_fast.py",

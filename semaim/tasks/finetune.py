@@ -21,7 +21,7 @@ class Finetune(ImageTask):
 
     name = "finetune"
     title = "fine-tuning"
-    place = 4
+    place = 6
     metrics = accuracies(title)
     configs = {
         "quick": "semaim/configs/finetune/vit_tiny_scenes_easy.py",

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping
 
-import torch
 from mmengine.registry import LOOPS
 
-from semaim.engine.evaluation import FeatureTask
-from semaim.engine.features import Split, knn_accuracy
+from semaim.data.labelled import LabelledImages
+from semaim.engine.evaluation import Evaluation, FeatureTask, Frozen, Measured
+from semaim.engine.features import accuracies, knn_hits
+from semaim.errors import UserError
 from semaim.registry import TASKS, Metric
 
 KEY = re.compile(r"knn([1-9]\d*)_top([15])")  #: keys in results.json, for any number of neighbours
@@ -15,7 +16,7 @@ USUAL = "knn20_top1"  #: the number of neighbours chosen in advance, if several 
 
 
 @LOOPS.register_module()
-class NearestNeighbours:
+class NearestNeighbours(Evaluation):
     """Weighted k-NN on the encoder's features.
 
     Args:
@@ -28,23 +29,31 @@ class NearestNeighbours:
     def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
         self.ks, self.temperature = tuple(ks), temperature
 
-    def run(self, train: Split, val: Split, classes: int, device: torch.device, log) -> dict[str, float]:
-        """(features, labels) of both splits -> metrics; `UserError` if no k is left."""
-        images = len(train[0])
-        # If none is left, the smallest is used and causes the error.
-        ks = [k for k in self.ks if k <= images] or [min(self.ks)]
+    def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
+        """`UserError` if no k is left."""
+        if not self.ks or min(self.ks) < 1 or not self.temperature > 0:
+            raise UserError(f"k-NN: ks {self.ks}, temperature {self.temperature:g}: give numbers above 0")
+        if min(self.ks) > len(train):
+            raise UserError(f"k-NN: k = {min(self.ks)} neighbours of {len(train)}: give 1 to {len(train)}")
+
+    def run(self, data: Frozen) -> Measured:
+        """Accuracies for every k up to the number of training images."""
+        images = len(data.train[0])
+        ks = [k for k in self.ks if k <= images]
         if len(ks) < len(self.ks):
             left = ", ".join(str(k) for k in self.ks if k not in ks)
-            log(f"k-NN: k = {left} left out, there are {images} training images")
-        found = knn_accuracy(*train, *val, classes, ks=ks, temperature=self.temperature, device=device)
-        for k, (top1, top5) in found.items():
-            log(f"k-NN, k = {k:3d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
-        metrics = {
-            f"knn{k}_top{n}": value for k, values in found.items() for n, value in zip((1, 5), values, strict=True)
-        }
-        best = max(found, key=lambda k: found[k][0])
-        log(f"best of these on the validation images: k = {best}, top-1 {found[best][0]:.2f}")
-        return metrics
+            data.log(f"k-NN: k = {left} left out, there are {images} training images")
+        found = knn_hits(*data.train, *data.val, data.classes, ks, self.temperature, device=data.device)
+        metrics: dict[str, float] = {}
+        scores = {}
+        for k, hits in found.items():
+            top1, top5 = accuracies(hits)
+            data.log(f"k-NN, k = {k:3d}: top-1 {top1:.2f}  top-5 {top5:.2f}")
+            metrics |= {f"knn{k}_top1": top1, f"knn{k}_top5": top5}
+            scores[f"knn{k}_top1"] = hits[:, 0].numpy()
+        best = max(ks, key=lambda k: metrics[f"knn{k}_top1"])
+        data.log(f"best of these on the validation images: k = {best}, top-1 {metrics[f'knn{best}_top1']:.2f}")
+        return Measured(metrics, scores)
 
 
 @TASKS.register_module()
@@ -55,6 +64,7 @@ class KNN(FeatureTask):
     title = "k-NN"
     place = 1
     metrics = {USUAL: Metric("top-1, k = 20", "k-NN", share=True)}
+    evaluation = {"type": "NearestNeighbours"}
     configs = {
         "quick": "semaim/configs/knn/vit_tiny_scenes_easy.py",
         "study": "semaim/configs/knn/vit_tiny_cifar10.py",

@@ -13,7 +13,7 @@ class Linear(ImageTask):
 
     name = "linear"
     title = "linear probing"
-    place = 3
+    place = 4
     metrics = accuracies(title)
     chart = "accuracy, %"
     configs = {"paper": "semaim/configs/linear/vit_base_90e.py"}

@@ -18,7 +18,7 @@ class Segmentation(DenseTask):
 
     name = "segmentation"
     title = "segmentation"
-    place = 6
+    place = 8
     scope = "mmseg"
     package = "semaim.segmentation"
     needs = "mmseg"

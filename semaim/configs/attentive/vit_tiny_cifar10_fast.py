@@ -1,0 +1,6 @@
+"""The fast attentive probe for CIFAR-10: the encoder of semaim_vit_tiny_cifar10."""
+
+_base_ = "../knn/vit_tiny_cifar10.py"
+
+task = "fast_attentive"
+evaluation = dict(_delete_=True, type="FastAttentive")

@@ -84,7 +84,7 @@ def fast_attentive(
     held_out: float = 0.1,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    **options: Any,
+    head: Mapping[str, Any] | None = None,
 ) -> ProbeResult:
     """Attentive probe on fixed tokens, at the learning rate that is best on a held-out part of the bank.
 
@@ -100,7 +100,7 @@ def fast_attentive(
         lrs: peak learning rates of LARS; one that diverges counts as 0 %.
         batch: images per step.
         held_out: share of each class that chooses the learning rate.
-        **options: further arguments of `attentive_head`: queries, d_out, heads.
+        head: further arguments of `attentive_head`: queries, d_out, heads.
     """
     check_rows(bank, bank_labels, classes)
     check_rows(queries, labels, classes)
@@ -109,7 +109,7 @@ def fast_attentive(
     chosen, held = split_held_out(train.labels, held_out, seed)
 
     def trained(rows: Tensor, rates: Sequence[float]) -> list[nn.Sequential]:
-        heads = make_heads(len(rates), pool, bank.shape[-1], classes, seed, options)
+        heads = make_heads(len(rates), pool, bank.shape[-1], classes, seed, head or {})
         train_attentive([head.to(device) for head in heads], train, rows, rates, epochs, batch, seed)
         return heads
 

@@ -145,7 +145,8 @@ class ProbeResult:
     top5: float
     held_out: dict[float, float]
     at_border: bool  #: the best learning rate is the smallest or largest of several: a better one may lie outside
-    hits: np.ndarray = field(compare=False, repr=False)  #: bool (M,), whether each query's class came first
+    #: bool (M,), whether each query's class came first
+    hits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), compare=False, repr=False)
 
     def __str__(self) -> str:
         text = f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} % with lr {self.lr:g}"

@@ -55,7 +55,7 @@ class FastAttentive(Evaluation):
         """The accuracy on the main process; nothing on the others."""
         if not is_main_process():
             return Measured({})
-        options = {**self.options, **self.head, "prefix": data.prefix, "seed": data.seed, "device": data.device}
+        options = {**self.options, "head": self.head, "prefix": data.prefix, "seed": data.seed, "device": data.device}
         found = fast_attentive(*data.train, *data.val, data.classes, **options)
         for lr, accuracy in found.held_out.items():
             data.log(f"attentive probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")

@@ -7,5 +7,16 @@
 _base_ = "../linear/vit_base_90e_mae.py"
 
 task = "attentive"
-model = dict(network=dict(pool="ep"))
+model = dict(
+    network=dict(
+        _delete_=True,
+        type="Classifier",
+        size="base",
+        img_size=224,
+        patch_size=16,
+        num_classes=None,  # as many as the data has
+        pool="ep",
+        probe=True,
+    )
+)
 total_batch_size = 4096  # peak 1.6 = 0.1 x 4096 / 256

@@ -156,11 +156,13 @@ def test_accuracy_counts_every_image_once():
     assert found["top1"] == pytest.approx(100 * sum(r[0] == y for r, y in zip(ranked, labels, strict=True)).item() / 11)
     assert found["top5"] == pytest.approx(100 * sum(y in r[:5] for r, y in zip(ranked, labels, strict=True)) / 11)
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    metric.process({}, model(images[:4], labels[:4], None, mode="predict"))
-    with pytest.raises(RuntimeError, match="4 images were evaluated, of 11"):
+    right = logits.argmax(dim=1) == labels
+    assert metric.hits["top1"].tolist() == right.tolist() and 100 * metric.hits["top5"].mean() == found["top5"]
+    metric.process({}, model(images[:4], labels[:4], torch.arange(4), mode="predict"))
+    with pytest.raises(RuntimeError, match="4 images were evaluated once, of 11"):
         metric.evaluate(11)
     two = Classification(small(num_classes=2)).eval()
-    assert two(images, labels % 2, None, mode="predict")[0]["top5"].all()
+    assert two(images, labels % 2, torch.arange(11), mode="predict")[0]["top5"].all()
 
 
 # Layer decay.

@@ -11,12 +11,14 @@ import torch
 from commands import flags, losses, one_line, results, tool
 
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
+from semaim.data.labelled import LabelledImages
 from semaim.engine.config import load_config
 from semaim.engine.testing import prepare_test
 from semaim.engine.testing import test as evaluate
 from semaim.engine.training import prepare_training
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
+from semaim.outcomes import read_outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
@@ -48,7 +50,7 @@ def training(**more):
     return options(**{**small, **more})
 
 
-@pytest.mark.parametrize("stage", ["finetune", "linear"])
+@pytest.mark.parametrize("stage", ["finetune", "linear", "attentive"])
 @pytest.mark.slow
 def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretrained, tmp_path):
     config = CONFIG.format(stage)
@@ -58,7 +60,7 @@ def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretr
         "dataset.augment": "randaugment",
         "model.network.drop_path_rate": 0.2,
     }
-    if stage == "linear":
+    if stage != "finetune":
         mixes = {}
     whole = tmp_path / "whole"
     places = ["--data-root", labelled, "--pretrained", pretrained]
@@ -69,7 +71,7 @@ def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretr
     assert trained["classes"] == sorted(path.name for path in (labelled / "train").iterdir())
     start = read_checkpoint(pretrained)["model"]
     same = all(torch.equal(trained["model"][name], start[name]) for name in start if name.startswith("blocks."))
-    assert same == (stage == "linear"), "a probe leaves the encoder as it is, fine-tuning does not"
+    assert same == (stage != "finetune"), "a probe leaves the encoder as it is, fine-tuning does not"
 
     # Resumed after the first epoch: the same losses to the last bit, and the same accuracy.
     parts = tmp_path / "parts"
@@ -96,6 +98,10 @@ def test_a_stage_trains_validates_resumes_and_is_measured(stage, labelled, pretr
         assert done.returncode == 0, done.stdout + done.stderr
         assert results(out)["metrics"] == pytest.approx(results(whole)["metrics"], rel=1e-5)
         assert results(out)["val_images"] == 10
+        found, expected = read_outcomes(out), read_outcomes(whole)
+        assert found.names.tolist() == expected.names.tolist() == LabelledImages(str(labelled), split="val").names()
+        assert found.scores["top1"].tolist() == expected.scores["top1"].tolist()
+        assert 100 * found.scores["top1"].mean() == pytest.approx(results(out)["metrics"]["top1"])
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from torch import nn
 import semaim.tasks  # noqa: F401  registers what configs name
 from semaim.data.folder import PretrainImages
 from semaim.data.labelled import evaluation_transform, training_transform
-from semaim.engine import features
+from semaim.engine import attentive, features
 from semaim.engine.config import load_config
 from semaim.engine.schedule import cosine_with_warmup, plan_batch
 from semaim.models import PixelTarget
+from semaim.models.attentive import attentive_head
 from semaim.models.targets import ema_decay
 from semaim.models.vit import SIZES
 from semaim.parity.deviations import as_table, read_deviations
@@ -25,6 +26,7 @@ from semaim.registry import build_model
 FINETUNE = "semaim/configs/finetune/vit_base_100e.py"
 LARS = "semaim/configs/linear/vit_base_90e_mae.py"
 PRETRAIN = "semaim/configs/pretrain/semaim_vit_base_800e.py"
+ATTENTIVE = "semaim/configs/attentive/vit_base_90e.py"
 PROBE = "semaim/configs/linear/vit_base_90e.py"
 TINY = dict(embed_dim=64, num_heads=2, depth=2, img_size=32)
 
@@ -166,6 +168,25 @@ CODE = {
     "fast probe: momentum, deviation of the first weights": lambda _: [features.MOMENTUM, features.INIT_STD],
     "fast probe: its options": lambda _: LOOPS.build(dict(type="FastProbe")).options,
     "fast probe: its learning rates": lambda _: list(signature(features.fast_probe).parameters["lrs"].default),
+    "attentive probing: LARS momentum, trust coefficient, weight decay, peak rate": lambda _: [
+        optimizer_of(ATTENTIVE).param_groups[0][name] for name in ("momentum", "trust_coeff", "weight_decay", "lr")
+    ],
+    "attentive probing: queries, channels out and in, deviation of the first queries": lambda _: [
+        attentive_head("ep", 768, 10)[0].cls_token.shape[1],
+        *attentive_head("ep", 768, 10)[0].v.weight.shape,
+        round(attentive_head("ep", 768, 10)[0].cls_token.std().item(), 3),
+    ],
+    "attentive probing: eps of the batch normalisation, affine": lambda _: [
+        getattr(part(small(ATTENTIVE).modules(), "BatchNorm1d"), name) for name in ("eps", "affine")
+    ],
+    "attentive probing (AIM): queries, heads, eps of the batch normalisation, bias of the classifier": lambda _: [
+        attentive_head("aim", 768, 10)[0].cls_token.shape[1],
+        attentive_head("aim", 768, 10)[0].heads,
+        attentive_head("aim", 768, 10)[0].bn.eps,
+        attentive_head("aim", 768, 10)[1].bias is not None,
+    ],
+    "fast attentive probe: its options": lambda _: LOOPS.build(dict(type="FastAttentive")).options,
+    "fast attentive probe: its learning rates": lambda _: list(attentive.LRS),
 }
 
 

@@ -134,6 +134,8 @@ IN_EPOCHS = {
     "linear/vit_base_90e_mae": (90, 10, 0),
     "linear/plain_vit_90e": (90, 10, 0),
     "linear/vit_tiny_scenes": (10, 0, 0),
+    "attentive/*_90e": (90, 10, 0),
+    "attentive/vit_tiny_scenes": (10, 1, 0),
 }
 
 
@@ -203,7 +205,9 @@ def test_simmim_falls_to_a_tenth_after_seven_eighths(pattern):
 
 
 def test_every_schedule_is_compared():
-    ours = {path for path in CONFIGS.rglob("*.py") if path.parent.name in ("pretrain", "finetune", "linear")}
+    ours = {
+        path for path in CONFIGS.rglob("*.py") if path.parent.name in ("pretrain", "finetune", "linear", "attentive")
+    }
     fast = {path for path in ours if path.stem.endswith("fast")}  # measures features, without a schedule
     assert ours - fast == {path for pattern in [*IN_EPOCHS, *SIMMIM] for path in matching(pattern)}
     dense = {path.stem for folder in ("mmdet_configs", "mmseg_configs") for path in (ROOT / folder).glob("*.py")}

@@ -28,7 +28,7 @@ from semaim.engine.optim import Lars
 from semaim.errors import UserError
 from semaim.models.attentive import ATTENTIVE, attentive_head, tokens_read
 
-LRS = (0.3, 1, 3, 10, 30)  #: of the fast attentive probe
+LRS = (1, 3, 10, 30, 100)  #: of the fast attentive probe
 
 
 class Tokens:
@@ -43,7 +43,7 @@ class Tokens:
     """
 
     def __init__(self, rows: Rows, labels: Rows, pool: str, prefix: int, device: torch.device | str):
-        self.rows, self.labels = rows, torch.from_numpy(np.array(labels))
+        self.rows, self.labels = rows, torch.from_numpy(np.asarray(labels).copy())
         self.pool, self.prefix, self.device = pool, prefix, device
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from test_results import CATALOGUE, SIX, WHOLE, cells, only, published, write
 from semaim.engine.config import load_config
 from semaim.engine.results import backbone_of, title_of
 from semaim.places import own_configs
-from semaim.registry import tasks
+from semaim.registry import task_of, tasks
 from semaim.results.comparing import compare, unusable, way
 from semaim.results.formats import FORMATS
 from semaim.results.table import make_table
@@ -33,7 +33,7 @@ def key_of(figure):
 def synthetic(figure, **changes):
     """The results.json of a run at exactly a published figure, by the config and weights that `way` names."""
     config, weights = way(figure, CATALOGUE)
-    recipe, data = CATALOGUE.recipes[config], CATALOGUE.datasets[figure.task]
+    recipe, data = CATALOGUE.recipe_of(config, figure.task), CATALOGUE.datasets[figure.task]
     known = CATALOGUE.pretrainings.get(weights) or CATALOGUE.released[weights.removeprefix("timm:")]
     content = {key: value for key, value in WHOLE.items() if key != "epochs"} | {
         "config": config,
@@ -73,7 +73,7 @@ def test_a_run_at_a_published_figure_has_no_difference(tmp_path, figure):
     not_stated = [name for name in ("pretrain_epochs", "recipe") if getattr(figure, name) is None]
     (words,) = [remark for remark in row.remarks if "does not state" in remark] or [""]
     assert ("recipe" in words) == (
-        "recipe" in not_stated or figure.recipe not in {recipe.name for recipe in CATALOGUE.recipes.values()}
+        "recipe" in not_stated or figure.recipe not in {recipe.name for recipe in CATALOGUE.recipes}
     )
     assert ("pretraining epochs" in words) == ("pretrain_epochs" in not_stated)
 
@@ -111,10 +111,10 @@ def test_every_other_figure_says_why_not(tmp_path, figure):
         assert words.endswith(f"--against {figure.over}") and config and why in CATALOGUE.pretrainings
         return
     assert words == f"not comparable: {why}"
-    recipes = {name for recipe in CATALOGUE.recipes.values() for name in (recipe.name, *recipe.states)}
+    recipes = {name for recipe in CATALOGUE.recipes for name in (recipe.name, *recipe.states)}
     weights = [*CATALOGUE.pretrainings.values(), *CATALOGUE.released.values()]
     if "recipe" in why:
-        backbones = {b for r in CATALOGUE.recipes.values() if r.name == figure.recipe for b in r.configs.values()}
+        backbones = {b for r in CATALOGUE.recipes if r.name == figure.recipe for b in r.configs.values()}
         assert figure.recipe not in recipes or not backbones & {figure.backbone, None}
     elif "weights" in why:
         same = [w for w in weights if (w.method, w.backbone) == (figure.method, figure.backbone)]
@@ -228,9 +228,13 @@ def test_pretrainings_are_what_the_catalogue_says(name):
 
 
 def test_recipes_lengths_are_their_configs():
-    for name, recipe in CATALOGUE.recipes.items():
-        schedule = load_config(NAMED[name], check=False).train_cfg
-        assert (schedule.get("max_epochs"), schedule.get("max_iters")) == (recipe.epochs, recipe.iterations), name
+    for recipe in CATALOGUE.recipes:
+        task = next(task for task in tasks() if task.title == recipe.task)
+        for name in recipe.configs:
+            files = [load_config(path, check=False) for path in own_configs().values() if path.name == name]
+            (cfg,) = [cfg for cfg in files if type(task_of(cfg)) is task]
+            length = (cfg.train_cfg.get("max_epochs"), cfg.train_cfg.get("max_iters"))
+            assert length == (recipe.epochs, recipe.iterations), name
 
 
 @pytest.mark.parametrize(

@@ -152,9 +152,9 @@ def test_recipes_are_of_configs_we_have():
         for part in ("semaim/configs", "mmdet_configs", "mmseg_configs")
         for path in ROOT.glob(f"{part}/**/*.py")
     }
-    assert CATALOGUE.recipes and set(CATALOGUE.recipes) <= names
+    assert {config for recipe in CATALOGUE.recipes for config in recipe.configs} <= names
     described = {figure.recipe for figure in CATALOGUE.figures}
-    assert {recipe.name for recipe in CATALOGUE.recipes.values()} - described == {
+    assert {recipe.name for recipe in CATALOGUE.recipes} - described == {
         "SemAIM linear probing, 90 epochs",
         "UperNet with ViT-L, 160k steps",
     }

@@ -88,10 +88,15 @@ class Catalogue:
     """Everything known about published figures."""
 
     figures: list[Published] = field(default_factory=list)
-    recipes: dict[str, Recipe] = field(default_factory=dict)  # by config file
+    recipes: list[Recipe] = field(default_factory=list)
     datasets: dict[str, Dataset] = field(default_factory=dict)  # by task
     pretrainings: dict[str, Pretraining] = field(default_factory=dict)  # by config file
     released: dict[str, Pretraining] = field(default_factory=dict)  # by timm's name
+
+    def recipe_of(self, config: str, task: str | None) -> Recipe | None:
+        """The recipe that a config follows, by its file name; of two files of one name that of the task's."""
+        found = [recipe for recipe in self.recipes if config in recipe.configs]
+        return next((recipe for recipe in found if recipe.task == task), next(iter(found), None))
 
 
 def load_published() -> Catalogue:
@@ -117,7 +122,7 @@ def load_published() -> Catalogue:
     sizes = {name: Dataset(name, tuple(n["train_images"]), n["val_images"]) for name, n in raw["datasets"].items()}
     return Catalogue(
         figures,
-        {config: recipe for recipe in recipes for config in recipe.configs},
+        recipes,
         {group["task"]: sizes[group["data"]] for group in raw["groups"]},
         {config: Pretraining(**known) for config, known in raw["pretrainings"].items()},
         released,

@@ -97,7 +97,7 @@ def way(figure: Published, catalogue: Catalogue) -> tuple[str, str]:
     """
     if why := unusable(figure):
         return "", why
-    known = {recipe.name: recipe for recipe in catalogue.recipes.values() if recipe.task == figure.task}
+    known = {recipe.name: recipe for recipe in catalogue.recipes if recipe.task == figure.task}
     fitting = [recipe for recipe in known.values() if figure.recipe in (None, recipe.name, *recipe.states)]
     if not fitting:
         return "", f"no config here follows its recipe ({figure.recipe})"

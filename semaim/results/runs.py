@@ -98,7 +98,7 @@ def find_results(folders: Iterable[str | Path]) -> list[Path]:
 def read_runs(path: Path, catalogue: Catalogue) -> list[Run]:
     """The runs in one file: one for each metric in the table."""
     record = completed(read_record(path), catalogue)
-    recipe = catalogue.recipes.get(Path(record.config or "").name)
+    recipe = catalogue.recipe_of(Path(record.config or "").name, record.task)
     runs = []
     for name, (title, metric) in reported(record.metrics, record.task, record.reported).items():
         title = title or record.task or (recipe.task if recipe else "classification")

@@ -1,6 +1,8 @@
 """The baselines of the benchmarks are what they are said to be, and the tool runs and refuses as it should."""
 
 import json
+import math
+import re
 from unittest.mock import patch
 
 import numpy as np
@@ -13,19 +15,21 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from torch.utils.data import DataLoader
 
-from semaim.benchmarks import measuring, pretraining
+from semaim.benchmarks import measuring, neighbours, pretraining
 from semaim.benchmarks.baselines import ExplicitMasks, PlainImages, plain_map_attention, published_step
 from semaim.benchmarks.detection import block_pass, build_block
 from semaim.benchmarks.loading import check_pixels, write_textures
 from semaim.benchmarks.rows import Row, without_gpu
 from semaim.benchmarks.scaling import exponent
 from semaim.data.folder import PretrainImages, load_image, load_pixels
+from semaim.engine.evaluation import Frozen
 from semaim.errors import UserError
 from semaim.models import PixelTarget, SemAIM, cpu_products
 from semaim.models.cpu_products import LEAST_WORK, product
 from semaim.models.recompute import linear
 from semaim.models.vit import Mlp
 from semaim.models.vitdet import MapAttention
+from semaim.tasks.knn import NearestNeighbours
 
 ORDERS = ("semantic", "similarity", "semantic_rings", "raster", "stochastic", "center_out")
 
@@ -307,3 +311,33 @@ def test_the_tool_measures_startup(tmp_path):
 )
 def test_bad_flags_are_one_line(arguments, message):
     one_line(tool("benchmark.py", *arguments), message)
+
+
+def test_neighbours_at_any_size_in_the_memory_that_is_given(capsys):
+    """The command at a small size; the bound sets the rows at a time, and changes no figure."""
+    sizes = ["--bank", "700", "--queries", "90", "--width", "16", "--memory-gb"]
+    found = {}
+    for gb in ("0.00006", "0.5"):  # 100 and 9,128 rows at a time
+        assert neighbours.main([*sizes, gb]) == 0
+        *accuracies, told, cost = capsys.readouterr().out.strip().splitlines()
+        found[gb] = accuracies
+        rows = math.isqrt(int(float(gb) * 1e9 / 6))
+        assert f"90 queries among 700, 16 channels, {rows:,} rows at a time" in told
+        assert re.search(r"\d+ s \(\d+ s of \d+ threads, \d+ GFLOP/s\), \d+\.\d\d GB of anonymous memory", cost)
+    assert found["0.00006"] == found["0.5"] and len(found["0.5"]) == 5
+
+
+def neighbours_step(gb):
+    """k-NN of 6,000 random queries among as many."""
+    rows = torch.randn(6000, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6000) % 7
+    data = Frozen((rows, labels), (rows, labels), 7, torch.device("cpu"), lambda line: None)
+    return lambda: NearestNeighbours(memory_gb=gb).run(data)
+
+
+def test_neighbours_stay_in_their_memory():
+    """What the similarities take, and 90 MB for libraries, the features, neighbours and votes of 6,000 queries."""
+    small, large = (measuring.cpu_peak(neighbours_step, gb, steps=1) for gb in (0.02, 0.2))
+    assert small < 0.02e9 + 90e6 < 0.13e9 < large < 0.2e9 + 90e6  # 5,773 x 5,773 similarities alone are 133 MB
+    with pytest.raises(UserError, match="memory_gb 0"):
+        NearestNeighbours(memory_gb=0).check([1] * 1000, [1], (64,))

@@ -120,14 +120,14 @@ def _cpu_peak(threads: int, build: Callable, arguments: tuple, steps: int) -> fl
     torch.nn.Linear(64, 64)(torch.ones(64, 64)).sum().backward()  # libraries are loaded on first use
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak of the imports
-    before = _memory("VmRSS")
+    before = process_memory("VmRSS")
     step = build(*arguments)
     for _ in range(steps):
         step()
-    return _memory("VmHWM") - before
+    return process_memory("VmHWM") - before
 
 
-def _memory(name: str) -> float:
+def process_memory(name: str) -> float:
     """A figure of this process's memory in bytes, from Linux."""
     try:
         with open("/proc/self/status") as lines:

@@ -1,5 +1,6 @@
 """k nearest neighbours on the features of a frozen encoder: fast, deterministic, without training."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -22,19 +23,28 @@ class NearestNeighbours(Evaluation):
     Args:
         ks: numbers of neighbours; those above the number of training images are left out.
         temperature: of the weights exp(cosine / temperature).
+        memory_gb: bound of the memory for similarities, in GB of 10^9 bytes; less takes longer. Each query takes
+            12 bytes a neighbour and 12 a channel besides.
 
     Source of the numbers: DINO, `eval_knn.py`.
     """
 
-    def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07):
-        self.ks, self.temperature = tuple(ks), temperature
+    def __init__(self, ks: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07, memory_gb: float = 0.5):
+        self.ks, self.temperature, self.memory_gb = tuple(ks), temperature, memory_gb
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` if no k is left."""
         if not self.ks or min(self.ks) < 1 or not self.temperature > 0:
             raise UserError(f"k-NN: ks {self.ks}, temperature {self.temperature:g}: give numbers above 0")
+        if not self.memory_gb > 0:
+            raise UserError(f"k-NN: memory_gb {self.memory_gb:g}: give a number of GB above 0")
         if min(self.ks) > len(train):
             raise UserError(f"k-NN: k = {min(self.ks)} neighbours of {len(train)}: give 1 to {len(train)}")
+
+    @property
+    def chunk(self) -> int:
+        """Rows compared at once: a similarity takes 6 bytes, 4 for itself and the rest to find the largest."""
+        return max(1, math.isqrt(int(self.memory_gb * 1e9 / 6)))
 
     def run(self, data: Frozen) -> Measured:
         """Accuracies for every k up to the number of training images."""
@@ -43,7 +53,7 @@ class NearestNeighbours(Evaluation):
         if len(ks) < len(self.ks):
             left = ", ".join(str(k) for k in self.ks if k not in ks)
             data.log(f"k-NN: k = {left} left out, there are {images} training images")
-        found = knn_hits(*data.train, *data.val, data.classes, ks, self.temperature, device=data.device)
+        found = knn_hits(*data.train, *data.val, data.classes, ks, self.temperature, self.chunk, device=data.device)
         metrics: dict[str, float] = {}
         scores = {}
         for k, hits in found.items():

@@ -156,6 +156,7 @@ def test_recipes_are_of_configs_we_have():
     described = {figure.recipe for figure in CATALOGUE.figures}
     assert {recipe.name for recipe in CATALOGUE.recipes} - described == {
         "SemAIM linear probing, 90 epochs",
+        "efficient probing, 90 epochs",
         "UperNet with ViT-L, 160k steps",
     }
 

@@ -99,7 +99,6 @@ class Task:
         pretrains: whether the other tasks start from its checkpoints.
         published: whether there are published figures that a run may be compared with.
         configs: scale of tools/reproduce.py -> config; a method may have its own, see `Variant`.
-        chart: title of the chart of its validations; if empty, the task's title and the metrics' unit.
         shows: what a picture of its results shows, for the report; empty for none.
         source: which of reproduce's data folders it reads: "images", "coco" or "ade".
         weight: relative duration of a run; tools/reproduce.py starts the longest first.
@@ -119,7 +118,6 @@ class Task:
     pretrains: ClassVar[bool] = False
     published: ClassVar[bool] = True
     configs: ClassVar[Mapping[str, str]] = {}
-    chart: ClassVar[str] = ""
     shows: ClassVar[str] = ""
     source: ClassVar[str] = "images"
     weight: ClassVar[int] = 1
@@ -131,6 +129,11 @@ class Task:
         """The metrics in the table, among these keys of results.json."""
         names = set(names)
         return {name: metric for name, metric in self.metrics.items() if name in names and metric.tabled}
+
+    def described(self, names: Iterable[str]) -> dict[str, Metric]:
+        """All metrics among these keys, those that only the report shows too."""
+        names = set(names)
+        return {name: metric for name, metric in self.metrics.items() if name in names}
 
     def matches(self, cfg: Mapping) -> bool:
         """Whether an old config without a `task` key belongs to this task; such configs come only from checkpoints."""
@@ -146,17 +149,6 @@ def tasks() -> list[type[Task]]:
 def list_tasks() -> list[str]:
     """Names of all tasks, as in configs."""
     return [task.name for task in tasks()]
-
-
-def charted() -> dict[str, dict[str, str]]:
-    """For all tasks that train: title of a chart -> key of a metric that validations log -> label of its curve."""
-    found: dict[str, dict[str, str]] = {}
-    for task in tasks():
-        shown = {key: metric for key, metric in task.metrics.items() if metric.tabled and task.trains}
-        for key, metric in shown.items():
-            title = task.chart or f"{task.title}, {metric.unit}"
-            found.setdefault(title, {})[key] = metric.label.removeprefix(f"{title} ")
-    return found
 
 
 def task_for(cfg: Mapping) -> Task:

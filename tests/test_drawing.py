@@ -1,8 +1,11 @@
 """Pictures of tools/visualize.py against the model's own numbers, and charts."""
 
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 
 from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import centre_crops
-from semaim.drawing.curves import make_chart, ticks
+from semaim.drawing.curves import POINTS, Curve, draw_chart, thinned
 from semaim.drawing.encoder import draw_network, draw_orders, draw_reconstruction, draw_similarity
 from semaim.drawing.panels import map_panels
 from semaim.engine.config import load_config
@@ -22,18 +25,54 @@ from semaim.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_charts():
-    assert ticks(0.0, 1.0) == [0, 0.25, 0.5, 0.75, 1] and ticks(3.0, 3.0)[0] < 3 < ticks(3.0, 3.0)[-1]
-    for low, high in ((-1.0, 3e5), (0.301, 0.3012), (0.0, 0.0), (-5.0, -5.0)):
-        found = ticks(low, high)
-        assert found[0] <= low and high <= found[-1] and 2 <= len(found) <= 8
-    assert make_chart("x", "y", {"nothing": [], "nan": [(1, float("nan"))]}) is None
-    many = make_chart("x", "y", {"line": [(i, float(i % 7)) for i in range(5001)]})
-    points = many.lines[0].points.split()
-    assert 200 < len(points) <= 400 and not many.lines[0].dots and many.lines[0].name == f"line {5000 % 7}"
-    few = make_chart("x", "y", {"line": [(1, 2.0), (2, float("inf")), (3, 4.0)]})
-    (left, low), (right, high) = few.lines[0].dots
-    assert left < right and low > high
+def drawn(svg):
+    """The lines of a chart: (colour, width, points) of each, in the order they are drawn."""
+    paths = re.findall(r'<path d="([^"]+)" clip-path[^>]*style="([^"]*var\(--c(\d)\)[^"]*)"', svg)
+    found = []
+    for path, style, colour in paths:
+        width = re.search(r"stroke-width: ([\d.]+)", style)
+        points = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", path)]
+        found.append((int(colour), float(width[1]) if width else 1.0, points))
+    return found
+
+
+def test_a_chart_of_two_methods_of_two_seeds():
+    one, two, other = [(1, 2.0), (2, 4.0), (3, 3.0)], [(1, 4.0), (2, 2.0), (3, math.inf)], [(1, 8.0), (3, 0.5)]
+    curves = [Curve("a", tuple(one)), Curve("b", tuple(other)), Curve("a", tuple(two))]
+    chart = draw_chart(curves, "epoch", places={"z": 0, "a": 1, "b": 8})
+    first, second = chart.keys
+    assert (first.series, first.curves, first.last, first.colour, first.dash) == ("a", 2, 2.5, 1, 0)
+    assert (second.series, second.curves, second.last, second.colour, second.dash) == ("b", 1, 0.5, 2, 1)
+    lines = drawn(chart.svg)
+    assert [(colour, width) for colour, width, _ in lines] == [(1, 1.0), (1, 1.0), (1, 2.0), (2, 2.0)]
+    (left, top), (right, bottom) = lines[3][2]  # 8 and 0.5, at the ends of x
+
+    def value(point):
+        return 8 - 7.5 * (point[1] - top) / (bottom - top)
+
+    assert [value(point) for point in lines[0][2]] == pytest.approx([2, 4, 3], abs=0.02)
+    assert [value(point) for point in lines[1][2]] == pytest.approx([4, 2], abs=0.02), "what is infinite is left out"
+    assert [value(point) for point in lines[2][2]] == pytest.approx([3, 3], abs=0.02), "the mean, at the x of both"
+    assert [point[0] for point in lines[0][2]] == pytest.approx([left, (left + right) / 2, right], abs=0.02)
+    page = ElementTree.fromstring(chart.svg)
+    words = [node.text for node in page.iter("text")]
+    assert "epoch" in words and {"1", "2", "3"} <= set(words), "text stays text"
+    assert "#" not in re.sub(r'(url\(|")#[^")]+', "", chart.svg), "all colours are the page's"
+
+
+def test_charts_without_points_and_with_many():
+    assert draw_chart([], "x") is None and draw_chart([Curve("a", ()), Curve("b", ((1, math.nan),))], "x") is None
+    many = [(i, float(i % 7)) for i in range(1, 5002)]
+    few = thinned(many)
+    assert POINTS / 2 < len(few) <= POINTS and few[-1][0] == 5001
+    step = few[-1][0] - few[-2][0]
+    assert few[-1][1] == pytest.approx(sum(y for _, y in many[-step:]) / step)
+    assert thinned(few) == few
+    chart = draw_chart([Curve("a", tuple(many)), Curve("b", ((1, 2.0), (3, 1e300)))], "x", logarithms=True)
+    assert chart.averaged and len(drawn(chart.svg)[0][2]) == len(few) and chart.keys[1].last == 2.0
+    spread = draw_chart([Curve("a", ((1, 1000.0), (2, 1.0), (3, 10.0)))], "x", logarithms=True)
+    heights = [y for _, y in drawn(spread.svg)[0][2]]
+    assert (heights[1] - heights[2]) / (heights[1] - heights[0]) == pytest.approx(1 / 3, abs=0.01)
 
 
 def cell(picture, column, columns):

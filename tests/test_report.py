@@ -12,14 +12,16 @@ import pytest
 from commands import losses, one_line, tool
 from PIL import Image
 
-from semaim.drawing.curves import BOTTOM, HEIGHT, TOP, charts_of
+from semaim.drawing.curves import HEIGHT, WIDTH
 from semaim.engine.results import write_results
 from semaim.engine.training import train
 from semaim.errors import UserError
-from semaim.registry import charted
 from semaim.results import load_published
 from semaim.results.logs import read_lines, read_scalars
-from semaim.results.report import find_runs, pictures_of, read_part, write_report
+from semaim.results.overlays import overlays_of
+from semaim.results.parts import read_part
+from semaim.results.pictures import pictures_of
+from semaim.results.report import find_runs, write_report
 from semaim.results.table import make_table, print_form
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -32,7 +34,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.open, self.tags, self.links, self.text, self.styles = [], [], [], "", ""
-        self.polylines, self.ids = [], []
+        self.lines, self.ids, self.alternatives = [], [], []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert not self.open, self.open
@@ -43,7 +45,8 @@ class Page(HTMLParser):
         assert len(given) == len(attributes) and not [name for name in given if name.startswith("on")], attributes
         self.links += [given[name] for name in LOADING if name in given]
         self.ids += [given["id"]] if "id" in given else []
-        self.polylines += [given["points"]] if tag == "polyline" else []
+        self.lines += [given["d"]] if {"d", "clip-path"} <= set(given) and "var(--c" in given.get("style", "") else []
+        self.alternatives += [given.get("alt")] if tag == "img" else []
         if tag not in VOID:
             self.open.append(tag)
 
@@ -71,6 +74,7 @@ class Page(HTMLParser):
 def checked(path):
     """The page, which loads nothing."""
     page = Page(path)
+    assert len(set(page.ids)) == len(page.ids) and all(page.alternatives)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
     for link in page.links:
         assert link.startswith("data:image/") or link[0] == "#" and link[1:] in page.ids, link[:80]
@@ -118,12 +122,11 @@ def test_report_of_real_runs(tiny_config, tmp_path):
     (config,) = work.glob("*.py")
     assert config.read_text() in page.text and page.tags.count("details") >= 2
     steps = losses(work)
-    assert len(steps) == 20 and f"loss {steps[20]:.4g}" in page.text
-    points = [tuple(map(float, point.split(","))) for point in page.polylines[0].split()]
+    assert len(steps) == 20 and f"SemAIM: last {steps[20]:.4g}" in page.text
+    points = np.array([list(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", page.lines[0])])
     assert len(points) == 20
-    heights = np.array([y for _, y in points])
-    assert np.corrcoef(heights, list(steps.values()))[0, 1] < -0.999, "of an SVG the y axis points down"
-    assert TOP <= heights.min() and heights.max() <= HEIGHT - BOTTOM
+    assert np.corrcoef(points[:, 1], list(steps.values()))[0, 1] < -0.999, "of an SVG the y axis points down"
+    assert 0 <= points.min() and points[:, 0].max() <= WIDTH and points[:, 1].max() <= HEIGHT
     assert "iteration 20, epoch 4" in page.text and re.search(r"[\d,]+ MB", page.text)
 
     assert len(list((work / "orders").iterdir())) == 5
@@ -161,8 +164,8 @@ def test_missing_parts_are_left_out(tmp_path):
     (works / "odd/orders/epoch_0001.png").write_bytes(b"no picture")
     write_report([works], tmp_path / "r.html")
     page = checked(tmp_path / "r.html")
-    assert not page.pictures and not page.polylines
-    assert "Curves" not in page.text and "Orders" not in page.text and "Images/s:" in page.text
+    assert not page.pictures and not page.lines
+    assert "svg" not in page.tags and "Orders" not in page.text and "Images/s:" not in page.text
     assert read_part(works / "started", "x", load_published()).stage == "pretraining"
     # Nothing measured: no table at all.
     write_report([works / "started", works / "odd"], tmp_path / "r.html")
@@ -171,7 +174,7 @@ def test_missing_parts_are_left_out(tmp_path):
     put(works / "other", {"results.json": {"metrics": {"something": 7.25}}})
     write_report([works / "other"], tmp_path / "r.html")
     page = checked(tmp_path / "r.html")
-    assert "results" not in page.ids and "something 7.25" in page.text
+    assert "results" not in page.ids and "something" in page.text and "7.25" in page.text
 
 
 def test_errors_are_one_line(here, tmp_path):
@@ -232,9 +235,12 @@ def test_classes_time_and_memory_are_as_logged(tmp_path):
     put(tmp_path / "run", {"1/vis_data/scalars.json": scalars, "1/1.log": LOG.format(sky="11.11")})
     put(tmp_path / "run", {"2/2.log": LOG.format(sky="99.73"), "2/vis_data/scalars.json": ""})
     part = read_part(tmp_path / "run", "run", load_published())
-    assert [table.title.split(" of ")[0] for table in part.classes] == ["IoU, Acc", "box AP", "mask AP"]
-    assert part.classes[0].rows == [["sky", "82.35", "99.73"], ["car", "15.05", "78.66"]], "the last logged"
-    assert part.classes[1].rows[0][1] == "0.412" and part.classes[2].rows == [["dog", "0.311", "nan"]]
+    areas, boxes, masks = part.classes
+    assert areas.title == "IoU, Acc of each class" and areas.head == ["class", "IoU, %", "Acc, %"]
+    assert areas.rows == [["sky", "82.35", "99.73"], ["car", "15.05", "78.66"]], "the last logged"
+    # mmdet logs shares of 1: in percent, as everywhere.
+    assert boxes.title == "AP box of each class" and boxes.head == ["class", "AP box, %", "AP50 box, %"]
+    assert boxes.rows == [["dog", "41.20", "70.00"]] and masks.rows == [["dog", "31.10", "–"]]
     assert part.facts == {
         "logged up to": "iteration 3",
         "time": "0:12:20",  # twice 3:04:05 to 3:10:15
@@ -244,7 +250,7 @@ def test_classes_time_and_memory_are_as_logged(tmp_path):
     }
     write_report([tmp_path / "run"], tmp_path / "r.html")
     page = checked(tmp_path / "r.html")
-    assert "99.73" in page.text and "0.311" in page.text and "903 MB" in page.text and "11.11" not in page.text
+    assert "99.73" in page.text and "31.10" in page.text and "903 MB" in page.text and "11.11" not in page.text
 
 
 def test_lines_of_a_resumed_and_running_run(tmp_path):
@@ -261,9 +267,10 @@ def test_lines_of_a_resumed_and_running_run(tmp_path):
     ]
     validations = [line for line in read_lines(tmp_path / "run") if "validation" in line]
     assert [(line["iter"], line["mIoU"]) for line in validations] == [(20, 5.0), (40, 7.0)]
-    charts = {chart.title: chart for chart in charts_of(read_lines(tmp_path / "run"), charted())}
-    assert list(charts) == ["training loss", "learning rate", "validation: segmentation, %"]
-    assert charts["validation: segmentation, %"].lines[0].name == "mIoU 7"
+    part = read_part(tmp_path / "run", "run", load_published())
+    loss, rate, iou = overlays_of([part], "a", {})
+    assert [chart.title for chart in (loss, rate, iou)] == ["Training loss", "Learning rate", "mIoU in validation, %"]
+    assert iou.label.endswith("not recorded 7.00") and iou.below == "iteration", "its lines count no epochs"
 
 
 def test_few_pictures_of_a_sane_size(tmp_path):

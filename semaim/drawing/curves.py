@@ -1,18 +1,34 @@
-"""Curves of a run: a picture of its training, and line charts of all logged values for an HTML page.
+"""Curves by matplotlib: a picture of one run's training, and line charts of many runs for an HTML page.
 
-A chart is the geometry of an SVG, which takes its colours from the page. The logged values are those that
-`semaim.results.logs` reads.
+A chart is an SVG whose text stays text and whose colours are variables of the page's CSS: `--c0` to `--c5` for the
+series, `--soft` for text, `--rule` for the grid. The logged values are those that `semaim.results.logs` reads.
 """
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-WIDTH, HEIGHT = 360, 220  #: as shown on a phone, so that the text stays readable there
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  #: margins
-POINTS = 400  #: lines with more points are thinned out
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 360, 220  #: of a chart, in pixels as shown on a phone, so that its text of 11 stays readable there
+POINTS = 200  #: curves with more are averaged down to these
+LARGEST = 1e30  #: values above are not drawn
+COLOURS = 6  #: different colours; further series repeat them with other dashes
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))  #: as matplotlib's linestyle
+#: Colour in matplotlib -> variable of the page. Nothing else in a chart has these colours.
+VARIABLES = {f"#fe00{place:02x}": f"var(--c{place})" for place in range(COLOURS)}
+TEXT, GRID = "#fe00f0", "#fe00f1"
+VARIABLES |= {TEXT: "var(--soft)", GRID: "var(--rule)"}
+
+#: What makes a chart an SVG that a page can contain: its text is text, in the page's colours.
+STYLE: dict[str, object] = {"svg.fonttype": "none", "font.size": 11}
+STYLE |= {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT}
 
 
 def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
@@ -22,7 +38,7 @@ def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
         scalars: by rising `iter`, each with `loss` and `lr`, as `semaim.results.logs.read_scalars` returns them.
         title: text above the plot.
     """
-    from matplotlib.figure import Figure  # takes a second to import, and charts do not need it
+    from matplotlib.figure import Figure  # takes a second to import
 
     from semaim.drawing.panels import render
 
@@ -39,89 +55,139 @@ def draw_curve(scalars: Sequence[dict], title: str = "") -> Image.Image:
     return render(figure)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line: its name with the last value, and its points "x,y x,y ..." in the drawing."""
+# Charts
 
-    name: str
-    points: str
-    dots: tuple[tuple[float, float], ...]  #: drawn when the points are too few for a line alone
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's values, (x, y) by rising x; curves of the same series, which are seeds, have one colour."""
+
+    series: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend: the series, its last value (the mean of its curves'), and how its line looks."""
+
+    series: str
+    last: float
+    curves: int
+    colour: int  #: of the page's variables
+    dash: int  #: of `DASHES`
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of `WIDTH` x `HEIGHT`; ticks are (position, text)."""
+    """An SVG element and its legend; `averaged`: whether curves had too many points, so that means are drawn."""
 
-    title: str
-    below: str
-    lines: tuple[Line, ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
+    svg: str
+    keys: tuple[Key, ...]
+    averaged: bool
 
 
-def make_chart(title: str, below: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
-    """A chart of curves, name -> (x, y) by rising x; None if there is nothing to draw."""
-    curves = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in curves.items()}
-    curves = {name: points for name, points in curves.items() if points}
-    if not curves:
-        return None
-    xs, ys = ([point[axis] for points in curves.values() for point in points] for axis in (0, 1))
-    across, up = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(xs + across), max(xs + across)
-    y_low, y_high = min(ys + up), max(ys + up)
+def draw_chart(
+    curves: Sequence[Curve],
+    below: str,
+    name: str = "chart",
+    places: Mapping[str, int] | None = None,
+    logarithms: bool = False,
+) -> Chart | None:
+    """A chart of curves; None if there is nothing to draw.
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1),
-            round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1),
-        )
-
-    lines = []
-    for name, points in curves.items():
-        step = max(1, math.ceil(len(points) / POINTS))
-        drawn = [place(*point) for point in points[::-1][::step][::-1]]  # from the end: the last point stays
-        text = " ".join(f"{x},{y}" for x, y in drawn)
-        lines.append(Line(f"{name} {points[-1][1]:.4g}", text, tuple(drawn) if len(drawn) < 12 else ()))
-    return Chart(
-        title,
-        below,
-        tuple(lines),
-        tuple((place(x, y_low)[0], f"{x:g}") for x in across),
-        tuple((place(x_low, y)[1], f"{y:g}") for y in up),
-    )
-
-
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers around and within a range."""
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / (most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(part * power for part in (1, 2, 2.5, 5, 10) if part * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
-
-
-def charts_of(lines: Sequence[dict], validated: Mapping[str, Mapping[str, str]]) -> list[Chart]:
-    """Charts of loss, learning rate and validations.
+    Each curve is a line. Where a series has several, these are thin and light, and their mean is drawn over them at the
+    x that all of them have.
 
     Args:
-        lines: of `semaim.results.logs.read_lines`.
-        validated: title of a chart -> name of a figure in the log -> label of its curve.
+        curves: by series; what is not finite, or too large to draw, is left out.
+        below: the quantity on the x axis.
+        name: of the chart, unique on its page: the ids in the SVG depend on it.
+        places: series -> place among all of the page, which its colour and dashes depend on; None for this order.
+        logarithms: whether the y axis is logarithmic if the values are positive and span a factor of 100.
     """
-    training = sorted((line for line in lines if "validation" not in line), key=lambda line: line["iter"])
-    charts = [
-        make_chart(title, "iteration", {name: numbers(training, "iter", key)})
-        for title, name, key in (("training loss", "loss", "loss"), ("learning rate", "rate", "lr"))
+    curves = [
+        Curve(it.series, tuple(p for p in it.points if all(abs(value) < LARGEST for value in p))) for it in curves
     ]
-    validations = [line for line in lines if "validation" in line]
-    for title, names in validated.items():
-        curves = {shown: numbers(validations, "step", key) for key, shown in names.items()}
-        charts.append(make_chart(f"validation: {title}", "epoch", curves))
-    return [chart for chart in charts if chart]
+    curves = [it for it in curves if it.points]
+    if not curves:
+        return None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    values = [y for it in curves for _, y in it.points]
+    keys = []
+    with rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        axis = figure.subplots()
+        for number, series in enumerate(dict.fromkeys(it.series for it in curves)):
+            place = places[series] if places else number
+            own = [it for it in curves if it.series == series]
+            last = sum(it.points[-1][1] for it in own) / len(own)
+            keys.append(Key(series, last, len(own), place % COLOURS, place // COLOURS % len(DASHES)))
+            draw_series(axis, own, keys[-1])
+        axis.set_xlabel(below)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if logarithms and min(values) > 0 and max(values) >= 100 * min(values):
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.grid(axis="y", color=GRID, linewidth=1)
+        axis.set_axisbelow(True)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator")))
+    averaged = any(len(it.points) > POINTS for it in curves)
+    return Chart(for_page(file.getvalue()), tuple(keys), averaged)
 
 
-def numbers(lines: Sequence[dict], x: str, y: str) -> list[tuple[float, float]]:
-    """(x, y) of the log lines that have both; for each x the last."""
-    found = {line[x]: line[y] for line in lines if all(isinstance(line.get(key), int | float) for key in (x, y))}
-    return sorted(found.items())
+def draw_series(axis: "Axes", curves: Sequence[Curve], key: Key) -> None:
+    """Draw the curves of one series, and their mean if there are several."""
+    look = {"color": f"#fe00{key.colour:02x}", "linestyle": DASHES[key.dash], "solid_joinstyle": "round"}
+    several = len(curves) > 1
+    for it in curves:
+        points = thinned(it.points)
+        marker = "o" if len(points) < 12 else None
+        width, alpha = (1.0, 0.45) if several else (2.0, 1.0)
+        axis.plot(
+            *zip(*points, strict=True), marker=marker, markersize=1 + 2 * width, linewidth=width, alpha=alpha, **look
+        )
+    if several:
+        found = [dict(it.points) for it in curves]
+        common = sorted(set.intersection(*map(set, found)))
+        mean = thinned([(x, sum(points[x] for points in found) / len(found)) for x in common])
+        if mean:
+            axis.plot(*zip(*mean, strict=True), linewidth=2.0, **look)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `POINTS` points: means of as many neighbours, at the last x of each."""
+    step = math.ceil(len(points) / POINTS)
+    if step <= 1:
+        return list(points)
+    ends = range(len(points), 0, -step)  # from the end, so that the last x stays
+    parts = [points[max(0, end - step) : end] for end in ends][::-1]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def for_page(svg: str) -> str:
+    """matplotlib's SVG file as an element of a page: its size and colours are the page's, its ids unique or gone."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1">', svg, count=1)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda it: it[0] if it[1] in used else "", svg)
+    svg = re.sub(
+        r"font(-family)?: (?:([\d.]+px) )?'[^;\"]*;? ?", lambda it: f"font-size: {it[2]};" if it[2] else "", svg
+    )
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"|<defs>\s*</defs>', "", svg).replace("xlink:href", "href")
+    # Two digits after the point, in attributes and not in text.
+    svg = re.sub(r'="[^"]*"', lambda it: re.sub(r"(\d\.\d\d)\d+", r"\1", it[0]), svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"\s*\n\s*", "\n", svg)

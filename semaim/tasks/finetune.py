@@ -28,7 +28,6 @@ class Finetune(ImageTask):
         "study": "semaim/configs/finetune/vit_tiny_cifar10.py",
         "paper": "semaim/configs/finetune/vit_base_100e.py",
     }
-    chart = "accuracy, %"
     weight = 2
 
     def matches(self, cfg: Mapping) -> bool:

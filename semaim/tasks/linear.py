@@ -15,7 +15,6 @@ class Linear(ImageTask):
     title = "linear probing"
     place = 4
     metrics = accuracies(title)
-    chart = "accuracy, %"
     configs = {"paper": "semaim/configs/linear/vit_base_90e.py"}
 
     def matches(self, cfg: Mapping) -> bool:

@@ -24,7 +24,7 @@ from semaim.results.pictures import pictures_of
 from semaim.results.report import find_runs, write_report
 from semaim.results.table import make_table, print_form
 
-VOID = {"meta", "img", "br", "hr", "input", "link"}
+VOID = {"meta", "img", "br", "wbr", "hr", "input", "link"}
 LOADING = ("src", "href", "srcset", "data", "poster", "action", "background", "xlink:href")
 
 

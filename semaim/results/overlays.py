@@ -81,13 +81,14 @@ def notes_of(chart: Chart) -> list[str]:
 
 
 def series_of(runs: Sequence[RunPart]) -> dict[tuple[str, ...], str]:
-    """Setting -> the name of its series: the method, with as much more as is needed to distinguish them."""
+    """Setting -> the name of its series: the method, and in what it differs from others of the method."""
     settings = list(dict.fromkeys(run.setting for run in runs))
-    for count in range(1, 1 + max(map(len, settings))):
-        names = [", ".join(filter(None, it[:count])) or "not recorded" for it in settings]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(settings, names, strict=True))
+    names = {}
+    for setting in settings:
+        alike = [other for other in settings if other[0] == setting[0]]
+        apart = [part for place, part in enumerate(setting[1:], 1) if len({other[place] for other in alike}) > 1]
+        names[setting] = ", ".join(filter(None, [setting[0] or "not recorded", *apart]))
+    return names
 
 
 def logged(run: RunPart) -> dict[Quantity, list[tuple[float, float]]]:

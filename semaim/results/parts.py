@@ -13,6 +13,7 @@ from semaim.results import Catalogue
 from semaim.results.config_text import read_config
 from semaim.results.figures import ClassTable, Figure, classes_of, figures_of, worded
 from semaim.results.logs import read_lines
+from semaim.results.opening import LOOKS
 from semaim.results.pictures import Picture, pictures_of
 from semaim.results.runs import Run, read_runs
 from semaim.results.runs import method_of as method_in
@@ -50,6 +51,12 @@ class RunPart:
     def method(self) -> str:
         """The method whose encoder it is."""
         return self.setting[0] if self.setting else ""
+
+    @property
+    def captions(self) -> dict[str, str]:
+        """Name of a picture -> what it shows."""
+        shown = self.task.shows if self.task else ""
+        return {Path(name).stem: words for name, words in LOOKS.items()} | ({"predictions": shown} if shown else {})
 
     @property
     def headlines(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from semaim import __version__
 from semaim.errors import UserError, writing
 from semaim.results import Catalogue, load_published
 from semaim.results.attribution import CREDIT, SOURCES, shows_scenes
+from semaim.results.figures import NOTHING
 from semaim.results.opening import make_opening
 from semaim.results.overlays import Overlay, overlays_of
 from semaim.results.parts import RunPart, in_order, read_part
@@ -90,6 +91,7 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
     )
     page = environment.get_template("report.html").render(
         lead=lead,
+        nothing=NOTHING,
         opening=opening,
         shown=[(words, picture) for words, picture in shown if picture],
         stages=stages_of(parts),

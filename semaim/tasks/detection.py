@@ -1,9 +1,12 @@
 """Detection and instance segmentation by mmdet on the ViTDet backbone: COCO, or a data set in its layout."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from semaim.engine.dense_task import DenseTask
 from semaim.registry import TASKS, Metric
+
+BY_CLASS = re.compile(r"coco/(.+)_precision")  #: keys of mmdet's CocoMetric with `classwise`
 
 
 def _average_precision(label: str, short: str = "", tabled: bool = False) -> Metric:
@@ -42,6 +45,14 @@ class Detection(DenseTask):
     shows = "objects of validation images, annotated (left) and found"
     source = "coco"
     weight = 4
+
+    def described(self, names: Iterable[str]) -> dict[str, Metric]:
+        """Also the APs by class: mmdet gives those of boxes and masks one key, which keeps the last, the masks'."""
+        names = list(names)
+        kind = "mask" if "coco/segm_mAP" in names else "box"
+        by_class = {name: match[1] for name in names if (match := BY_CLASS.fullmatch(name))}
+        more = {name: _average_precision(f"AP {kind}, {label}") for name, label in by_class.items()}
+        return super().described(names) | more
 
     def matches(self, cfg: Mapping) -> bool:
         """See `Task.matches`."""

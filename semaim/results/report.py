@@ -18,7 +18,7 @@ from semaim.results.overlays import Overlay, overlays_of
 from semaim.results.parts import RunPart, in_order, read_part
 from semaim.results.pictures import encode
 from semaim.results.runs import read_runs
-from semaim.results.table import HEADER, Printed, Table, at_a_glance, make_table, print_form
+from semaim.results.table import HEADER, JUDGED, Printed, Table, at_a_glance, make_table, print_form
 
 MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that mark the folder of a run
 #: Facts that are columns of a stage's list of runs.
@@ -57,6 +57,7 @@ class Results:
     names: tuple[str, ...]
     glance: list[list[str]]
     gains: list[list[str]]
+    gain_notes: list[str]
     ours: list[list[str]]
     rows: list[list[str]]
     notes: list[str]
@@ -167,16 +168,17 @@ def results_of(table: Table) -> Results:
 
     def for_ours(note: str) -> bool:
         number = re.match(r"Note (\d+): ", note)
-        return not number or number[1] in numbers
+        return number[1] in numbers if number else note != JUDGED
 
     return Results(
         HEADER,
         at_a_glance(table),
-        getattr(printed, "gains", []),
+        printed.gains,
+        [note for note in printed.notes if note == JUDGED],
         ours,
         printed.rows,
         [note for note in printed.notes if for_ours(note)],
-        [note for note in printed.notes if not for_ours(note)],
+        [note for note in printed.notes if note != JUDGED and not for_ours(note)],
         {mark: text for mark, text in printed.origins.items() if mark in named},
         {mark: text for mark, text in printed.origins.items() if mark not in named},
     )

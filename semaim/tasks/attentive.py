@@ -13,5 +13,4 @@ class Attentive(ImageTask):
     title = "attentive probing"
     place = 5
     metrics = accuracies(title)
-    chart = "accuracy, %"
     configs = {"paper": "semaim/configs/attentive/vit_base_90e.py"}

@@ -91,7 +91,7 @@ class KNN(FeatureTask):
         """Top-1 and top-5 of every k, by rising k."""
         found = {name: (int(match[1]), match[2]) for name in names if (match := KEY.fullmatch(name))}
         order = sorted(found, key=lambda name: found[name])
-        return {name: Metric(f"top-{found[name][1]}, k = {found[name][0]}", tabled=False) for name in order}
+        return {name: Metric(f"top-{found[name][1]}, k = {found[name][0]}", tabled=False, share=True) for name in order}
 
     def matches(self, cfg: Mapping) -> bool:
         """See `Task.matches`."""

@@ -1,6 +1,7 @@
 """Attentive probes against slow forms written here: heads, what they read, training of the fast probe."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from test_features import random
 
+from semaim import checkpoints
+from semaim.checkpoints.exporting import convert
+from semaim.checkpoints.files import write_checkpoint
+from semaim.checkpoints.inspecting import inspect
 from semaim.encoders.networks import PlainClassifier
 from semaim.engine import attentive as module
 from semaim.engine.attentive import Tokens, attentive_hits, fast_attentive, make_heads, train_attentive
 from semaim.engine.classification import Classification
 from semaim.engine.features import fast_probe, probe_batches
+from semaim.engine.images import load_pretrained
 from semaim.engine.optim import Lars
 from semaim.errors import UserError
 from semaim.models.attentive import ATTENTIVE, attentive_head
@@ -273,3 +279,21 @@ def test_held_out_images_choose_and_queries_do_not(monkeypatch):
     again = fast_attentive(bank, labels, queries, query_labels, 4, **options)
     assert again == right and np.array_equal(again.hits, right.hits)
     assert fast_attentive(bank, labels, queries, query_labels, 4, **options, seed=1) != right
+
+
+@pytest.mark.parametrize("pool, attention", [("ep_all", None), ("aim", {"heads": 2})])
+def test_no_other_dialect_has_an_attentive_head(pool, attention, tmp_path):
+    """It is refused, or left out where a part is asked for; an encoder for other tasks is read without it."""
+    network = Classifier(5, pool, probe=True, attention=attention, **SMALL)
+    path, classes = tmp_path / "probe.pth", list("abcde")
+    write_checkpoint({"format": "semaim", "model": network.state_dict(), "classes": classes, "config": None}, path)
+    assert re.search("classes +5: a, b, c, ...", inspect(path))
+    with pytest.raises(UserError, match="head"):
+        convert(path, tmp_path / "out.pth", "timm")
+    left = convert(path, tmp_path / "out.pth", "timm", partial=True)
+    written = checkpoints.read(tmp_path / "out.pth").state
+    assert "head.0.cls_token" in left and not any(name.startswith("head") for name in written)
+    for source in (path, tmp_path / "out.pth"):
+        other = Classifier(7, "avg", **SMALL)
+        load_pretrained(other, source)
+        assert torch.equal(other.blocks[1].mlp.fc1.weight, network.blocks[1].mlp.fc1.weight)

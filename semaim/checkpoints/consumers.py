@@ -16,6 +16,8 @@ from semaim.models.vitdet import ViTDet
 
 #: Parts of a classifier that no pretrained encoder has, or that pooling does not read.
 NEW_IN_CLASSIFIERS = ("head", "fc_norm")
+#: Names of a classifier's last linear layer: alone, of a linear probe and AIM's, of efficient probing.
+LINEAR = ("head.weight", "head.1.weight", "head.2.weight")
 #: Parts of backbones that no pretrained encoder has.
 NEW_IN_BACKBONES = ("rel_pos_h", "rel_pos_w", "rel_bias", "gamma_1", "gamma_2")
 #: Scope -> what its models are, and their heads: a file with heads of the other task is not a pretrained encoder.

@@ -56,6 +56,8 @@ def convert(path: str | os.PathLike, out: str | os.PathLike, to: str, partial: b
         report.refuse()
     parts = (*ENCODER, *CLASSIFIER, *WRITTEN[to])
     state = {name: t.contiguous() for name, t in found.state.items() if "*" in parts or name.split(".")[0] in parts}
+    if to != "semaim":
+        state = {name: tensor for name, tensor in state.items() if name not in attentive_head(found.state)}
     content: dict[str, object]
     if to == "semaim":
         content = {"format": FORMAT, "version": __version__, "epoch": found.epoch, "classes": found.classes}
@@ -95,10 +97,17 @@ def plain_report(found: Checkpoint, keeps_all: bool = False) -> LoadReport:
     report = LoadReport(found.path, found.dialect)
     known = {*own, "norm.weight", "norm.bias"} | kept
     report.unread = same_network.unread(found.state, known, True, found.native) + found.unsupported
+    if not keeps_all:
+        report.unread += attentive_head(found.state)
     detector = any(name.endswith("rel_pos_h") for name in kept)  # it has no class token
     report.missing = [name for name in own if name not in found.state and not (detector and name == "cls_token")]
     report.differs = differences_of(found, None, "norm.weight" in found.state)
     return report
+
+
+def attentive_head(state: dict[str, Tensor]) -> list[str]:
+    """Names of the head of an attentive probe, which no other dialect has; empty for another head."""
+    return [name for name in state if name.startswith("head.")] if "head.0.cls_token" in state else []
 
 
 def _save_tensors(state: dict[str, Tensor], out: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-from semaim.checkpoints.consumers import verdicts
+from semaim.checkpoints.consumers import LINEAR, verdicts
 from semaim.checkpoints.exporting import plain_report
 from semaim.checkpoints.loading import grouped
 from semaim.checkpoints.normalisation import Statistics
@@ -30,7 +30,7 @@ def inspect(path: str | os.PathLike) -> str:
     ]
     if found.skipped:
         rows.append(("not read", grouped(found.skipped)))
-    if head := next((name for name in ("head.weight", "head.1.weight") if name in state), None):
+    if head := next((name for name in LINEAR if name in state), None):
         named = ", ".join(map(str, (found.classes or [])[:3])) + (", ..." if len(found.classes or []) > 3 else "")
         rows.append(("classes", f"{len(state[head])}" + (f": {named}" if named else "")))
     rows += verdicts(found)

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from torch import nn
 
 from semaim import checkpoints
-from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS, check_task
+from semaim.checkpoints.consumers import LINEAR, NEW_IN_CLASSIFIERS, check_task
 from semaim.checkpoints.dialects import find_weights
 from semaim.checkpoints.loading import LoadReport
 from semaim.checkpoints.normalisation import Statistics, settle
@@ -186,7 +186,7 @@ def head_of(weights: str) -> tuple[torch.Tensor | None, list[str] | None]:
     else:
         found = checkpoints.read(weights)
         state, classes = found.state, found.classes
-    head = next((state[name] for name in ("head.weight", "head.1.weight") if name in state), None)
+    head = next((state[name] for name in LINEAR if name in state), None)
     return head, list(classes) if classes else None
 
 

@@ -19,6 +19,7 @@ from semaim.outcomes import read_outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "semaim/configs/knn/vit_tiny_scenes.py"
+FAST = "semaim/configs/linear/vit_tiny_scenes_fast.py"
 NETWORK = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2}
 SMALL = {**{f"model.network.{key}": value for key, value in NETWORK.items()}, "num_workers": 0, "images_per_gpu": 4}
 SHORT = {
@@ -136,10 +137,10 @@ def test_random_weights_and_encoders_of_timm(labelled, tmp_path):
 
 def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, labelled, tmp_path):
     def refused(message, tasks=TASKS, config=CONFIG, **options):
-        cfg = load_config(ROOT / config, {**SMALL, **options})
-        cfg.dataset.root, cfg.work_dir = str(labelled), str(tmp_path / "out")
-        cfg.tasks = tasks.split(",")
         with pytest.raises(UserError, match=message) as error:
+            cfg = load_config(ROOT / config, {**SMALL, **options})
+            cfg.dataset.root, cfg.work_dir = str(labelled), str(tmp_path / "out")
+            cfg.tasks = tasks.split(",")
             prepare_test(cfg, str(pretrained))
         assert "\n" not in str(error.value)
 
@@ -147,11 +148,12 @@ def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, la
     refused("--tasks: finetune does not read frozen features: choose from knn, fast_probe", tasks="finetune")
     refused("--tasks is for configs of frozen features", config="semaim/configs/linear/vit_tiny_scenes.py")
     refused("k = 50 neighbours of 40", **{"evaluation.ks": [50, 60]})
-    refused("learning rates .*above 0", **{"evaluations.fast_probe": {"lrs": (0.0,)}})
-    refused("share of 2 cannot be held out", **{"evaluations.fast_attentive": {"held_out": 2}})
-    refused("7 queries and d_out 1 do not divide the 32", **{"evaluations.fast_attentive": {"queries": 7}})
-    refused("fast_probe: evaluation .*unexpected keyword argument 'epoch'", **{"evaluations.fast_probe": {"epoch": 2}})
-    refused("evaluations: task is 'fastprobe'", **{"evaluations.fastprobe": {"epochs": 2}})
+    refused("learning rates .*above 0", **{"evaluations.fast_probe.lrs": (0.0,)})
+    refused("share of 2 cannot be held out", **{"evaluations.fast_attentive.held_out": 2})
+    refused("7 queries and d_out 1 do not divide the 32", **{"evaluations.fast_attentive.queries": 7})
+    refused("unknown config key evaluations.fast_probe.epoch: did you mean", **{"evaluations.fast_probe.epoch": 2})
+    refused("knn: evaluation .*unexpected keyword argument 'k'", tasks="knn", config=FAST, **{"evaluations.knn.k": 2})
+    refused("evaluations: task is 'fastprobe': did you mean", **{"evaluations.fastprobe.epochs": 2})
     refused("pool 'ep' gives no vectors", **{"model.network.pool": "ep"})
     # 50 images of 17 tokens of 32 channels, two bytes each, are 54 kB.
     refused(

@@ -27,6 +27,9 @@ BUILDER_KEYS = {
 #: Keys whose content belongs to another library, or has user-defined names.
 FOREIGN = {"override", "backend_args", "file_client_args", "init_kwargs", "origin", "cfg_options", "overrides"}
 
+#: Dicts that take keys which the config does not have yet: names of tasks, which are checked when they are used.
+OPEN = {"evaluations"}
+
 #: Free dicts (those without a type): key -> the keys that are read.
 FREE = {
     "clip_grad": {"type", "max_norm", "norm_type", "clip_value", "error_if_nonfinite", "foreach"},
@@ -287,7 +290,7 @@ def check_options(cfg: Config, options: Mapping[str, object], top: Iterable[str]
                 raise UserError(f"--cfg-options {path}: {held}, which has no keys")
             if at:
                 known = known_keys(node, at, types, free) if types else None
-                if known is None and "type" not in node:
+                if known is None and "type" not in node and at not in OPEN:
                     known = set(node)
             if part not in node and known is not None and part not in known:
                 _refuse_removed(path)

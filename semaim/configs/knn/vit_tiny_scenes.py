@@ -6,4 +6,6 @@ model = dict(network=_base_._scenes)
 dataset = dict(root="data/scenes/classes", crop_pct=1.0)
 num_workers = 1
 images_per_gpu = 64
-evaluations = dict(fast_probe=dict(batch=64), fast_attentive=dict(batch=64))  # for --tasks
+evaluations = dict(  # for --tasks
+    fast_probe=dict(type="FastProbe", batch=64), fast_attentive=dict(type="FastAttentive", batch=64)
+)

@@ -109,6 +109,13 @@ class Encoder(nn.Module):
         """The maps (B, D, H', W') of some blocks, by rising index, before the final norm."""
         raise NotImplementedError
 
+    def normed_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """As `maps`, but after the final norm; here only of the last block, whose map the tokens of `forward` are."""
+        if list(blocks) != [self.depth - 1]:
+            raise UserError(f"{self.title} gives the normed map of its last block alone: set last_blocks to 1")
+        patches = self(images)[:, self.num_prefix_tokens :]
+        return [patches.transpose(1, 2).unflatten(2, self.grid_of(images.shape[-2:])).contiguous()]
+
     def load(self, source: Source) -> LoadReport:
         """Load a source's weights; `UserError` that names any tensor which is missing, not read, or of another shape.
 

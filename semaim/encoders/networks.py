@@ -1,7 +1,7 @@
 """The networks of the tasks on top of any `Encoder`: classifier, ViTDet's map, the maps of several blocks.
 
-Configs name them `Classifier` (which is a `PlainClassifier` where an `encoder` is given), `PlainViTDet` and
-`PlainSegmentationViT`. Their `encoder` is a description, see `contract.build`; the run takes it from the source of the
+Configs name them `Classifier` (which is a `PlainClassifier` where an `encoder` is given), `PlainViTDet`,
+`PlainSegmentationViT` and `FrozenViT`. Their `encoder` is a description, see `contract.build`; the run takes it from the source of the
 weights.
 """
 
@@ -60,6 +60,11 @@ class OnEncoder(nn.Module):
         if self.freeze:
             self.encoder.eval()
         return self
+
+    @staticmethod
+    def map_width(encoder: Encoder) -> int:
+        """The number of channels of the maps that the network makes with this encoder."""
+        return encoder.embed_dim
 
     def get_layer_depth(self, name: str) -> tuple[int, int]:
         """The encoder's layers; everything else belongs to the last."""
@@ -251,9 +256,60 @@ class PlainSegmentationViT(OnEncoder):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block of `out_blocks`."""
-        size = images.shape[-2:]
-        sides = [math.ceil(side / patch) * patch for side, patch in zip(size, self.encoder.patch_size, strict=True)]
-        if sides != list(size):
-            images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
+        images = whole_patches(images, self.encoder.patch_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             return tuple(self.encoder.maps(images, self.out_blocks))
+
+
+def whole_patches(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, height, width), stretched to the next size that whole patches fill."""
+    size = images.shape[-2:]
+    sides = [math.ceil(side / patch) * patch for side, patch in zip(size, patch_size, strict=True)]
+    return images if sides == list(size) else F.interpolate(images, sides, mode="bilinear", align_corners=False)
+
+
+class FrozenViT(OnEncoder):
+    """A frozen encoder: maps of its patch tokens after the final norm, as DINOv2's linear segmentation reads them.
+
+    It is always in eval mode and computes without gradients. Images may be of any size, as for `PlainSegmentationViT`.
+
+    Args:
+        encoder: of `OnEncoder`; None for this suite's own ViT of the sizes below.
+        img_size: as for `PlainSegmentationViT`.
+        patch_size: as for `PlainViTDet`.
+        last_blocks: number of last blocks whose maps are returned, each after the final norm.
+        size, embed_dim, depth, num_heads, mlp_ratio: of this suite's own ViT, see `VisionTransformer`.
+    """
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] = 512,
+        patch_size: int | None = 16,
+        last_blocks: int = 1,
+        size: str | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float | None = None,
+    ):
+        if encoder is None and size is not None:
+            sizes = {"size": size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+            encoder = {"family": "semaim", **sizes, "mlp_ratio": mlp_ratio}
+        super().__init__(encoder, True, img_size=to_2tuple(img_size), patch_size=patch_size)
+        if not 1 <= last_blocks <= self.encoder.depth:
+            raise UserError(f"last_blocks is {last_blocks}: the encoder has {self.encoder.depth} blocks")
+        self.blocks = range(self.encoder.depth - last_blocks, self.encoder.depth)
+        self.embed_dim = self.map_width(self.encoder)
+        self.encoder.keep_for_pool("avg")
+        self.finish()
+
+    @staticmethod
+    def map_width(encoder: Encoder) -> int:
+        """See `OnEncoder.map_width`: SAM's neck, its final norm, is narrower than its blocks."""
+        return encoder.width_of("avg")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, height, width), normalised -> one map (B, D, H, W) per block, the last block's last."""
+        return tuple(self.encoder.normed_maps(whole_patches(images, self.encoder.patch_size), self.blocks))

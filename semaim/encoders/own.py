@@ -53,6 +53,10 @@ class OwnEncoder(VisionTransformer, Encoder):
                 found.append(tokens[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
         return found
 
+    def normed_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """See `Encoder.normed_maps`; of any blocks."""
+        return [self.norm(tokens.movedim(1, -1)).movedim(-1, 1).contiguous() for tokens in self.maps(images, blocks)]
+
     def load(self, source: Source) -> LoadReport:
         """See `Encoder.load`."""
         if source.checkpoint is None:

@@ -232,6 +232,12 @@ class TimmEncoder(OfTimm):
         vit = self.at_size(size_of(images)).vit
         return vit.forward_intermediates(images, indices=list(blocks), norm=False, intermediates_only=True)
 
+    def normed_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """See `Encoder.normed_maps`; of any blocks."""
+        self.check_images(images)
+        vit = self.at_size(size_of(images)).vit
+        return vit.forward_intermediates(images, indices=list(blocks), norm=True, intermediates_only=True)
+
     def native(self, tokens: Tensor) -> Tensor:
         """timm's `forward_head(tokens, pre_logits=True)`: SigLIP's attention pooling, CLIP's class token, and so on."""
         if not self.vit.global_pool:

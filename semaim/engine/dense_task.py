@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.dist import is_main_process
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
@@ -54,6 +55,9 @@ class DenseTask(Task):
     def describe_data(self, cfg: Config, sets: Mapping[str, BaseDataset]) -> list[str]:
         """What the labels of these splits contain, for the log; `UserError` if they do not suit this config."""
         return []
+
+    def keep_outcomes(self, cfg: Config, images: BaseDataset, metric: BaseMetric) -> None:
+        """Write what this metric has found for each of these validation images; here nothing."""
 
     def data(
         self, cfg: Config, splits: tuple[str, ...], check: bool = True
@@ -145,6 +149,8 @@ class DenseTask(Task):
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
         """The figures of the last validation, and further values for results.json."""
+        loop = runner.val_loop
+        self.keep_outcomes(cfg, loop.dataloader.dataset.dataset, loop.evaluator.metrics[0])
         return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop)
 
     # Testing
@@ -182,6 +188,7 @@ class DenseTask(Task):
         for line in (*run.lines, f"images normalised with {run.statistics}"):
             runner.logger.info(line)
         metrics = dense.figures(cfg, runner.test())
+        self.keep_outcomes(cfg, run.val, runner.test_loop.evaluator.metrics[0])
         write_results(cfg, metrics, None, len(run.val), weights, **run.recorded, **dense.counted(runner.test_loop))
         return metrics
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from semaim import checkpoints
@@ -18,6 +19,7 @@ from semaim.checkpoints.normalisation import Statistics, settle
 from semaim.encoders.contract import Source, without_memory
 from semaim.encoders.networks import OnEncoder
 from semaim.encoders.sources import architecture, open_source, trained_here
+from semaim.engine.classes import registered
 from semaim.errors import UserError
 from semaim.models.classifier import Classifier
 from semaim.models.vit import SIZES
@@ -57,7 +59,7 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, 
         with without_memory():
             source.build().load(source)  # raises, if the weights are not this architecture's
     holder.encoder = source.description
-    set_widths(cfg.model, source)
+    set_widths(cfg, source)
     if "dataset" in cfg:
         height, width = preparation.size
         if holder.get("img_size") is None:
@@ -76,13 +78,14 @@ def settle_images(cfg: Config, weights: str | None, resumed: str | None = None, 
     return settle(cfg, None, preparation.statistics, preparation.unknown)
 
 
-def set_widths(model: Any, source: Source) -> None:
-    """Give necks and heads whose width a config leaves open that of the encoder's maps."""
-    parts = [model.get(name) for name in ("neck", "decode_head", "auxiliary_head")]
+def set_widths(cfg: Config, source: Source) -> None:
+    """Give necks and heads whose width a config leaves open that of the backbone's maps."""
+    parts = [cfg.model.get(name) for name in ("neck", "decode_head", "auxiliary_head")]
     wanted = [(part, key) for part in parts if part for key in ("in_channels", "embed_dim") if part.get(key, 0) is None]
     if wanted:
+        backbone: Any = registered(cfg, MODELS, holder_of(cfg).type, "model.backbone")
         with without_memory():
-            width = source.build().embed_dim
+            width = getattr(backbone, "map_width", OnEncoder.map_width)(source.build())
         for part, key in wanted:
             several = isinstance(part.get("in_index"), list | tuple)
             part[key] = [width] * len(part["in_index"]) if several else width

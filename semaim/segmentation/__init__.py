@@ -1,4 +1,4 @@
-"""Extensions of mmseg: importing this package registers the segmentation encoder and the metric."""
+"""Extensions of mmseg: importing this package registers encoders, the linear head and the metric."""
 
 from semaim import compat
 
@@ -9,13 +9,16 @@ import mmseg.evaluation  # noqa: E402, F401
 import mmseg.models  # noqa: E402, F401
 from mmseg.registry import METRICS, MODELS  # noqa: E402
 
-from semaim.encoders.networks import PlainSegmentationViT  # noqa: E402
+from semaim.encoders.networks import FrozenViT, PlainSegmentationViT  # noqa: E402
 from semaim.segmentation.backbone import SegmentationBackbone  # noqa: E402
+from semaim.segmentation.heads import LinearHead  # noqa: E402
 from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 from semaim.segmentation.mmseg_names import foreign_weights  # noqa: E402
+from semaim.segmentation.patches import FrozenPatches  # noqa: E402
 
 __all__ = ["foreign_weights"]
 
 METRICS.register_module(module=CountedIoUMetric)
 MODELS.register_module(name="SegmentationViT", module=SegmentationBackbone)
-MODELS.register_module(module=PlainSegmentationViT)
+for _model in (PlainSegmentationViT, FrozenViT, LinearHead, FrozenPatches):
+    MODELS.register_module(module=_model)

@@ -1,0 +1,5 @@
+"""semaim_knn_scenes for any encoder, with patches of 8."""
+
+_base_ = "semaim_knn_scenes.py"
+
+model = dict(backbone=dict(_base_._any, _delete_=True, img_size=128, patch_size=8))

@@ -29,7 +29,7 @@ from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "mmseg_configs").glob("*.py"))
+CONFIGS = sorted((ROOT / "mmseg_configs").glob("*upernet*.py"))
 SCENES = "mmseg_configs/semaim_upernet_scenes.py"
 SMALL = {
     "model.backbone.embed_dim": 32,

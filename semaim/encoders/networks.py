@@ -36,11 +36,16 @@ def check_blocks(name: str, blocks: Sequence[int], depth: int) -> tuple[int, ...
 class OnEncoder(nn.Module):
     """Base of the networks: an encoder, frozen if asked for.
 
+    Attributes:
+        sized: whether the encoder is this suite's own ViT, of the sizes in the config and not of the weights' source.
+
     Args:
         encoder: the description of the encoder; None until the source of the weights gives it.
         freeze: the encoder is not trained, and always in eval mode.
         **changes: arguments of the encoder that the task sets.
     """
+
+    sized = False
 
     def __init__(self, encoder: Mapping[str, Any] | None, freeze: bool = False, **changes: Any):
         super().__init__()
@@ -293,10 +298,12 @@ class FrozenViT(OnEncoder):
         num_heads: int | None = None,
         mlp_ratio: float | None = None,
     ):
-        if encoder is None and size is not None:
+        sized = encoder is None and size is not None
+        if sized:
             sizes = {"size": size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
             encoder = {"family": "semaim", **sizes, "mlp_ratio": mlp_ratio}
         super().__init__(encoder, True, img_size=to_2tuple(img_size), patch_size=patch_size)
+        self.sized = sized
         if not 1 <= last_blocks <= self.encoder.depth:
             raise UserError(f"last_blocks is {last_blocks}: the encoder has {self.encoder.depth} blocks")
         self.blocks = range(self.encoder.depth - last_blocks, self.encoder.depth)

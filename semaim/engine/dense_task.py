@@ -145,7 +145,8 @@ class DenseTask(Task):
         """Load the pretrained encoder into the backbone; `UserError` if it does not fit or is another task's."""
         if report := load_encoder(model.backbone, path, cfg):
             return report
-        return load_backbone(model.backbone, path, cfg.default_scope, cfg.get("allow_partial", False))
+        own = getattr(model.backbone, "encoder", model.backbone)
+        return load_backbone(own, path, cfg.default_scope, cfg.get("allow_partial", False))
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
         """The figures of the last validation, and further values for results.json."""

@@ -210,14 +210,14 @@ def load_classifier(network: nn.Module, weights: str) -> LoadReport | None:
 
 
 def load_encoder(network: nn.Module, weights: str, cfg: Config) -> LoadReport | None:
-    """Load the source's weights into a network on any encoder; None if the network is another.
+    """Load the source's weights into a network on any encoder; None if the network is another, or of the config's sizes.
 
     Args:
         network: perhaps on the meta device, where it is only checked.
         weights: the source.
         cfg: of the run; names `arch`, and says by `allow_partial` what is not possible here.
     """
-    if not isinstance(network, OnEncoder):
+    if not isinstance(network, OnEncoder) or network.sized:
         return None
     if cfg.get("allow_partial"):
         raise UserError("--allow-partial is for our own ViT: any other encoder is read whole, or refused")

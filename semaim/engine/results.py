@@ -23,7 +23,12 @@ from semaim.registry import method_of, task_of
 ROOT = Path(__file__).resolve().parent.parent.parent  #: the checkout, if there is one
 CODE = ("semaim", "tools", "mmdet_configs", "mmseg_configs")  #: its folders that a figure depends on
 
-ENCODERS = ("Classifier", "ViTDet", "SegmentationViT", "FrozenViT")  #: types besides the methods' that take a size of `SIZES`
+ENCODERS = (
+    "Classifier",
+    "ViTDet",
+    "SegmentationViT",
+    "FrozenViT",
+)  #: types besides the methods' that take a size of `SIZES`
 
 
 def write_results(

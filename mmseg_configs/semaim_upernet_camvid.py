@@ -1,9 +1,8 @@
 """A data set of your own, here CamVid's street scenes: 11 classes in ADE20K's folders, label 0 for the unlabelled.
 
 images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png: tools/convert_labels.py camvid
-makes them of CamVid's own files. Its classes are in _base_/camvid.py: for another set give your own `_classes`,
-`_palette`, `data_root`, `reduce_zero_label` where your labels count from 0, and `most_ignored`; docs/labels.md says what
-is checked. The encoder is that of
+makes them of CamVid's own files. For another set give classes, palette, `data_root` and `reduce_zero_label` as in
+_base_/camvid.py, and `most_ignored`; docs/labels.md says what is checked. The encoder is that of
 semaim_vit_small_112px_300e; with crops of 224 pixels it trains on one small GPU or, in an hour, on a CPU.
 """
 

@@ -283,8 +283,8 @@ def test_what_cannot_be_measured_is_one_line(ade, tmp_path):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(ade, pretrained, tmp_path):
     for processes in (1, 2):
-        done = tool("test.py", KNN, pretrained[0], processes, "--data-root", ade, "--work-dir", tmp_path / str(processes),
-                    *flags({**SMALL, "evaluation.memory_size": 600}))  # fmt: skip
+        line = [KNN, pretrained[0], processes, "--data-root", ade, "--work-dir", tmp_path / str(processes)]
+        done = tool("test.py", *line, *flags({**SMALL, "evaluation.memory_size": 600}))
         assert done.returncode == 0 and "bank: 600 patches" in done.stdout, done.stderr[-3000:]
     one, two = (results(tmp_path / name) for name in ("1", "2"))
     assert one["metrics"] == two["metrics"] and two["device"].startswith("2 x")

@@ -1,8 +1,8 @@
 """The networks of the tasks on top of any `Encoder`: classifier, ViTDet's map, the maps of several blocks.
 
 Configs name them `Classifier` (which is a `PlainClassifier` where an `encoder` is given), `PlainViTDet`,
-`PlainSegmentationViT` and `FrozenViT`. Their `encoder` is a description, see `contract.build`; the run takes it from the source of the
-weights.
+`PlainSegmentationViT` and `FrozenViT`. Their `encoder` is a description, see `contract.build`; the run takes it from
+the source of the weights.
 """
 
 import math

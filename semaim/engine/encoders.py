@@ -210,7 +210,7 @@ def load_classifier(network: nn.Module, weights: str) -> LoadReport | None:
 
 
 def load_encoder(network: nn.Module, weights: str, cfg: Config) -> LoadReport | None:
-    """Load the source's weights into a network on any encoder; None if the network, or its encoder, is the config's own.
+    """Load the source's weights into a network on any encoder; None if network or encoder are the config's own.
 
     Args:
         network: perhaps on the meta device, where it is only checked.

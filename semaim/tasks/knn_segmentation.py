@@ -68,7 +68,7 @@ class DenseNeighbours:
         self.k, self.temperature, self.memory_size = k, temperature, memory_size
 
     def per_image(self, images: int) -> int | None:
-        """Most patches of each of so many images; None for all; `UserError` if not every image has one, or fewer than k."""
+        """Most patches of each of so many images; None for all; `UserError` if that is none, or k cannot be reached."""
         least = max(images, self.k)
         if self.memory_size is not None and self.memory_size < least:
             raise UserError(f"evaluation.memory_size is {self.memory_size}: give {least} or more, or None for all")

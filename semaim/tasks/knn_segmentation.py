@@ -131,7 +131,7 @@ class KNNSegmentation(SegmentationTask):
 
     name = "knn_segmentation"
     title = "k-NN segmentation"
-    place = 7
+    place = 9
     metrics = {
         "mIoU": Metric("mIoU", "k-NN mIoU"),
         "mAcc": Metric("mAcc"),

@@ -10,6 +10,6 @@ class LinearSegmentation(SegmentationTask):
 
     name = "linear_segmentation"
     title = "linear segmentation"
-    place = 8
+    place = 10
     metrics = {"mIoU": Metric("mIoU", "linear mIoU"), "mAcc": Metric("mAcc"), "aAcc": Metric("aAcc")}
     published = False

@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data import create_transform as timm_transform
 
-from semaim.data.labelled import LabelledImages, check_classes, find_labelled, seeded
+from semaim.data.labelled import LabelledImages, check_classes, find_labelled
+from semaim.data.seeding import seeded
 from semaim.errors import UserError
 
 

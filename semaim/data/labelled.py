@@ -3,19 +3,22 @@
 As in pretraining, all randomness of a sample comes from (seed, epoch, index).
 """
 
+import copy
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from semaim.data.folder import find_images, load_image, seed_of
+from semaim.data.corruptions import SMALLEST, Corrupt
+from semaim.data.folder import find_images, load_image
+from semaim.data.seeding import seeded
 from semaim.errors import UserError
 
 #: How training images are augmented. Every one ends in a horizontal flip with probability 1/2 and normalisation.
@@ -77,15 +80,21 @@ def evaluation_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     crop_mode: str | None = None,
     interpolation: str | None = None,
+    corruption: str | None = None,
+    severity: int = 0,
 ):
     """Short side to img_size / crop_pct pixels (bicubic), centre crop, normalised floats: 256 and 224 on ImageNet.
 
-    With a `crop_mode`, timm's own transform of that mode (center, squash, border) and interpolation.
+    With a `crop_mode`, timm's own transform of that mode (center, squash, border) and interpolation. A `corruption` of
+    `semaim.data.corruptions` is applied to the crop before it is normalised; at severity 0 there is none.
     """
+    corrupt = [Corrupt(corruption, severity)] if corruption is not None and severity != 0 else []
+    if corrupt and img_size < SMALLEST:
+        raise UserError(f"images of {img_size} pixels cannot be corrupted: {SMALLEST} or more are needed")
     if crop_mode is not None:
         if crop_mode not in ("center", "squash", "border"):
             raise UserError(f"dataset.crop_mode is {crop_mode!r}: choose center, squash or border")
-        return create_transform(
+        theirs = create_transform(
             img_size,
             interpolation=interpolation or "bicubic",
             crop_pct=crop_pct,
@@ -93,12 +102,16 @@ def evaluation_transform(
             mean=tuple(mean),
             std=tuple(std),
         )
+        cropped = next(place for place, step in enumerate(theirs.transforms) if isinstance(step, MaybeToTensor))
+        theirs.transforms[cropped:cropped] = corrupt
+        return theirs
     if interpolation not in (None, "bicubic"):
         raise UserError("dataset.interpolation needs dataset.crop_mode")
     return v2.Compose(
         [
             v2.Resize(round(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
             v2.CenterCrop(img_size),
+            *corrupt,
             *_to_normalised(mean, std),
         ]
     )
@@ -169,6 +182,7 @@ class LabelledImages(Dataset):
         crop_mode, interpolation: of evaluation as timm knows them; None for a centre crop, bicubic.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
+        corruption, severity: of validation images, see `semaim.data.corruptions`; severity 0 for clean ones.
         images_per_class: train on this many images of each class, the first by name; None for all. Validation uses all.
         **augmentation: further arguments of `training_transform`.
 
@@ -191,6 +205,8 @@ class LabelledImages(Dataset):
         images_per_class: int | None = None,
         crop_mode: str | None = None,
         interpolation: str | None = None,
+        corruption: str | None = None,
+        severity: int = 0,
         **augmentation,
     ):
         paths, labels, self.classes = find_labelled(root, split)
@@ -200,11 +216,18 @@ class LabelledImages(Dataset):
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed
         mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
+        self._evaluation = (img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)
         self.transform = (
-            evaluation_transform(img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)
+            evaluation_transform(*self._evaluation, *((corruption, severity) if split == "val" else ()))
             if augment is None or augment == "none"
             else training_transform(img_size, augment, **augmentation, mean=mean, std=std)
         )
+
+    def corrupted(self, corruption: str, severity: int) -> "LabelledImages":
+        """The same images with the evaluation transform, corrupted; see `semaim.data.corruptions`."""
+        images = copy.copy(self)
+        images.transform = evaluation_transform(*self._evaluation, corruption, severity)
+        return images
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -223,27 +246,3 @@ class LabelledImages(Dataset):
 
 
 setattr(LabelledImages.__init__, "arguments_of", training_transform)  # noqa: B010  # for the check of config keys
-
-
-class seeded:  # noqa: N801  # used as a function: `with seeded(1, 2):`
-    """Context manager that seeds the generators of torch (CPU), numpy and Python, and restores their states at its end.
-
-    timm's augmentations draw from all three.
-
-    Args:
-        *parts: whole numbers of 0 or more, the seed together.
-    """
-
-    def __init__(self, *parts: int):
-        self.seed = seed_of(*parts)
-
-    def __enter__(self) -> None:
-        self.states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        torch.default_generator.manual_seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        random.seed(self.seed)
-
-    def __exit__(self, *error) -> None:
-        torch.set_rng_state(self.states[0])
-        np.random.set_state(self.states[1])
-        random.setstate(self.states[2])

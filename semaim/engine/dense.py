@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from semaim import checkpoints
 from semaim.data.folder import check_whole, load_image
-from semaim.data.labelled import seeded
+from semaim.data.seeding import seeded
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import DeferredOptimWrapper
 from semaim.errors import UserError

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from semaim.cli.options import add_flags
-from semaim.errors import check_work_dir
+from semaim.errors import UserError, check_work_dir
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -29,9 +29,27 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="with a config of frozen features: measure several tasks in one pass over the images, such as"
         " knn,fast_probe,fast_attentive; results in WORK_DIR/NAME",
     )
+    parser.add_argument(
+        "--test-root",
+        action="append",
+        metavar="NAME=DIR",
+        help="a further test set of the same classes, in class folders, such as imagenet-a=DIR: for a classifier, or"
+        " for frozen features with --tasks test_sets; may be given several times",
+    )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
     return parser.parse_args(argv)
+
+
+def roots_of(given: list[str]) -> dict[str, str]:
+    """NAME=DIR of every --test-root; `UserError` if it is something else."""
+    found = {}
+    for text in given:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            raise UserError(f"--test-root {text}: give NAME=DIR, such as imagenet-a=data/imagenet-a")
+        found[name] = folder
+    return found
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -47,6 +65,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         set_data_root(cfg, args.data_root)
     if args.tasks is not None:
         cfg.tasks = [name.strip() for name in args.tasks.split(",")]
+    if args.test_root:
+        cfg.test_roots = {**(cfg.get("test_roots") or {}), **roots_of(args.test_root)}
     weights = args.checkpoint or args.pretrained
     if args.arch:
         cfg.arch = args.arch

@@ -117,6 +117,11 @@ def evaluation_transform(
     )
 
 
+def draws(transform) -> bool:
+    """Whether a step of an evaluation transform draws random numbers."""
+    return any(isinstance(step, Corrupt) for step in transform.transforms)
+
+
 def training_transform(
     img_size: int,
     augment: str = "randaugment",
@@ -236,6 +241,10 @@ class LabelledImages(Dataset):
         """Paths relative to `root`, in the order of the indices."""
         prefix = len(os.fsencode(os.path.join(self.root, "")))
         return [os.fsdecode(path[prefix:]) for path in self.paths.tolist()]
+
+    def preparation(self) -> str:
+        """How an evaluation image is made from its file: the transform, and the seed where it draws numbers."""
+        return repr(self.transform) + (f", seed {self.seed}" if draws(self.transform) else "")
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

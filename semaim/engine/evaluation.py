@@ -5,9 +5,11 @@ Shapes: N training and M validation images, D channels, P prefix tokens, L patch
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -83,9 +85,11 @@ class Evaluation:
 
     Attributes:
         reads: FEATURES or TOKENS.
+        roots: further test sets that it measures: name -> folder.
     """
 
     reads: ClassVar[str] = FEATURES
+    roots: Mapping[str, str] = MappingProxyType({})
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` for settings that cannot work on these images, or with an image's features of this shape.
@@ -161,14 +165,15 @@ class FeatureTask(ImageTask):
             shapes: dict[str, tuple[int, ...]] = network.shapes
             for job in jobs:
                 job.evaluation.check(train, val, shapes[job.evaluation.reads])
-            check_size(cfg, jobs, shapes, len(train) + len(val))
+            check_size(cfg, jobs, shapes, train, val)
         return PreparedFeatures(self, statistics, train=train, val=val, jobs=jobs)
 
     def jobs(self, cfg: Config) -> list[Job]:
         """What is measured; `UserError` for a task that reads no features, or settings that its evaluation refuses."""
         names: Sequence[str] | None = cfg.get("tasks")
         if names is None:
-            return [Job(self, dict(cfg.evaluation), build_evaluation(self, cfg.evaluation))]
+            settings = self.adjusted(cfg, dict(cfg.evaluation))
+            return check_roots(cfg, [Job(self, settings, build_evaluation(self, settings))])
         found = []
         for name in dict.fromkeys(names):
             task = task_named(name, "--tasks: task")
@@ -176,11 +181,15 @@ class FeatureTask(ImageTask):
                 known = ", ".join(kind.name for kind in tasks() if issubclass(kind, FeatureTask))
                 raise UserError(f"--tasks: {name} does not read frozen features: choose from {known}")
             settings = dict(cfg.evaluation if name == self.name else task.evaluation)
-            settings |= (cfg.get("evaluations") or {}).get(name, {})
+            settings = task.adjusted(cfg, settings | (cfg.get("evaluations") or {}).get(name, {}))
             found.append(Job(task, settings, build_evaluation(task, settings), name))
         for name in cfg.get("evaluations") or {}:
             task_named(name, "evaluations: task")
-        return found
+        return check_roots(cfg, found)
+
+    def adjusted(self, cfg: Config, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of this task with what other keys of the config say."""
+        return settings
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
         """The metrics of the config's `evaluation`; of several tasks all, as TASK/METRIC."""
@@ -219,6 +228,13 @@ class FeatureTask(ImageTask):
         return everything
 
 
+def check_roots(cfg: Config, jobs: list[Job]) -> list[Job]:
+    """The jobs; `UserError` if the config names further test sets and none of them reads any."""
+    if cfg.get("test_roots") and not any(job.evaluation.roots for job in jobs):
+        raise UserError("--test-root: no task here reads further test sets: add test_sets to --tasks")
+    return jobs
+
+
 def build_evaluation(task: FeatureTask, settings: Mapping[str, Any]) -> Evaluation:
     """What a task's settings describe; `UserError` if they cannot be built."""
     try:
@@ -251,14 +267,19 @@ def shapes_of(network: Any, jobs: Sequence[Job]) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in network.shapes.items() if name in read}
 
 
-def check_size(cfg: Config, jobs: Sequence[Job], shapes: Mapping[str, tuple[int, ...]], images: int) -> None:
+def check_size(
+    cfg: Config, jobs: Sequence[Job], shapes: Mapping[str, tuple[int, ...]], train: LabelledImages, val: LabelledImages
+) -> None:
     """`UserError` if the features of all images, of an image's `shapes`, are larger than the config's `most_gb`."""
     most = cfg.get("most_gb", MOST_GB)
     if isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
         raise UserError(f"most_gb is {most!r}: give a number of GB above 0")
     for name, shape in shapes.items():
+        reading = [job for job in jobs if job.evaluation.reads == name]
+        readers = [job.task for job in reading]
+        sets = {key: len(part) for job in reading for key, part in job.evaluation.sets(val).items()}
+        images = len(train) + len(val) + sum(sets.values())
         size = 2 * images * math.prod(shape) / 1e9
-        readers = [job.task for job in jobs if job.evaluation.reads == name]
         if readers and size > most:
             raise UserError(
                 f"{', '.join(task.name for task in readers)}: the {name} of {images:,} images,"
@@ -295,11 +316,13 @@ def extract_sets(
             "pooling": network.pooling,
             "precision": model.precision if device.type == "cuda" else "fp32",
             "files": digest_of_files(part.paths.tolist(), part.root) if main else "",
-            "transform": repr(part.transform),
+            "transform": part.preparation(),
         }
         loader = evaluation_loader(part, cfg.images_per_gpu, cfg.num_workers)
         cache = Path(cfg.work_dir) / "features" / name
+        start = time.monotonic()
         found[name] = extract_features(encode, loader, len(part), shapes, device, cache, key, log)
+        log(f"{name}: {len(part)} images in {time.monotonic() - start:.1f} s")
     return found
 
 

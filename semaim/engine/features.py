@@ -52,6 +52,16 @@ def rank_of(scores: Tensor, labels: Tensor) -> Tensor:
     return ((scores > own) | ties).sum(dim=-1)
 
 
+def only(scores: Tensor, among: Sequence[int] | None) -> Tensor:
+    """Scores (..., C) with -inf for the classes that are not among these; None for all classes."""
+    if among is None:
+        return scores
+    kept = torch.full_like(scores, -torch.inf)
+    places = torch.as_tensor(among, device=scores.device)
+    kept[..., places] = scores[..., places]
+    return kept
+
+
 # k nearest neighbours
 
 
@@ -80,6 +90,7 @@ def knn_hits(
     temperature: float = 0.07,
     chunk: int = 8192,
     device: torch.device | str = "cpu",
+    among: Sequence[int] | None = None,
 ) -> dict[int, Tensor]:
     """Weighted k-NN by cosine similarity: a neighbour votes for its class with exp(similarity / temperature).
 
@@ -92,6 +103,7 @@ def knn_hits(
         classes: C.
         ks: numbers of neighbours, each evaluated.
         chunk: rows of the bank, and of the queries, that are compared at once: chunk^2 fp32 similarities in memory.
+        among: the classes that can be predicted; None for all. Votes for others do not count.
 
     Returns:
         For each k, bool (M, 2) on the CPU: whether a query's class comes first, and whether it is among the first five.
@@ -127,7 +139,7 @@ def knn_hits(
         for i, k in enumerate(ks):
             scores = weights.new_zeros(len(labels[block]), classes)
             scores.scatter_add_(1, votes[block][:, :k], weights[block][:, :k])
-            before = rank_of(scores, labels[block])
+            before = rank_of(only(scores, among), labels[block])
             hits[block, i] = torch.stack([before < 1, before < 5], dim=1).int()
     found = gather_rows(hits, len(queries)).bool().cpu()
     return {k: found[:, i] for i, k in enumerate(ks)}
@@ -196,22 +208,46 @@ def fast_probe(
         batch: images per step.
         held_out: share of each class that chooses the learning rate.
     """
-    check_rows(bank, bank_labels, classes)
     check_rows(queries, labels, classes)
+    probe = fit_probe(bank, bank_labels, classes, lrs, epochs, batch, held_out, seed, device)
+    labels = _tensor(labels, device)
+    [hits] = heads_hits(probe.heads, _tensor(queries, device), labels, torch.arange(len(labels)))
+    return ProbeResult(probe.lr, *accuracies(hits), probe.held_out, probe.at_border, hits[:, 0].numpy())
+
+
+class FittedProbe(NamedTuple):
+    """One head, and how its learning rate was chosen; see `ProbeResult`."""
+
+    heads: Heads
+    lr: float
+    held_out: dict[float, float]
+    at_border: bool
+
+
+def fit_probe(
+    bank: Rows,
+    bank_labels: Rows,
+    classes: int,
+    lrs: Sequence[float] = LRS,
+    epochs: int = 30,
+    batch: int = 1024,
+    held_out: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> FittedProbe:
+    """The head of `fast_probe`, for any number of queries."""
+    check_rows(bank, bank_labels, classes)
     lrs = check_probe(lrs, _tensor(bank_labels, "cpu"), held_out)
-    bank, bank_labels, labels = _tensor(bank, device), _tensor(bank_labels, device), _tensor(labels, device)
+    bank, bank_labels = _tensor(bank, device), _tensor(bank_labels, device)
     train, held = split_held_out(bank_labels.cpu(), held_out, seed)
 
     heads = train_heads(bank, bank_labels, train, classes, lrs, epochs, batch, seed)
     chosen_by = [accuracies(hits)[0] for hits in heads_hits(heads, bank, bank_labels, held)]
     best = best_rate(lrs, chosen_by)
 
-    everything = torch.arange(len(bank))
-    heads = train_heads(bank, bank_labels, everything, classes, [lrs[best]], epochs, batch, seed)
-    [hits] = heads_hits(heads, _tensor(queries, device), labels, torch.arange(len(labels)))
+    heads = train_heads(bank, bank_labels, torch.arange(len(bank)), classes, [lrs[best]], epochs, batch, seed)
     at_border = len(lrs) > 1 and best in (0, len(lrs) - 1)
-    held_out_too = dict(zip(lrs, chosen_by, strict=True))
-    return ProbeResult(lrs[best], *accuracies(hits), held_out_too, at_border, hits[:, 0].numpy())
+    return FittedProbe(heads, lrs[best], dict(zip(lrs, chosen_by, strict=True)), at_border)
 
 
 def best_rate(lrs: Sequence[float], scores: Sequence[float]) -> int:
@@ -294,15 +330,18 @@ def train_heads(
 
 
 @torch.no_grad()
-def heads_hits(heads: Heads, features: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+def heads_hits(
+    heads: Heads, features: Tensor, labels: Tensor, rows: Tensor, among: Sequence[int] | None = None
+) -> Tensor:
     """Whether the class of rows (m,) of features (M, D) comes first, and is among the first five: bool (R, m, 2).
 
-    On the CPU. A head whose logits are not finite is never right.
+    On the CPU. Only the classes `among` these can be predicted, None for all. A head whose logits are not finite is
+    never right.
     """
     hits, finite = [], torch.ones(len(heads.weight), 1, 1, dtype=torch.bool, device=features.device)
     for part in rows.to(features.device).split(4096):
         logits = heads.standardise(features[part]) @ heads.weight + heads.bias[:, None]
         finite &= logits.isfinite().flatten(1).all(dim=1).view(-1, 1, 1)
-        before = rank_of(logits, labels[part])
+        before = rank_of(only(logits, among), labels[part])
         hits.append(torch.stack([before < 1, before < 5], dim=2))
     return (torch.cat(hits, dim=1) & finite).cpu()

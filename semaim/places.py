@@ -43,7 +43,7 @@ def typed_config(name: str) -> str:
 
 
 def to_install(extra: str) -> str:
-    """The command that adds an extra: det, seg, all or scenes."""
+    """The command that adds an extra: det, seg, corruptions, all or scenes."""
     return f"tools/setup.sh --extras {extra}" if IN_CHECKOUT else f"pip install 'semaim[{extra}]'"
 
 

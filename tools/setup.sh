@@ -3,7 +3,7 @@
 set -euo pipefail
 
 usage="usage: tools/setup.sh [--extras det,seg|all] [--venv DIR]
-  --extras  what to install besides the core and the test tools: det, seg or all (kept by later runs)
+  --extras  what to install besides the core and the test tools: det, seg, corruptions or all (kept by later runs)
   --venv    where to make the environment (default: .venv in the repository root)
   PYTHON=... chooses the interpreter (default: the newest of Python 3.10 to 3.13)"
 die() { echo "setup: $*" >&2; exit 1; }
@@ -17,14 +17,14 @@ need_gb=12  # 6 GB installed; pip fetches 3 GB, and may hold them twice meanwhil
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) echo "$usage"; exit 0 ;;
-        --extras) [ $# -ge 2 ] || die "--extras needs a value: det, seg or all"; extras=$extras,$2; shift 2 ;;
+        --extras) [ $# -ge 2 ] || die "--extras needs a value: det, seg, corruptions or all"; extras=$extras,$2; shift 2 ;;
         --venv) [ $# -ge 2 ] || die "--venv needs a folder"
                 case $2 in /*) venv=$2 ;; *) venv=$cwd/$2 ;; esac; shift 2 ;;
         *) die "unknown argument '$1' (see tools/setup.sh --help)" ;;
     esac
 done
 for extra in ${extras//,/ }; do
-    case $extra in dev | det | seg | all) ;; *) die "no extra '$extra': choose from det, seg, all" ;; esac
+    case $extra in dev | det | seg | corruptions | all) ;; *) die "no extra '$extra': choose from det, seg, corruptions, all" ;; esac
 done
 
 # Two runs at once: the second waits, then finds the work done. The lock goes with the process.

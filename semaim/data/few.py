@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def read_list(file: str | os.PathLike, images: LabelledImages) -> Tensor:
     return torch.tensor(sorted(rows))
 
 
-def check_every_class(rows: Tensor, labels: Sequence[int] | Tensor, classes: Sequence[str], origin: str) -> None:
+def check_every_class(rows: Tensor, labels: np.ndarray | Tensor, classes: Sequence[str], origin: str) -> None:
     """`UserError` if a class has none of the rows."""
     counts = torch.as_tensor(labels)[rows].bincount(minlength=len(classes))
     if int(counts.min()) == 0:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -27,7 +27,7 @@ TEXT, GRID = "#fe00f0", "#fe00f1"
 VARIABLES |= {TEXT: "var(--soft)", GRID: "var(--rule)"}
 
 #: What makes a chart an SVG that a page can contain: its text is text, in the page's colours.
-STYLE: dict[str, object] = {"svg.fonttype": "none", "font.size": 11}
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 11}
 STYLE |= {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT}
 
 
@@ -148,7 +148,11 @@ def draw_chart(
 
 def draw_series(axis: "Axes", curves: Sequence[Curve], key: Key) -> None:
     """Draw the curves of one series, and their mean if there are several."""
-    look = {"color": f"#fe00{key.colour:02x}", "linestyle": DASHES[key.dash], "solid_joinstyle": "round"}
+    look: dict[str, Any] = {
+        "color": f"#fe00{key.colour:02x}",
+        "linestyle": DASHES[key.dash],
+        "solid_joinstyle": "round",
+    }
     several = len(curves) > 1
     for it in curves:
         points = thinned(it.points)

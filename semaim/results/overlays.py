@@ -59,7 +59,7 @@ def overlays_of(runs: Sequence[RunPart], anchor: str, places: dict[str, int]) ->
     for run in runs:
         for quantity, points in logged(run).items():
             curves.setdefault(quantity, []).append(Curve(names[run.setting], tuple(points)))
-    found = []
+    found: list[Overlay] = []
     order = [LOSS, RATE]
     for quantity in sorted(curves, key=lambda it: order.index(it.title) if it.title in order else len(order)):
         loss = quantity.title == order[0]

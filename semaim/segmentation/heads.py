@@ -31,10 +31,10 @@ class LinearHead(BaseDecodeHead):
         in_index: int | Sequence[int] = -1,
         **head: Any,
     ):
-        several = not isinstance(in_channels, int)
+        several = [] if isinstance(in_channels, int) else list(in_channels)
         super().__init__(
             in_channels=in_channels,
-            channels=sum(in_channels) if several else in_channels,
+            channels=sum(several) or in_channels,
             num_classes=num_classes,
             dropout_ratio=0,
             norm_cfg=norm_cfg,

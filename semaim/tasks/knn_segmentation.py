@@ -1,7 +1,8 @@
 """k-NN segmentation: pixels of validation images by the nearest patches of the training images, without training."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -36,7 +37,8 @@ from semaim.registry import TASKS, Metric
 from semaim.tasks.segmentation import SegmentationTask
 
 
-class Encoded(NamedTuple):
+@dataclass(frozen=True)
+class Encoded:
     """An image's patches.
 
     Args:
@@ -188,7 +190,7 @@ class KNNSegmentation(SegmentationTask):
         share = list(range(rank, len(run.val), world))
         for image in encoded(dense.NamedImages(run.val), share, model, cfg):
             found = neighbours.predict(image.features, bank)
-            score(pixels, to_pixels(found, image.grid, image.labels.shape[-2:]), image.labels)
+            score(pixels, to_pixels(found, image.grid, (image.labels.shape[-2], image.labels.shape[-1])), image.labels)
             counts = patch_counts(known(image.labels, patches.ignore_index), image.grid, classes)
             truth = counts.argmax(dim=1).masked_fill(counts.sum(dim=1) == 0, patches.ignore_index)
             score(patches, found.argmax(dim=1), truth)

@@ -116,7 +116,7 @@ def test_report_of_real_runs(tiny_config, tmp_path):
     for row in ours:
         assert all(cell in page.text for cell in row), row
     assert all(text in page.text for text in (*table.notes, *table.origins.values()))
-    for figure in ("61.5", "33.25", "12.375", "40.5"):
+    for figure in ("61.50 %", "33.25 %", "12.38 %", "40.50 %"):
         assert figure in page.text
 
     (config,) = work.glob("*.py")

@@ -1,6 +1,6 @@
 """How an encoder's features stand ImageNet-C's corruptions: k-NN and the fast probe, fitted on clean images."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,3 @@ class CorruptionsTask(FeatureTask):
                 label = f"k-NN, k = {kind[3:]}" if kind.startswith("knn") else kind
                 found[name] = self.metrics.get(name, Metric(f"{label}, mean top-1"))
         return found
-
-    def matches(self, cfg: Mapping) -> bool:
-        """See `Task.matches`."""
-        return (cfg.get("evaluation") or {}).get("type") == "Corruptions"

@@ -1,7 +1,7 @@
 """How far an encoder's features go with few labels: logistic regression and k-NN on k images per class, or on lists."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +147,3 @@ class FewLabelsTask(FeatureTask):
             for name, match in found.items()
             if match[1] != "shots" or name in some
         }
-
-    def matches(self, cfg: Mapping) -> bool:
-        """See `Task.matches`."""
-        return (cfg.get("evaluation") or {}).get("type") == "FewLabels"

@@ -23,7 +23,6 @@ class SegmentationTask(DenseTask):
     needs = "mmseg"
     shows = "classes of validation images, annotated (left) and found"
     source = "ade"
-    chart = "segmentation, %"  # one for all: their validations log the same keys
 
     def describe_data(self, cfg: Config, sets: Mapping[str, Dataset]) -> list[str]:
         """Which values the label maps have, and which class each trains; docs/labels.md has the rules."""

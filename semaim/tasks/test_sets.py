@@ -85,7 +85,3 @@ class TestSetsTask(FeatureTask):
         found = {name: match for name in names if (match := KEY.fullmatch(name))}
         words = {name: match[2].replace("knn", "k-NN, k = ") for name, match in found.items()}
         return {name: Metric(f"{match[1]}, {words[name]}") for name, match in found.items()}
-
-    def matches(self, cfg: Mapping) -> bool:
-        """See `Task.matches`."""
-        return (cfg.get("evaluation") or {}).get("type") == "FurtherSets"

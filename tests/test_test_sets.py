@@ -151,5 +151,11 @@ def test_refused_before_anything_is_extracted(labelled, tmp_path, arguments, mes
     assert not (tmp_path / "run" / "features").exists()
 
 
+def test_a_classifier_has_no_further_test_sets(labelled):
+    config = "semaim/configs/finetune/vit_tiny_scenes.py"
+    done = tool("test.py", config, "x.pth", "--data-root", labelled, "--test-root", f"a={labelled}")
+    one_line(done, "--test-root is for frozen features: semaim/configs/test_sets, or --tasks test_sets")
+
+
 def test_features_of_a_set_that_lacks_classes_have_their_labels():
     assert predicted_among(np.array([4, 1, 1]), 5) == [1, 4] and predicted_among(np.arange(5), 5) is None

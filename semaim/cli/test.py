@@ -33,8 +33,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "--test-root",
         action="append",
         metavar="NAME=DIR",
-        help="a further test set of the same classes, in class folders, such as imagenet-a=DIR: for a classifier, or"
-        " for frozen features with --tasks test_sets; may be given several times",
+        help="a further test set of the same classes, in class folders, such as imagenet-a=DIR, for frozen features:"
+        " semaim/configs/test_sets, or --tasks test_sets; may be given several times",
     )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")

@@ -139,6 +139,7 @@ class FeatureTask(ImageTask):
     keys = {
         **ImageTask.keys,
         "evaluation": "what is measured on features",
+        "test_roots": "further test sets of the same classes: name -> folder, see --test-root",
         "evaluations": "settings of further tasks, by name, for --tasks",
         "most_gb": f"the largest size of the stored features, in GB of 10^9 bytes (default: {MOST_GB:g})",
     }

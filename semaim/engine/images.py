@@ -37,7 +37,6 @@ class ImageTask(Task):
     keys = {
         "dataset": "the images and their augmentation",
         "compile": "compile the blocks with torch.compile",
-        "test_roots": "further test sets of the same classes: name -> folder, see --test-root",
     }
     instead = ""
     labelled = True

@@ -27,6 +27,8 @@ def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepar
         raise UserError("--tta is for segmentors")
     if cfg.get("tasks") is not None and not getattr(task, "shares", False):
         raise UserError("--tasks is for configs of frozen features, such as semaim/configs/knn/vit_base.py")
+    if cfg.get("test_roots") and not getattr(task, "shares", False):
+        raise UserError("--test-root is for frozen features: semaim/configs/test_sets, or --tasks test_sets")
     if not weights:
         raise UserError(f"name a checkpoint: tools/test.py CONFIG FILE{task.instead}")
     return task.prepare_test(cfg, weights, check)

@@ -72,6 +72,7 @@ class FastAttentiveTask(FeatureTask):
 
     name = "fast_attentive"
     title = "fast attentive probe"
+    stage = "attentive"
     place = 3
     metrics = {
         "attentive_top1": Metric("top-1", "fast attentive", share=True),

@@ -41,7 +41,13 @@ def test_a_chart_of_two_methods_of_two_seeds():
     curves = [Curve("a", tuple(one)), Curve("b", tuple(other)), Curve("a", tuple(two))]
     chart = draw_chart(curves, "epoch", places={"z": 0, "a": 1, "b": 8})
     first, second = chart.keys
-    assert (first.series, first.curves, first.last, first.colour, first.dash) == ("a", 2, 2.5, 1, 0)
+    assert (first.series, first.curves, first.last, first.colour, first.dash) == (
+        "a",
+        2,
+        3.0,
+        1,
+        0,
+    )  # at 2, the last that both have
     assert (second.series, second.curves, second.last, second.colour, second.dash) == ("b", 1, 0.5, 2, 1)
     lines = drawn(chart.svg)
     assert [(colour, width) for colour, width, _ in lines] == [(1, 1.0), (1, 1.0), (1, 2.0), (2, 2.0)]

@@ -68,7 +68,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: the series, its last value (the mean of its curves'), and how its line looks."""
+    """An entry of a legend: the series, its last value, and how its line looks.
+
+    Of several curves it is their mean at the last x that all have: one may have stopped early.
+    """
 
     series: str
     last: float
@@ -123,7 +126,7 @@ def draw_chart(
         for number, series in enumerate(dict.fromkeys(it.series for it in curves)):
             place = places[series] if places else number
             own = [it for it in curves if it.series == series]
-            last = sum(it.points[-1][1] for it in own) / len(own)
+            last = (mean_of(own) or [it.points[-1] for it in own])[-1][1]
             keys.append(Key(series, last, len(own), place % COLOURS, place // COLOURS % len(DASHES)))
             draw_series(axis, own, keys[-1])
         axis.set_xlabel(below)
@@ -162,11 +165,15 @@ def draw_series(axis: "Axes", curves: Sequence[Curve], key: Key) -> None:
             *zip(*points, strict=True), marker=marker, markersize=1 + 2 * width, linewidth=width, alpha=alpha, **look
         )
     if several:
-        found = [dict(it.points) for it in curves]
-        common = sorted(set.intersection(*map(set, found)))
-        mean = thinned([(x, sum(points[x] for points in found) / len(found)) for x in common])
-        if mean:
+        if mean := thinned(mean_of(curves)):
             axis.plot(*zip(*mean, strict=True), linewidth=2.0, **look)
+
+
+def mean_of(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """The mean of curves, at the x that all of them have."""
+    found = [dict(it.points) for it in curves]
+    common = sorted(set.intersection(*map(set, found)))
+    return [(x, sum(points[x] for points in found) / len(found)) for x in common]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

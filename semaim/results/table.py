@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from semaim.errors import UserError
+from semaim.registry import tasks as registered
 from semaim.results import Catalogue, Published
 from semaim.results.cells import Cell, figure_words, make_cells
 from semaim.results.comparing import Comparison, compare, reason, unusable, way_words
@@ -119,11 +120,18 @@ def make_table(
     rows += [Row(None, cell, why) for cell, why in zip(alone, whys, strict=True)]
     measures = [(figure.task, figure.metric) for figure in figures] + [(run.task, run.metric) for run in runs]
     sections = list(dict.fromkeys(measures))
-    tasks = list(dict.fromkeys(task for task, _ in sections))
+    tasks = by_pipeline(task for task, _ in sections)
     rows.sort(key=lambda row: (tasks.index(row.section[0]), sections.index(row.section)))
     notes = dict.fromkeys(note for figure in figures for note in figure.notes)
+    sections.sort(key=lambda section: tasks.index(section[0]))
     cells.sort(key=lambda cell: sections.index((cell.runs[0].task, cell.runs[0].metric)))
     return Table(rows, list(notes), gains_of(cells, against, catalogue))
+
+
+def by_pipeline(titles: Iterable[str]) -> list[str]:
+    """Distinct titles of tasks, in the order of the pipeline; of tasks that are not known, last."""
+    known = [task.title for task in registered()]
+    return sorted(dict.fromkeys(titles), key=lambda title: known.index(title) if title in known else len(known))
 
 
 def beside(cell: Cell, figure: Published) -> Comparison | None:

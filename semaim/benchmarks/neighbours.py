@@ -47,7 +47,8 @@ def random_features(path: Path, rows: int, width: int, seed: int) -> tuple[np.nd
 
 def cost(work: Callable[[], object]) -> Cost:
     """What `work` costs; its memory is looked at every 5 ms."""
-    before, peak, ended = process_memory("RssAnon"), 0.0, threading.Event()
+    before, ended = process_memory("RssAnon"), threading.Event()
+    peak = before
 
     def watch() -> None:
         nonlocal peak

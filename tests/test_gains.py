@@ -21,6 +21,7 @@ from semaim.results.gains import baseline_in
 from semaim.results.intervals import bootstrap, figure_of, seeds_interval
 from semaim.results.table import GAINS, gain_rows, make_table
 
+WEIGHTS = "better, for these weights"  #: of one seed
 MAE = {"method": "MAE", "pretrain_epochs": 1600, "pretrain_config": "mae_vit_base_1600e.py"}
 
 
@@ -151,7 +152,7 @@ def test_runs_are_paired_by_seed(tmp_path):
         ([84.0, 84.3, 83.0], [83.5, 83.6, 83.55], "cannot tell"),  # over seeds
         ([83.65, 83.76, 83.71], [83.5, 83.6, 83.55], "cannot tell"),  # over images: 0.15 of 50,000
         ([80.0, 80.1, 80.2], [83.5, 83.7, 83.55], "worse"),
-        ([90.0], [83.5], "better"),  # one seed: over images alone
+        ([90.0], [83.5], WEIGHTS),  # one seed: over images alone
         ([83.7], [83.5], "cannot tell"),
     ],
 )
@@ -219,7 +220,7 @@ def test_random_weights_are_the_baseline_without_mae(tmp_path):
     write(tmp_path / "ours", NEIGHBOURS, checkpoint="a/latest.pth", method="SemAIM", metrics={"knn20_top1": 40.0})
     write(tmp_path / "random", NEIGHBOURS, metrics={"knn20_top1": 30.0})
     (gain,) = gains(tmp_path)
-    assert gain.verdict == "better" and gain.baseline.runs[0].method == "random weights"
+    assert gain.verdict == WEIGHTS and gain.baseline.runs[0].method == "random weights"
     assert not gains(tmp_path, "SemAIM")[0].side == 1
 
 
@@ -261,7 +262,7 @@ def test_outcomes_pair_the_images(tmp_path):
     outcomes(tmp_path / "ours", ours)
     outcomes(tmp_path / "random", theirs)
     (gain,) = gains(tmp_path)
-    assert gain.points == pytest.approx(1.0) and gain.verdict == "better" and gain.over_images.over == "2,000 images"
+    assert gain.points == pytest.approx(1.0) and gain.verdict == WEIGHTS and gain.over_images.over == "2,000 images"
     (tmp_path / "ours/outcomes.npz").unlink()
     (gain,) = gains(tmp_path)
     assert gain.verdict == "cannot tell" and gain.over_images.over == "2,000 images, unpaired"

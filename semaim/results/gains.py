@@ -86,7 +86,8 @@ class Gain:
         """The side in words."""
         if not self.side:
             return "no interval" if self.side is None else "cannot tell"
-        return "better" if (self.side > 0) == self.ours.runs[0].kind.higher_is_better else "worse"
+        word = "better" if (self.side > 0) == self.ours.runs[0].kind.higher_is_better else "worse"
+        return word if self.over_seeds else f"{word}, for these weights"  # another seed may differ by more
 
 
 # What is compared

@@ -30,8 +30,9 @@ GAINS = (
 )
 JUDGED = (
     "Gain: mean difference of runs with the same seed, in points. Over seeds: paired t. Over images: bootstrap over the"
-    " validation images, paired unless it says otherwise. Better or worse: every interval excludes 0. Each interval"
-    " holds by itself: of twenty, one is expected to miss."
+    " validation images, paired unless it says otherwise. Better or worse: every interval excludes 0. Without an"
+    " interval over seeds this is about these weights, not about the method. Each interval holds by itself: of twenty,"
+    " one is expected to miss."
 )
 PRETRAINING = "pretraining's "  #: prefix of a changed option in `Run.changes`
 

@@ -124,7 +124,8 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     work, printed = whole
-    folders = [work / "semaim/seed0" / name for name in STAGES[1:]] + [work / "scratch/seed0/knn"]
+    folders = [work / "semaim/seed0" / name for name in STAGES[1:] if name != "attentive"]
+    folders.append(work / "scratch/seed0/knn")
     files = {str(folder): results(folder) for folder in folders}
     rows = cells(work)
     expected = [
@@ -154,7 +155,9 @@ def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     page = (work / "table.html").read_text(encoding="utf-8")
     assert "84.1" in text and "<table" in page and "charset" in page and "\\toprule" in (work / "table.tex").read_text()
     shown = printed[1][printed[1].index("| Method") :]  # ours alone, at the end, then at a glance
-    every, glance = shown.split("\n| Method")
+    every, gains, glance = shown.split("\n| Method")
+    glance, _, gained = glance.partition("\n\n| Gain")
+    assert gains.count("\n| ") == 2 and "random weights" in gains and gained.count("\n| ") == 2, "k-NN alone has both"
     assert every.count("\n| ") == 1 + len(rows) and "84.1" not in shown and "table.html" in shown
     assert glance.count("\n| ") == 3 and all(f" {float(row['ours']):.2f} " in glance for row in rows)
 

@@ -32,7 +32,7 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "
 SMALL = ["images=130", "unlabelled=80", "size=32", "pretrain=4", "finetune=2", "detection=2", "segmentation=2"]
 QUICK = ["--scale", "quick", "--length", *SMALL]
 VARIANTS, STAGES = list(variants()), stage_names()
-QUICK = [name for name in STAGES if name != "attentive"]  #: stages at scale quick
+MADE = [name for name in STAGES if name != "attentive"]  #: stages at scale quick
 PRETRAINED = variants()["semaim"][1].configs["pretrain"]["quick"]
 SEMAIM = title_of(load_config(ROOT / PRETRAINED).model)  #: as results name the quick scale's
 
@@ -125,7 +125,7 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 def test_every_stage_runs_and_every_cell_is_a_measured_figure(whole):
     work, printed = whole
-    folders = [work / "semaim/seed0" / name for name in QUICK[1:]]
+    folders = [work / "semaim/seed0" / name for name in MADE[1:]]
     folders.append(work / "scratch/seed0/knn")
     files = {str(folder): results(folder) for folder in folders}
     rows = cells(work)
@@ -210,7 +210,7 @@ def test_stages_are_printed_as_typed_and_skip_themselves(whole, here):
     work, (first, second) = whole
     lines = commands(first)
     names = [words[words.index("--work-dir") + 1].rsplit("/", 1)[1] for words in lines[1:]]
-    assert lines[0][1:3] == ["-m", "semaim.data.scenes"] and names == QUICK
+    assert lines[0][1:3] == ["-m", "semaim.data.scenes"] and names == MADE
     for words in lines[2:]:
         assert str(work / "semaim/seed0/pretrain/epoch_4.pth") in words
     assert "val_interval=" not in shlex.join(lines[1]) and "train_cfg.val_interval=2" in lines[4]
@@ -232,7 +232,7 @@ def until(pattern, rows, seen):
 @pytest.mark.slow
 def test_cut_by_kills_and_an_interrupt_and_with_two_at_a_time_figures_stay_the_same(whole, tmp_path):
     reference, _ = whole
-    line, two = command(tmp_path, reference / "scenes", *QUICK), ["--jobs", "2"]
+    line, two = command(tmp_path, reference / "scenes", *MADE), ["--jobs", "2"]
     own, seen = tmp_path / "semaim/seed0", []
     for picture in ("pretrain/centres.json", "detection/predictions.png", "segmentation/predictions.png"):
         (own / picture).parent.mkdir(parents=True)

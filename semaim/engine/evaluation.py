@@ -26,7 +26,7 @@ from semaim.data.labelled import LabelledImages
 from semaim.engine.classification import Classification
 from semaim.engine.encoders import settle_images
 from semaim.engine.extraction import LABELS, extract_features, processes
-from semaim.engine.features import Split
+from semaim.engine.features import ProbeResult, Split
 from semaim.engine.images import ImageTask, build_datasets, empty_model, fit_encoder
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import evaluation_loader
@@ -234,6 +234,17 @@ def check_roots(cfg: Config, jobs: list[Job]) -> list[Job]:
     if cfg.get("test_roots") and not any(job.evaluation.roots for job in jobs):
         raise UserError("--test-root: no task here reads further test sets: add test_sets to --tasks")
     return jobs
+
+
+def measured_probe(found: ProbeResult, name: str, key: str, log: Callable[[str], None]) -> Measured:
+    """A probe's figures as KEY_top1, KEY_top5 and KEY_lr; what it tried goes to the log under its name."""
+    for lr, accuracy in found.held_out.items():
+        log(f"{name}, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
+    log(f"{name}: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
+    if found.at_border:
+        log("the best learning rate is at the border of those tried: widen evaluation.lrs")
+    metrics = {f"{key}_top1": found.top1, f"{key}_top5": found.top5, f"{key}_lr": found.lr}
+    return Measured(metrics, {f"{key}_top1": found.hits})
 
 
 def build_evaluation(task: FeatureTask, settings: Mapping[str, Any]) -> Evaluation:

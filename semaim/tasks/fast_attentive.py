@@ -8,7 +8,7 @@ from mmengine.registry import LOOPS
 
 from semaim.data.labelled import LabelledImages
 from semaim.engine.attentive import LRS, fast_attentive, make_heads
-from semaim.engine.evaluation import TOKENS, Evaluation, FeatureTask, Frozen, Measured
+from semaim.engine.evaluation import TOKENS, Evaluation, FeatureTask, Frozen, Measured, measured_probe
 from semaim.engine.features import check_probe
 from semaim.registry import TASKS, Metric
 
@@ -57,13 +57,7 @@ class FastAttentive(Evaluation):
             return Measured({})
         options = {**self.options, "head": self.head, "prefix": data.prefix, "seed": data.seed, "device": data.device}
         found = fast_attentive(*data.train, *data.val, data.classes, **options)
-        for lr, accuracy in found.held_out.items():
-            data.log(f"attentive probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
-        data.log(f"attentive probe: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
-        if found.at_border:
-            data.log("the best learning rate is at the border of those tried: widen evaluation.lrs")
-        metrics = {"attentive_top1": found.top1, "attentive_top5": found.top5, "attentive_lr": found.lr}
-        return Measured(metrics, {"attentive_top1": found.hits})
+        return measured_probe(found, "attentive probe", "attentive", data.log)
 
 
 @TASKS.register_module()

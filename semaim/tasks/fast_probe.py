@@ -8,7 +8,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import LOOPS
 
 from semaim.data.labelled import LabelledImages
-from semaim.engine.evaluation import Evaluation, FeatureTask, Frozen, Measured
+from semaim.engine.evaluation import Evaluation, FeatureTask, Frozen, Measured, measured_probe
 from semaim.engine.features import LRS, check_probe, fast_probe
 from semaim.registry import TASKS, Metric
 
@@ -41,13 +41,7 @@ class FastProbe(Evaluation):
         if not is_main_process():
             return Measured({})
         found = fast_probe(*data.train, *data.val, data.classes, **self.options, device=data.device)
-        for lr, accuracy in found.held_out.items():
-            data.log(f"fast probe, learning rate {lr:8.4g}: {accuracy:.2f} on the held-out training images")
-        data.log(f"fast probe: top-1 {found.top1:.2f}  top-5 {found.top5:.2f} with learning rate {found.lr:g}")
-        if found.at_border:
-            data.log("the best learning rate is at the border of those tried: widen evaluation.lrs")
-        metrics = {"probe_top1": found.top1, "probe_top5": found.top5, "probe_lr": found.lr}
-        return Measured(metrics, {"probe_top1": found.hits})
+        return measured_probe(found, "fast probe", "probe", data.log)
 
 
 @TASKS.register_module()

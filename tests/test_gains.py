@@ -330,7 +330,7 @@ def test_gains_are_printed_in_every_format(compared):
 def test_the_command_takes_a_baseline(compared, capsys):
     main([str(compared), "--against", "mae", "--no-published"])
     printed = capsys.readouterr().out
-    assert "| SemAIM | MAE | ViT-B |" in printed and "+0.60" in printed
+    assert "| SemAIM | MAE | fine-tuning, ImageNet-1k | top-1 | +0.60 | better |" in printed and "+0.60" in printed
     main([str(compared), "--against", "semaim", "--glance"])
     printed = capsys.readouterr().out
     assert "MAE over SemAIM" in printed and "-0.60" in printed

@@ -25,8 +25,8 @@ HEADER = (
 MARKS = {"read": "", "derived": " (derived)", "remembered": " (from memory)"}
 SPREAD = "Ours: mean ± sample standard deviation over n runs that differ only in their seed; percent."
 GAINS = (
-    *("Method", "Baseline", "Backbone", "Task", "Metric", "Recipe", "Seeds", "Gain", "95 % over seeds"),
-    *("95 % over images", "Verdict", "Published gain", "Remark"),
+    *("Method", "Baseline", "Task", "Metric", "Gain", "Verdict", "95 % over seeds", "95 % over images", "Seeds"),
+    *("Published gain", "Backbone", "Recipe", "Remark"),
 )
 JUDGED = (
     "Gain: mean difference of runs with the same seed, in points. Over seeds: paired t. Over images: bootstrap over the"
@@ -187,12 +187,10 @@ def gain_rows(table: Table) -> list[list[str]]:
     for gain in table.gains:
         place, ours, baseline = gain.place, encoder_of(gain.ours.runs[0]), encoder_of(gain.baseline.runs[0])
         published = f"{gain.published.value:+g}" if gain.published and gain.published.value is not None else ""
-        where = [named[ours], named[baseline], place.backbone or "not recorded", f"{place.task}, {place.data}"]
+        what = [named[ours], named[baseline], f"{place.task}, {place.data}", place.metric]
         intervals = [interval_words(gain.over_seeds), interval_words(gain.over_images)]
-        rows.append(
-            [*where, place.metric, place.recipe, str(gain.seeds), f"{gain.points:+.2f}", *intervals, gain.verdict]
-            + [published, "; ".join(gain.remarks)]
-        )
+        judged = [f"{gain.points:+.2f}", gain.verdict, *intervals, str(gain.seeds), published]
+        rows.append([*what, *judged, place.backbone or "not recorded", place.recipe, "; ".join(gain.remarks)])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,7 @@ from semaim.engine.training import prepare_training  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 from semaim.models.vit import SIZES, VisionTransformer  # noqa: E402
 from semaim.outcomes import read_outcomes  # noqa: E402
+from semaim.segmentation.metrics import CountedIoUMetric  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "mmseg_configs"
@@ -36,7 +38,7 @@ CONFIGS = sorted([*FOLDER.glob("*_linear*.py"), *FOLDER.glob("*_knn*.py")])
 LINEAR, KNN = "mmseg_configs/semaim_linear_scenes.py", "mmseg_configs/semaim_knn_scenes.py"
 SMALL = {"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "num_workers": 0}
 TRAINED = {
-    **SMALL, "model.decode_head.in_channels": 32, "total_batch_size": 4, "train_cfg.max_iters": 4,
+    **SMALL, "model.decode_head.in_channels": 32, "total_batch_size": 4, "base_lr": 0.1, "train_cfg.max_iters": 4,
     "train_cfg.val_interval": 4, "default_hooks.checkpoint.interval": 2, "default_hooks.logger.interval": 1,
     "log_processor.window_size": 1, "default_hooks.checkpoint.keep": 0,
 }  # fmt: skip
@@ -172,6 +174,37 @@ def check_outcomes(folder, ade):
     assert kept.names.tolist() == [f"images/validation/{path.name}" for path in images]
 
 
+def test_patches_of_a_prediction_are_what_most_of_their_pixels_are():
+    """Against a loop over patches and pixels; label maps of another size than the network's input, 255 ignored."""
+    metric, classes = CountedIoUMetric(patch_size=8, iou_metrics=["mIoU"]), 5
+    metric.dataset_meta = {"classes": [f"class {index}" for index in range(classes)]}
+    draw, confusion, pixels = np.random.default_rng(0), np.zeros((classes, classes), int), []
+    for _ in range(4):
+        labels, found = draw.integers(0, classes, (48, 60)), draw.integers(0, classes, (48, 60))
+        found[:16] = labels[:16]
+        labels[draw.random((48, 60)) < 0.4] = 255
+        labels[:16, :15] = 255  # the first patch has no label
+        for row, column in np.ndindex(3, 4):  # 24 x 32 pixels of input, patches of 8
+            most = [Counter(one[16 * row : 16 * row + 16, 15 * column : 15 * column + 15].ravel().tolist()) for one in
+                    (labels, found)]  # fmt: skip
+            most[0].pop(255, None)
+            if most[0]:
+                confusion[tuple(max(sorted(count), key=count.get) for count in most)] += 1
+        maps = {"gt_sem_seg": labels, "pred_sem_seg": found}
+        sample = {key: {"data": torch.from_numpy(value)[None]} for key, value in maps.items()}
+        metric.process({}, [{**sample, "img_shape": (24, 32)}])
+        pixels.append((labels, found))
+    figures = metric.evaluate(4)
+    assert figures["patch_mIoU"] == pytest.approx(mean_iou(confusion)[0], abs=0.006)
+    assert figures["patch_aAcc"] == pytest.approx(100 * np.diag(confusion).sum() / confusion.sum(), abs=0.006)
+    plain = CountedIoUMetric(iou_metrics=["mIoU"])
+    plain.dataset_meta = metric.dataset_meta
+    for labels, found in pixels:
+        sample = {"gt_sem_seg": {"data": torch.from_numpy(labels)}, "pred_sem_seg": {"data": torch.from_numpy(found)}}
+        plain.process({}, [sample])
+    assert plain.evaluate(4).items() <= figures.items() and np.array_equal(plain.areas, metric.areas)
+
+
 def test_linear_segmentation_trains_the_head_alone(ade, pretrained, tmp_path):
     path, encoder = pretrained
     log = train(ade, path, tmp_path)
@@ -182,6 +215,7 @@ def test_linear_segmentation_trains_the_head_alone(ade, pretrained, tmp_path):
             assert torch.equal(last[f"backbone.encoder.{name}"], tensor), name
         assert torch.equal(last[f"backbone.encoder.{name}"], first[f"backbone.encoder.{name}"]), name
     assert not torch.equal(last["decode_head.conv_seg.weight"], first["decode_head.conv_seg.weight"])
+    assert 0 < results(tmp_path)["metrics"]["patch_mIoU"] < 100 and "by patches" in log
     assert results(tmp_path)["task"] == "linear segmentation" and losses(tmp_path).keys() == {1, 2, 3, 4}
     check_outcomes(tmp_path, ade)
 
@@ -202,8 +236,14 @@ def test_linear_segmentation_resumes_to_the_bit_and_is_measured(ade, pretrained,
     done = tool("test.py", LINEAR, whole / "latest.pth", "--data-root", ade, "--work-dir", tmp_path / "test",
                 *flags({**SMALL, "model.decode_head.in_channels": 32}))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert results(tmp_path / "test")["metrics"] == results(whole)["metrics"]
+    found = results(tmp_path / "test")["metrics"]
+    assert found == results(whole)["metrics"] and "patch_mIoU" in found
     check_outcomes(tmp_path / "test", ade)
+
+    done = tool("test.py", LINEAR, whole / "latest.pth", "--data-root", ade, "--work-dir", tmp_path / "mmseg",
+                *flags({**SMALL, "model.decode_head.in_channels": 32, "val_evaluator.type": "IoUMetric"}))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(tmp_path / "mmseg")["metrics"] == {name: found[name] for name in ("mIoU", "mAcc", "aAcc")}
 
 
 @torch.no_grad()

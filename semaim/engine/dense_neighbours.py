@@ -51,6 +51,20 @@ def patch_counts(labels: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     return places.bincount(minlength=grid[0] * grid[1] * classes).view(-1, classes)
 
 
+def known(labels: Tensor, ignored: int) -> Tensor:
+    """A label map with -1 where it is ignored."""
+    return labels.long().masked_fill(labels == ignored, -1)
+
+
+def patch_classes(labels: Tensor, grid: tuple[int, int], classes: int, ignored: int) -> Tensor:
+    """The class that most of a patch's pixels have: label map (H, W) -> int64 (L,).
+
+    Ignored pixels do not count: a patch of nothing else is `ignored` itself. Of equally many the lowest class.
+    """
+    counts = patch_counts(known(labels, ignored), grid, classes)
+    return counts.argmax(dim=1).masked_fill(counts.sum(dim=1) == 0, ignored)
+
+
 def sample_patches(counts: Tensor, most: int | None, generator: torch.Generator) -> Tensor:
     """Indices of at most `most` labelled patches of an image, by rising index: those of its rare classes first.
 

@@ -1,12 +1,24 @@
 """mmseg's mIoU, with the number of classes that it is the mean of, and what it is the mean of per image."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from mmengine.logging import MMLogger
 from mmseg.evaluation import IoUMetric
 
+from semaim.engine.dense_neighbours import patch_classes
+
+OF_PATCHES = "by patches, of which each counts as the class that most of its pixels have:"
+
 
 class CountedIoUMetric(IoUMetric):
     """mmseg's `IoUMetric`, with the same figures.
+
+    Args:
+        patch_size: P; also measures patches of P x P pixels of the network's input, each as the class that most of its
+            pixels have, annotated and found (`patch_mIoU`); None: pixels alone.
+        **metric: of mmseg's `IoUMetric`.
 
     Attributes:
         counted: (classes in the mean, all classes) of the last evaluation.
@@ -22,8 +34,37 @@ class CountedIoUMetric(IoUMetric):
     counted: tuple[int, int] | None = None
     areas: np.ndarray | None = None
 
+    def __init__(self, patch_size: int | None = None, **metric: Any):
+        super().__init__(**metric)
+        self.patch_size = patch_size
+
+    def process(self, data_batch: Any, data_samples: Sequence[Mapping]) -> None:
+        """Add images: areas per class of their pixels and, if it measures patches, of these."""
+        before = len(self.results)
+        super().process(data_batch, data_samples)
+        if self.patch_size is None:
+            return
+        classes, ignored = len(self.dataset_meta["classes"]), self.ignore_index
+        for place, sample in enumerate(data_samples, before):
+            rows, columns = (-(-side // self.patch_size) for side in sample["img_shape"][:2])
+            maps = (sample[key]["data"].squeeze(0) for key in ("pred_sem_seg", "gt_sem_seg"))
+            found, labels = (patch_classes(one, (rows, columns), classes, ignored) for one in maps)
+            self.results[place] += self.intersect_and_union(found, labels.to(found.device), classes, ignored)
+
     def compute_metrics(self, results: list[tuple]) -> dict[str, float]:
-        """Areas per class of every image (intersections, unions, predictions, labels) -> mIoU and the other figures."""
+        """Areas per class of every image (intersections, unions, predictions, labels) -> mIoU and the other figures.
+
+        Those of its patches follow, where it measures them.
+        """
+        if self.patch_size is None:
+            return self.pixels(results)
+        metrics = self.pixels([areas[:4] for areas in results])
+        MMLogger.get_current_instance().info(OF_PATCHES)
+        of_patches = super().compute_metrics([areas[4:] for areas in results])
+        return metrics | {f"patch_{name}": value for name, value in of_patches.items()}
+
+    def pixels(self, results: list[tuple]) -> dict[str, float]:
+        """The figures of the pixels, from their areas."""
         metrics = super().compute_metrics(results)
         if not metrics or self.nan_to_num is not None:  # nothing was measured, or every class counts
             return metrics

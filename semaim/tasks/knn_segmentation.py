@@ -18,6 +18,8 @@ from semaim.engine import dense
 from semaim.engine.dense_neighbours import (
     Bank,
     gather,
+    known,
+    patch_classes,
     patch_counts,
     predict_patches,
     sample_patches,
@@ -90,11 +92,6 @@ class DenseNeighbours:
     def predict(self, features: Tensor, bank: Bank) -> Tensor:
         """Features of an image's patches (L, D) -> each class's share (L, C)."""
         return predict_patches(features, bank, self.k, self.temperature)
-
-
-def known(labels: Tensor, ignored: int) -> Tensor:
-    """A label map with -1 where it is ignored."""
-    return labels.long().masked_fill(labels == ignored, -1)
 
 
 @torch.no_grad()
@@ -191,8 +188,7 @@ class KNNSegmentation(SegmentationTask):
         for image in encoded(dense.NamedImages(run.val), share, model, cfg):
             found = neighbours.predict(image.features, bank)
             score(pixels, to_pixels(found, image.grid, (image.labels.shape[-2], image.labels.shape[-1])), image.labels)
-            counts = patch_counts(known(image.labels, patches.ignore_index), image.grid, classes)
-            truth = counts.argmax(dim=1).masked_fill(counts.sum(dim=1) == 0, patches.ignore_index)
+            truth = patch_classes(image.labels, image.grid, classes, patches.ignore_index)
             score(patches, found.argmax(dim=1), truth)
         metrics = pixels.evaluate(len(run.val))
         log("by patches, of which each counts as the class that it has most of:")

@@ -236,6 +236,22 @@ def test_recipes_lengths_are_their_configs():
             assert length == (recipe.epochs, recipe.iterations), name
 
 
+def test_configs_of_one_recipe_train_alike():
+    """Of one task and backbone size, or of any encoder: optimizer, batch, rate, schedule and augmentation."""
+    for recipe in CATALOGUE.recipes:
+        task = next(task for task in tasks() if task.title == recipe.task)
+        seen = {}
+        for name, backbone in recipe.configs.items():
+            files = [load_config(path, check=False) for path in own_configs().values() if path.name == name]
+            (cfg,) = [cfg for cfg in files if type(task_of(cfg)) is task]
+            if backbone in (None, "ViT-B"):
+                seen[name] = (
+                    *(cfg.optim_wrapper.optimizer.type, cfg.total_batch_size, cfg.base_lr, cfg.param_scheduler),
+                    (cfg.get("dataset") or {}).get("augment"),
+                )
+        assert all(one == next(iter(seen.values())) for one in seen.values()), recipe.name
+
+
 @pytest.mark.parametrize(
     ("source", "known"),
     [

@@ -126,7 +126,7 @@ CHANGED = [
     ({"method": "MAE", "pretrain_config": "mae_vit_base_800e.py"}, "pretraining epochs 800, published 1600"),
     ({"method": "MySemAIM"}, "method MySemAIM: nothing published of it"),
     ({"backbone": "ViT-H"}, "backbone ViT-H: published of SemAIM are ViT-B, ViT-L"),
-    ({"pretrain_epochs": 500}, "pretraining epochs 500, published"),
+    ({"pretrain_epochs": 500, "pretrain_config": "of_500e.py"}, "pretraining epochs 500, published"),
     (
         {"config": "vit_base_100e_mae.py"},
         "recipe MAE fine-tuning, 100 epochs, published SemAIM fine-tuning, 100 epochs",

@@ -259,6 +259,23 @@ def test_of_the_neighbours_twenty(works, tmp_path):
     assert set(cells(tmp_path / "many")) == {("k-NN", "top-1, k = 1"), ("k-NN", "top-1, k = 200")}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"pretrain_config": "semaim_vit_base_400e.py"}, {"pretrain_config": "semaim_vit_base_800e.py"}],
+        [{"cfg_options": {"param_scheduler.warmup": share}} for share in (0.05, 0.2)],
+        [{"pretrain_options": {"param_scheduler.warmup": share}} for share in (0.05, 0.2)],
+        [{"cfg_options": {"base_lr": 0.1}, "overrides": overrides} for overrides in (None, {"base_lr": [0.2, 0.1]})],
+    ],
+    ids=str,
+)
+def test_what_differs_in_more_than_its_seed_is_not_averaged(tmp_path, changes):
+    for seed, change in enumerate(changes):
+        write(tmp_path / str(seed), WHOLE, seed=seed, checkpoint=f"{seed}.pth", pretrain_epochs=400, **change)
+    rows = cells(tmp_path)["fine-tuning", "top-1"]
+    assert [len(row.cell.runs) for row in rows] == [1, 1]
+
+
 def test_other_features_are_another_metric(tmp_path):
     """The class token and the mean of the patches are two protocols: two columns, not two figures of one."""
     for name in ("class token", "mean of the patches, layer norm"):

@@ -15,8 +15,8 @@ CLS = "class token"  #: the default features, which a metric's name does not men
 
 #: Changed options that do not affect the figure.
 HARMLESS = re.compile(r"work_dir|pretrained|num_workers|seed|compile|default_hooks\..*|(.*\.)?(data_)?root")
-#: Options that change with a run's length, which is reported itself.
-SCHEDULE = re.compile(r"(train_cfg|param_scheduler)\..*")
+#: Options of a run's length, which is reported itself.
+SCHEDULE = re.compile(r"train_cfg\..*")
 
 #: A public name of weights: timm's, which are those of timm's repositories on the hub.
 PUBLIC = re.compile(r"(?:timm:|hf[-_]hub:timm/)(.+)")
@@ -62,6 +62,11 @@ class Run:
 
     @property
     def changes(self) -> str:
+        """`changed` as text."""
+        return ", ".join(self.changed)
+
+    @property
+    def changed(self) -> list[str]:
         """Differences from the suite's config that may affect the figure: another file, options, the schedule."""
         found = []
         for whose, name in (("", "cfg_options"), ("pretraining's ", "pretrain_options")):
@@ -71,7 +76,7 @@ class Run:
             found += [f"{whose}schedule"] if any(SCHEDULE.fullmatch(key) for key in options) else []
             apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
             found += [f"{whose}{key}={options[key]}" for key in apart]
-        return ", ".join(found)
+        return found + [f"{key} overridden in mid-run" for key in self.record.overrides or {}]
 
     @property
     def identified(self) -> bool:
@@ -214,7 +219,7 @@ def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     """Reasons not to compare a run with published figures of its task; empty if there are none."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
     partly = f"partly loaded: {run.record.partly_loaded}" if run.record.partly_loaded else ""
-    remarks = [less, changed, partial(run), partly]
+    remarks = [less, changed, partial(run), partly, unfinished(run, catalogue)]
     if not less and published(run.task):
         remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
     return tuple(remark for remark in remarks if remark)
@@ -243,6 +248,15 @@ def partial(run: Run) -> str:
     """A remark if a mean over classes leaves some out, which are in no label and no prediction."""
     counted, classes = run.record.classes_evaluated, run.record.classes
     return f"mean over {counted} of {classes} classes" if counted is not None and counted != classes else ""
+
+
+def unfinished(run: Run, catalogue: Catalogue) -> str:
+    """A remark if a pretraining had not ended, as far as is known: one that is shorter has another schedule."""
+    known = catalogue.pretrainings.get(run.record.pretrain_config or "")
+    options, done = run.record.pretrain_options or {}, run.record.pretrain_epochs
+    whole = options.get("train_cfg.max_epochs", known.pretrain_epochs if known else None)
+    short = isinstance(whole, int | float) and done is not None and done < whole
+    return f"pretraining not ended: {done} of {whole} epochs" if short else ""
 
 
 def unrecorded(run: Run) -> str:

@@ -206,6 +206,7 @@ def test_what_a_reader_has_to_know_is_said(tmp_path):
     pair(tmp_path / "b", [84.0, 84.2], [83.0, 83.1], checkpoint="one.pth")
     (gain,) = gains(tmp_path / "b")
     assert {f"all seeds of {name} are of one pretraining" for name in ("SemAIM", "MAE")} <= set(gain.remarks)
+    assert gain.over_seeds.side == 1 and gain.verdict == WEIGHTS
     write(tmp_path / "c/ours", WHOLE, seed=1, metrics={"top1": 90.0})
     write(tmp_path / "c/mae", WHOLE, seed=2, metrics={"top1": 80.0}, **MAE)
     (gain,) = gains(tmp_path / "c")
@@ -214,6 +215,51 @@ def test_what_a_reader_has_to_know_is_said(tmp_path):
     write(tmp_path / "d/b", WHOLE, metrics={"top1": 91.0})
     write(tmp_path / "d/mae", WHOLE, metrics={"top1": 80.0}, **MAE)
     assert not gains(tmp_path / "d")  # one seed twice: something unrecorded differs
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_several_weights_of_one_seed_are_all_counted(tmp_path, seed):
+    """As k-NN of three pretrainings with the default seed: no pair is known, and none is left out."""
+    pair(tmp_path, [84.0, 85.0, 86.0], [83.0, 83.1, 83.2], seed=seed)
+    (gain,) = gains(tmp_path)
+    assert gain.points == pytest.approx(1.9) == gain.ours.mean - gain.baseline.mean
+    assert (gain.seeds, gain.over_seeds, gain.verdict) == (0, None, WEIGHTS)
+    assert "seeds of SemAIM and of MAE are not recorded, or repeat: not paired, no interval over seeds" in gain.remarks
+
+
+@pytest.mark.parametrize(
+    ("change", "beside"),
+    [
+        ({}, True),
+        ({"cfg_options": {"model.mixup": 0}}, False),
+        ({"epochs": 10}, False),
+        ({"pretrain_images": 1000}, False),
+        ({"partly_loaded": "without 1 tensor"}, False),
+    ],
+    ids=str,
+)
+def test_a_published_gain_is_beside_one_that_was_measured_so(tmp_path, change, beside):
+    pair(tmp_path, [84.0], [83.5], **change)
+    (gain,) = gains(tmp_path)
+    assert (gain.published is not None) == beside == (gain.difference is not None)
+
+
+def test_means_over_other_classes_and_other_configs_are_told(tmp_path):
+    changes = {"task": "segmentation", "epochs": None, "iterations": 160000, "train_images": 20210, "val_images": 2000}
+    for name, method, counted in (("semaim", {}, 149), ("mae", MAE, 150)):
+        more = {"config": f"{name}_upernet.py", "metrics": {"mIoU": 48.0}, "classes_evaluated": counted, "classes": 150}
+        write(tmp_path / name, WHOLE, **changes, **more, **method)
+    (gain,) = gains(tmp_path)
+    told = "semaim_upernet.py against mae_upernet.py; mean over 149 of 150 classes against mean over all classes"
+    assert told in gain.remarks
+
+
+def test_changes_with_commas_stay_whole(tmp_path):
+    for place, blocks in enumerate(([1, 2], [1, 3])):
+        write(tmp_path / str(place), WHOLE, pretrain_options={"model.network.blocks": blocks}, metrics={"top1": 84.0})
+    write(tmp_path / "mae", WHOLE, metrics={"top1": 83.0}, **MAE)
+    names = [row[0] for row in gain_rows(make_table([tmp_path], CATALOGUE))]
+    assert [name.partition("blocks=")[2] for name in names] == ["[1, 2]", "[1, 3]"]
 
 
 def test_random_weights_are_the_baseline_without_mae(tmp_path):
@@ -287,11 +333,20 @@ def test_outcomes_that_do_not_belong_are_not_used(tmp_path):
     outcomes(tmp_path / "b/ours", values)
     outcomes(tmp_path / "b/random", values, names=[f"dog/{place}.png" for place in range(100)])
     (gain,) = gains(tmp_path / "b")
-    assert gain.over_images is None and "other validation images" in "; ".join(gain.remarks)
+    assert gain.over_images is None and "other validation images: no interval" in gain.remarks
     (tmp_path / "b/ours/outcomes.npz").write_bytes(b"PK" + b"\0" * 40)
     with pytest.raises(UserError, match="outcomes.npz is broken"):
         read_outcomes(tmp_path / "b/ours")
     assert gains(tmp_path / "b")[0].over_images.over.endswith("unpaired")
+
+
+def test_seeds_that_were_measured_on_other_images_give_no_interval(tmp_path):
+    pair(tmp_path, [50.04, 50.05, 50.04], [50.0, 50.0, 50.0], val_images=100)
+    for folder in tmp_path.glob("*/*"):
+        names = [f"{folder.parent.name}/{place}.png" for place in range(100)]
+        write_outcomes(folder, names, {"top1": np.arange(100) % 2})
+    (gain,) = gains(tmp_path)
+    assert (gain.seeds, gain.over_seeds, gain.verdict) == (3, None, "no interval")
 
 
 # Printed

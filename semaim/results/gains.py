@@ -13,8 +13,9 @@ from typing import NamedTuple
 from semaim.errors import UserError, nearest
 from semaim.results import Catalogue, Published
 from semaim.results.cells import AGAIN, Cell, data_of
-from semaim.results.intervals import Interval, images_interval, seeds_interval
-from semaim.results.runs import HARMLESS, Run
+from semaim.results.comparing import compare, unusable
+from semaim.results.intervals import OTHER_IMAGES, Interval, images_interval, seeds_interval
+from semaim.results.runs import HARMLESS, Run, partial
 
 RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
 
@@ -87,7 +88,8 @@ class Gain:
         if not self.side:
             return "no interval" if self.side is None else "cannot tell"
         word = "better" if (self.side > 0) == self.ours.runs[0].kind.higher_is_better else "worse"
-        return word if self.over_seeds else f"{word}, for these weights"  # another seed may differ by more
+        varied = self.over_seeds and not one_pretraining(self.ours) and not one_pretraining(self.baseline)
+        return word if varied else f"{word}, for these weights"  # another pretraining may differ by more
 
 
 # What is compared
@@ -96,7 +98,8 @@ class Gain:
 def place_of(run: Run, catalogue: Catalogue) -> Place:
     """The `Place` at which a run is compared."""
     options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
-    kept = (run.length, run.scales, json.dumps(options, sort_keys=True, default=str), run.record.partly_loaded)
+    settings = json.dumps([options, run.record.overrides or {}], sort_keys=True, default=str)
+    kept = (run.length, run.scales, settings, run.record.partly_loaded)
     val, train, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "stage"))
     data = data_of(run, catalogue)
     complete = any(data == whole.name for whole in catalogue.datasets.values())
@@ -107,7 +110,7 @@ def place_of(run: Run, catalogue: Catalogue) -> Place:
 
 def encoder_of(run: Run) -> Encoder:
     """The `Encoder` that a run measured; for random weights only the method."""
-    changes = ", ".join(part for part in run.changes.split(", ") if part.startswith("pretraining's "))
+    changes = ", ".join(part for part in run.changed if part.startswith("pretraining's "))
     return Encoder(RANDOM) if run.method == RANDOM else Encoder(run.method, run.record.pretrain_epochs, changes)
 
 
@@ -167,33 +170,36 @@ def names_of(encoders: Sequence[Encoder]) -> list[str]:
 def measure(ours: Cell, baseline: Cell, place: Place, catalogue: Catalogue) -> Gain:
     """The gain of one cell over another at the same place."""
     by_seed = [{run.record.seed: run for run in cell.runs} for cell in (ours, baseline)]
-    shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
-    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in shared]
-    remarks = [
-        caution for caution in (unlike(ours, baseline), one_pretraining(ours), one_pretraining(baseline)) if caution
+    several = [
+        cell.runs[0].method for cell, runs in zip((ours, baseline), by_seed, strict=True) if len(runs) < len(cell.runs)
     ]
+    shared = [seed for seed in by_seed[0] if seed in by_seed[1] and not several]
+    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in shared]
+    cautions = (unlike(ours, baseline), measured_unlike(ours, baseline), *map(one_pretraining, (ours, baseline)))
+    remarks = [caution for caution in cautions if caution]
     alone = [str(seed) for seeds, others in (by_seed, by_seed[::-1]) for seed in seeds if seed not in others]
     if alone and pairs:
         remarks.append(f"left out, as only one of the two has it: seed {', '.join(alone)}")
-    if not pairs:
+    if several:
+        remarks.append(
+            f"seeds of {' and of '.join(several)} are not recorded, or repeat: not paired, no interval over seeds"
+        )
+    elif not pairs:
         remarks.append("no seed in common: not paired")
     points = statistics.fmean(a.value - b.value for a, b in pairs) if pairs else ours.mean - baseline.mean
-    over_seeds, why = seeds_interval([a.value - b.value for a, b in pairs])
-    remarks += [why] if why else []
     groups = ([a for a, _ in pairs], [b for _, b in pairs]) if pairs else (ours.runs, baseline.runs)
     over_images, why = images_interval(*groups)
-    remarks += [why] if why else []
+    over_seeds, own = seeds_interval([a.value - b.value for a, b in pairs]) if why != OTHER_IMAGES else (None, "")
+    remarks += [reason for reason in (own, why) if reason]
     figure = next((f for f in catalogue.figures if is_gain(f, place, ours, baseline)), None)
     return Gain(ours, baseline, place, points, len(pairs), over_seeds, over_images, tuple(remarks), figure)
 
 
 def is_gain(figure: Published, place: Place, ours: Cell, baseline: Cell) -> bool:
-    """Whether a published figure is this gain."""
-    methods = (ours.runs[0].method, baseline.runs[0].method)
-    what = (place.task, f"{place.metric}, gain over {figure.over}", place.data, place.backbone)
-    return (figure.method, figure.over) == methods and what == (
-        *(figure.task, figure.metric, figure.data, figure.backbone),
-    )
+    """Whether a published figure is this gain, and both cells might stand beside published figures."""
+    what = (place.task, f"{place.metric}, gain over {figure.over}", place.data, baseline.runs[0].method)
+    same = what == (figure.task, figure.metric, figure.data, figure.over) and compare(ours.runs[0], figure).allowed
+    return same and not (ours.remarks or baseline.remarks or unusable(figure))
 
 
 def unlike(ours: Cell, baseline: Cell) -> str:
@@ -209,6 +215,16 @@ def unlike(ours: Cell, baseline: Cell) -> str:
     if changes[0] != changes[1]:
         parts.append(f"{changes[0] or 'nothing changed'} against {changes[1] or 'nothing changed'}")
     return f"pretrained differently: {', '.join(parts)}" if parts else ""
+
+
+def measured_unlike(ours: Cell, baseline: Cell) -> str:
+    """What a reader has to know about two measurements at one place: configs of one recipe, and classes in the mean."""
+    first, second = ours.runs[0], baseline.runs[0]
+    pairs = [
+        [run.config for run in (first, second)],
+        [partial(run) or "mean over all classes" for run in (first, second)],
+    ]
+    return "; ".join(" against ".join(pair) for pair in pairs if pair[0] != pair[1])
 
 
 def one_pretraining(cell: Cell) -> str:

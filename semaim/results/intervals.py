@@ -14,6 +14,7 @@ from semaim.outcomes import read_outcomes
 from semaim.results.difference import LEVEL, difference
 from semaim.results.runs import Run
 
+OTHER_IMAGES = "other validation images: no interval"  #: the two are not of one place after all
 RESAMPLES = 2000  #: of a bootstrap: its ends then vary by about 2 % of the interval's width
 
 
@@ -72,7 +73,7 @@ def images_interval(ours: Sequence[Run], baseline: Sequence[Run]) -> tuple[Inter
         found = difference(means[0], int(images), means[1], int(images))
         return Interval(found.low, found.high, f"{int(images):,} images, unpaired"), ""
     if any(not np.array_equal(names[0], other) for other in names[1:]):
-        return None, "other validation images: no interval over images"
+        return None, OTHER_IMAGES
     if len(names[0]) < 2:
         return None, "one validation image: no interval over images"
     count = len(ours)

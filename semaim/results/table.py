@@ -31,8 +31,8 @@ GAINS = (
 JUDGED = (
     "Gain: mean difference of runs with the same seed, in points. Over seeds: paired t. Over images: bootstrap over the"
     " validation images, paired unless it says otherwise. Better or worse: every interval excludes 0. Without an"
-    " interval over seeds this is about these weights, not about the method. Each interval holds by itself: of twenty,"
-    " one is expected to miss."
+    " interval over seeds, or if all seeds are of one pretraining, this is about these weights, not about the method."
+    " Each interval holds by itself: of twenty, one is expected to miss."
 )
 PRETRAINING = "pretraining's "  #: prefix of a changed option in `Run.changes`
 
@@ -236,7 +236,7 @@ def at_a_glance(table: Table) -> list[list[str]]:
     for cell in {id(row.cell): row.cell for row in table.rows if row.cell}.values():
         labels = Row(None, cell).labels()
         column = f"{labels['Task']}, {labels['Data']}: {labels['Metric']}"
-        changes = [it.removeprefix(PRETRAINING) for it in cell.runs[0].changes.split(", ") if PRETRAINING in it]
+        changes = [it.removeprefix(PRETRAINING) for it in cell.runs[0].changed if it.startswith(PRETRAINING)]
         encoder = (labels["Method"], labels["Backbone"], labels["Pretraining epochs"], ", ".join(changes))
         columns += [column] if column not in columns else []
         lines.setdefault(encoder, {}).setdefault(column, []).append(figure_words(cell))

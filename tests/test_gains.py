@@ -1,25 +1,19 @@
-"""Gains of one method over another: pairs, intervals and their coverage, verdicts, and how they are printed."""
+"""Gains of one method over another: pairs, intervals and their coverage, verdicts."""
 
-import csv
-import io
 import json
-import re
 
 import numpy as np
 import pytest
 import scipy.stats
-from commands import one_line, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_results import CATALOGUE, DETECTOR, NEIGHBOURS, WHOLE, write
 
-from semaim.cli.results_table import main
 from semaim.errors import UserError
 from semaim.outcomes import read_outcomes, write_outcomes
-from semaim.results.formats import FORMATS, glance
 from semaim.results.gains import baseline_in
 from semaim.results.intervals import bootstrap, figure_of, seeds_interval
-from semaim.results.table import GAINS, gain_rows, make_table
+from semaim.results.table import gain_rows, make_table
 
 WEIGHTS = "better, for these weights"  #: of one seed
 MAE = {"method": "MAE", "pretrain_epochs": 1600, "pretrain_config": "mae_vit_base_1600e.py"}
@@ -250,7 +244,7 @@ def test_means_over_other_classes_and_other_configs_are_told(tmp_path):
         more = {"config": f"{name}_upernet.py", "metrics": {"mIoU": 48.0}, "classes_evaluated": counted, "classes": 150}
         write(tmp_path / name, WHOLE, **changes, **more, **method)
     (gain,) = gains(tmp_path)
-    told = "semaim_upernet.py against mae_upernet.py; mean over 149 of 150 classes against mean over all classes"
+    told = "configs semaim_upernet.py against mae_upernet.py; mean over 149 against 150 classes"
     assert told in gain.remarks
 
 
@@ -268,6 +262,14 @@ def test_random_weights_are_the_baseline_without_mae(tmp_path):
     (gain,) = gains(tmp_path)
     assert gain.verdict == WEIGHTS and gain.baseline.runs[0].method == "random weights"
     assert not gains(tmp_path, "SemAIM")[0].side == 1
+
+
+def test_a_baseline_that_nothing_can_be_compared_with_is_refused(tmp_path):
+    write(tmp_path / "ours", WHOLE)
+    write(tmp_path / "mae", WHOLE, **MAE, config="vit_base_100e_mae.py")
+    assert not gains(tmp_path)
+    with pytest.raises(UserError, match="--against mae: no other method was measured as MAE was: by the same recipe"):
+        gains(tmp_path, "mae")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +332,7 @@ def test_outcomes_that_do_not_belong_are_not_used(tmp_path):
     outcomes(tmp_path / "a/random", values)
     (gain,) = gains(tmp_path / "a")
     assert gain.over_images.over.endswith("unpaired")
+    assert "outcomes.npz has 50.00, results.json 70.00" in gain.remarks
     outcomes(tmp_path / "b/ours", values)
     outcomes(tmp_path / "b/random", values, names=[f"dog/{place}.png" for place in range(100)])
     (gain,) = gains(tmp_path / "b")
@@ -347,46 +350,3 @@ def test_seeds_that_were_measured_on_other_images_give_no_interval(tmp_path):
         write_outcomes(folder, names, {"top1": np.arange(100) % 2})
     (gain,) = gains(tmp_path)
     assert (gain.seeds, gain.over_seeds, gain.verdict) == (3, None, "no interval")
-
-
-# Printed
-
-
-@pytest.fixture
-def compared(tmp_path):
-    """Two methods, three seeds."""
-    pair(tmp_path, [84.0, 84.3, 84.15], [83.5, 83.6, 83.55])
-    return tmp_path
-
-
-def test_gains_are_printed_in_every_format(compared):
-    table = make_table([compared], CATALOGUE)
-    (row,) = gain_rows(table)
-    assert len(row) == len(GAINS)
-    words = dict(zip(GAINS, row, strict=True))
-    assert words["Gain"] == "+0.60" and words["Verdict"] == "better" and words["Published gain"] == "+0.5"
-    assert (words["Method"], words["Baseline"], words["Seeds"]) == ("SemAIM", "MAE", "3")
-    markdown = FORMATS["md"](table)
-    (line,) = [line for line in markdown.splitlines() if "| better |" in line]
-    assert re.sub(r"\\(.)", r"\1", line) == "| " + " | ".join(row) + " |" and "* Gain: mean difference" in markdown
-    assert r" & ".join(row).replace("%", r"\%") in FORMATS["latex"](table)
-    assert f"<td>{'</td><td>'.join(row)}</td>" in FORMATS["html"](table)
-    lines = list(csv.DictReader(io.StringIO(FORMATS["csv"](table))))
-    (line,) = [line for line in lines if line["gain"]]
-    assert (line["baseline"], line["verdict"], line["published"], line["n"]) == ("MAE", "better", "0.5", "3")
-    assert float(line["gain"]) == pytest.approx(0.6) and float(line["difference"]) == pytest.approx(0.1)
-    (gain,) = table.gains
-    ends = (gain.over_seeds.low, gain.over_seeds.high, gain.over_images.low, gain.over_images.high)
-    columns = [f"{end}_over_{what}" for what in ("seeds", "images") for end in ("low", "high")]
-    assert [float(line[name]) for name in columns] == pytest.approx(list(ends))
-    assert "SemAIM over MAE" in glance(table) and ": better |" in glance(table)
-
-
-def test_the_command_takes_a_baseline(compared, capsys):
-    main([str(compared), "--against", "mae", "--no-published"])
-    printed = capsys.readouterr().out
-    assert "| SemAIM | MAE | fine-tuning, ImageNet-1k | top-1 | +0.60 | better |" in printed and "+0.60" in printed
-    main([str(compared), "--against", "semaim", "--glance"])
-    printed = capsys.readouterr().out
-    assert "MAE over SemAIM" in printed and "-0.60" in printed
-    one_line(tool("results_table.py", compared, "--against", "dino"), "--against dino")

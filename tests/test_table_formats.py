@@ -255,6 +255,10 @@ def test_overlapping_folders_count_once(works):
         ({"epochs": 200}, "other than published: 1,281,167 images, 200 epochs"),
         ({"cfg_options": {"base_lr": 0.1, "num_workers": 2}}, "changed: base_lr=0.1"),
         ({"pretrain_options": {"base_lr": 0.1, "work_dir": "x"}}, "changed: pretraining's base_lr=0.1"),
+        (
+            {"pretrain_images": 14_000_000},
+            "other than published: 1,281,167 images, 100 epochs, pretrained on 14,000,000 images",
+        ),
         ({"cfg_options": {"train_cfg.max_epochs": 9}}, "changed: schedule"),
         ({"cfg_options": {"param_scheduler.warmup": 0.2}}, "changed: param_scheduler.warmup=0.2"),
         ({"overrides": {"base_lr": [0.1, 0.2]}}, "changed: base_lr overridden in mid-run"),

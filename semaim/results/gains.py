@@ -15,7 +15,7 @@ from semaim.results import Catalogue, Published
 from semaim.results.cells import AGAIN, Cell, data_of
 from semaim.results.comparing import compare, unusable
 from semaim.results.intervals import OTHER_IMAGES, Interval, images_interval, seeds_interval
-from semaim.results.runs import HARMLESS, Run, partial
+from semaim.results.runs import HARMLESS, Run
 
 RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
 
@@ -149,6 +149,9 @@ def gains_of(cells: Iterable[Cell], asked: str | None, catalogue: Catalogue) -> 
         place = place_of(cell.runs[0], catalogue)
         others = theirs.get(place, []) if cell.runs[0].method != baseline else []
         found += [measure(cell, other, place, catalogue) for other in others]
+    if asked is not None and not found:
+        alike = "by the same recipe with the same options, on the same data, with the same backbone, no seed twice"
+        raise UserError(f"--against {asked}: no other method was measured as {baseline} was: {alike}")
     return found
 
 
@@ -219,12 +222,12 @@ def unlike(ours: Cell, baseline: Cell) -> str:
 
 def measured_unlike(ours: Cell, baseline: Cell) -> str:
     """What a reader has to know about two measurements at one place: configs of one recipe, and classes in the mean."""
-    first, second = ours.runs[0], baseline.runs[0]
-    pairs = [
-        [run.config for run in (first, second)],
-        [partial(run) or "mean over all classes" for run in (first, second)],
-    ]
-    return "; ".join(" against ".join(pair) for pair in pairs if pair[0] != pair[1])
+    runs = ours.runs[0], baseline.runs[0]
+    configs = [run.config or "one not recorded" for run in runs]
+    counted = [str(run.record.classes_evaluated or "an unknown number of") for run in runs]
+    parts = [f"configs {' against '.join(configs)}"] if configs[0] != configs[1] else []
+    parts += [f"mean over {' against '.join(counted)} classes"] if counted[0] != counted[1] else []
+    return "; ".join(parts)
 
 
 def one_pretraining(cell: Cell) -> str:

@@ -14,6 +14,7 @@ from semaim.outcomes import read_outcomes
 from semaim.results.difference import LEVEL, difference
 from semaim.results.runs import Run
 
+NONE_KEPT = "no outcomes of single images are kept"
 OTHER_IMAGES = "other validation images: no interval"  #: the two are not of one place after all
 RESAMPLES = 2000  #: of a bootstrap: its ends then vary by about 2 % of the interval's width
 
@@ -55,7 +56,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def images_interval(ours: Sequence[Run], baseline: Sequence[Run]) -> tuple[Interval | None, str]:
-    """Interval over the validation images: a paired bootstrap where both kept outcomes; or why there is none.
+    """Interval over the validation images: a paired bootstrap where both kept outcomes; and why there is no such.
 
     Without outcomes a share of the images, such as top-1, has the wider interval of independent samples.
     """
@@ -71,7 +72,8 @@ def images_interval(ours: Sequence[Run], baseline: Sequence[Run]) -> tuple[Inter
         if not all(0 <= mean <= 100 for mean in means):
             return None, "no shares of images: no interval over images"
         found = difference(means[0], int(images), means[1], int(images))
-        return Interval(found.low, found.high, f"{int(images):,} images, unpaired"), ""
+        unused = str(error) if str(error) != NONE_KEPT else ""  # the interval itself says that it is unpaired
+        return Interval(found.low, found.high, f"{int(images):,} images, unpaired"), unused
     if any(not np.array_equal(names[0], other) for other in names[1:]):
         return None, OTHER_IMAGES
     if len(names[0]) < 2:
@@ -85,7 +87,7 @@ def scores_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """A run's scores by image, sorted by name, and the names; `UserError` if there are none, or of another result."""
     kept = read_outcomes(Path(run.folder))
     if kept is None or run.key not in kept.scores:
-        raise UserError("no outcomes of single images are kept")
+        raise UserError(NONE_KEPT)
     order = np.argsort(kept.names, kind="stable")
     scores, names = kept.scores[run.key][order], kept.names[order]
     mean = float(figure_of(scores[None], np.arange(len(scores))))

@@ -240,7 +240,8 @@ def reduced(run: Run, catalogue: Catalogue) -> str:
     parts += [f"{run.length[1]:,} {run.length[0]}"] if run.length else []
     parts += [f"validated on {validated:,}"] if other_validation else []
     parts += [f"pretrained on {pretrained:,} images"] if other_pretraining else []
-    more = (images or 0) > max(whole.train_images) or more_of_it > 0
+    largest = ((images, whole.train_images), (validated, [whole.val_images]), (pretrained, imagenet.train_images))
+    more = more_of_it > 0 or any((number or 0) > max(known) for number, known in largest)
     return f"{'other than published' if more else 'reduced'}: {', '.join(parts)}"
 
 

@@ -6,6 +6,7 @@ source does not state. Every other cell has its own row, which says why it is no
 are in `semaim.results.gains`.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,12 +209,11 @@ def interval_words(interval: Interval | None) -> str:
 
 def gains_at_a_glance(table: Table) -> list[list[str]]:
     """The gains again: one line per encoder, one column per metric, with the verdict; empty if there are none."""
-    named = encoder_names(table)
+    named, headings = encoder_names(table), columns_of(map(glance_place, table.gains))
     lines: dict[str, dict[str, list[str]]] = {}
     columns: dict[str, None] = {}
     for gain in table.gains:
-        place, baseline = gain.place, named[encoder_of(gain.baseline.runs[0])]
-        column = f"{place.task}, {place.data}: {place.metric}"
+        column, baseline = headings[glance_place(gain)], named[encoder_of(gain.baseline.runs[0])]
         name = f"{named[encoder_of(gain.ours.runs[0])]} over {baseline}"
         columns[column] = None
         ends = [(interval.low, interval.high) for interval in gain.intervals]
@@ -226,6 +226,20 @@ def gains_at_a_glance(table: Table) -> list[list[str]]:
     ]
 
 
+def glance_place(gain: Gain) -> tuple[str, ...]:
+    """A gain's place for `columns_of`."""
+    place = gain.place
+    return place.task, place.data, place.metric, place.backbone or "not recorded", place.recipe
+
+
+def columns_of(places: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Each place -> its heading: task, data and metric, with all that follows if several places have these three."""
+    distinct = dict.fromkeys(places)
+    alike = Counter(place[:3] for place in distinct)
+    more = {place: f" ({', '.join(place[3:])})" if alike[place[:3]] > 1 else "" for place in distinct}
+    return {place: f"{place[0]}, {place[1]}: {place[2]}{more[place]}" for place in distinct}
+
+
 def at_a_glance(table: Table) -> list[list[str]]:
     """Our cells again: one line per encoder, one column per metric; header and lines, empty for a single encoder.
 
@@ -233,9 +247,11 @@ def at_a_glance(table: Table) -> list[list[str]]:
     """
     lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
     columns: list[str] = []
-    for cell in {id(row.cell): row.cell for row in table.rows if row.cell}.values():
-        labels = Row(None, cell).labels()
-        column = f"{labels['Task']}, {labels['Data']}: {labels['Metric']}"
+    cells = {id(row.cell): row.cell for row in table.rows if row.cell}.values()
+    places = [tuple(Row(None, cell).labels()[it] for it in ("Task", "Data", "Metric", "Recipe")) for cell in cells]
+    headings = columns_of(places)
+    for cell, place in zip(cells, places, strict=True):
+        labels, column = Row(None, cell).labels(), headings[place]
         changes = [it.removeprefix(PRETRAINING) for it in cell.runs[0].changed if it.startswith(PRETRAINING)]
         encoder = (labels["Method"], labels["Backbone"], labels["Pretraining epochs"], ", ".join(changes))
         columns += [column] if column not in columns else []

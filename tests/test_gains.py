@@ -259,6 +259,16 @@ def test_means_over_other_classes_and_other_configs_are_told(tmp_path):
     assert told in gain.remarks
 
 
+def test_what_both_deviate_in_and_sizes_of_images_are_told(tmp_path):
+    """The recipe's name alone would be read as followed."""
+    less = {"epochs": 1, "cfg_options": {"model.mixup": 0}, "metrics": {"top1": 50.0}}
+    write(tmp_path / "ours", WHOLE, **less, images={"size": 518, "crop_pct": 1.0})
+    write(tmp_path / "mae", WHOLE, **less, images={"size": 224, "crop_pct": 0.875}, **MAE)
+    (gain,) = gains(tmp_path)
+    assert gain.remarks[:2] == ("reduced: 1,281,167 images, 1 epochs", "changed: model.mixup=0")
+    assert "images of size 518 crop_pct 1.0 against size 224 crop_pct 0.875" in gain.remarks
+
+
 def test_changes_with_commas_stay_whole(tmp_path):
     for place, blocks in enumerate(([1, 2], [1, 3])):
         write(tmp_path / str(place), WHOLE, pretrain_options={"model.network.blocks": blocks}, metrics={"top1": 84.0})

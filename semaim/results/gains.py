@@ -6,7 +6,7 @@ its own, and a gain counts only if all its intervals exclude 0.
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -179,7 +179,8 @@ def measure(ours: Cell, baseline: Cell, place: Place, catalogue: Catalogue) -> G
     shared = [seed for seed in by_seed[0] if seed in by_seed[1] and not several]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in shared]
     cautions = (unlike(ours, baseline), measured_unlike(ours, baseline), *map(one_pretraining, (ours, baseline)))
-    remarks = [caution for caution in cautions if caution]
+    remarks = [remark for remark in ours.remarks if remark in baseline.remarks]  # the recipe was not followed
+    remarks += [caution for caution in cautions if caution]
     alone = [str(seed) for seeds, others in (by_seed, by_seed[::-1]) for seed in seeds if seed not in others]
     if alone and pairs:
         remarks.append(f"left out, as only one of the two has it: seed {', '.join(alone)}")
@@ -221,12 +222,17 @@ def unlike(ours: Cell, baseline: Cell) -> str:
 
 
 def measured_unlike(ours: Cell, baseline: Cell) -> str:
-    """What a reader has to know about two measurements at one place: configs of one recipe, and classes in the mean."""
+    """What a reader has to know about two measurements at one place: configs, classes in the mean, sizes of images."""
     runs = ours.runs[0], baseline.runs[0]
     configs = [run.config or "one not recorded" for run in runs]
     counted = [str(run.record.classes_evaluated or "an unknown number of") for run in runs]
     parts = [f"configs {' against '.join(configs)}"] if configs[0] != configs[1] else []
     parts += [f"mean over {' against '.join(counted)} classes"] if counted[0] != counted[1] else []
+    recorded = [run.record.more.get("images") for run in runs]
+    prepared = [images for images in recorded if isinstance(images, Mapping)]
+    if len(prepared) == 2 and prepared[0] != prepared[1]:
+        words = [" ".join(f"{key} {value}" for key, value in images.items()) for images in prepared]
+        parts.append(f"images of {' against '.join(words)}")
     return "; ".join(parts)
 
 

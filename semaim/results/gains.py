@@ -15,7 +15,7 @@ from semaim.results import Catalogue, Published
 from semaim.results.cells import AGAIN, Cell, data_of
 from semaim.results.comparing import compare, unusable
 from semaim.results.intervals import OTHER_IMAGES, Interval, images_interval, seeds_interval
-from semaim.results.runs import HARMLESS, Run
+from semaim.results.runs import HARMLESS, NO_RECIPE, Run
 
 RANDOM = "random weights"  #: as `semaim.results.runs.method_of` names them
 
@@ -179,7 +179,7 @@ def measure(ours: Cell, baseline: Cell, place: Place, catalogue: Catalogue) -> G
     shared = [seed for seed in by_seed[0] if seed in by_seed[1] and not several]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in shared]
     cautions = (unlike(ours, baseline), measured_unlike(ours, baseline), *map(one_pretraining, (ours, baseline)))
-    remarks = [remark for remark in ours.remarks if remark in baseline.remarks]  # the recipe was not followed
+    remarks = [remark for remark in ours.remarks if remark in baseline.remarks and remark != NO_RECIPE]
     remarks += [caution for caution in cautions if caution]
     alone = [str(seed) for seeds, others in (by_seed, by_seed[::-1]) for seed in seeds if seed not in others]
     if alone and pairs:

@@ -11,6 +11,7 @@ from semaim.record import Record, read_record
 from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
 
+NO_RECIPE = "its config follows no published recipe"
 CLS = "class token"  #: the default features, which a metric's name does not mention
 
 #: Changed options that do not affect the figure.
@@ -221,7 +222,7 @@ def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     partly = f"partly loaded: {run.record.partly_loaded}" if run.record.partly_loaded else ""
     remarks = [less, changed, partial(run), partly, unfinished(run, catalogue)]
     if not less and published(run.task):
-        remarks += ["" if run.recipe else "its config follows no published recipe", unrecorded(run)]
+        remarks += ["" if run.recipe else NO_RECIPE, unrecorded(run)]
     return tuple(remark for remark in remarks if remark)
 
 

@@ -278,10 +278,13 @@ def test_changes_with_commas_stay_whole(tmp_path):
 
 
 def test_random_weights_are_the_baseline_without_mae(tmp_path):
-    write(tmp_path / "ours", NEIGHBOURS, checkpoint="a/latest.pth", method="SemAIM", metrics={"knn20_top1": 40.0})
+    options = {"pretrain_options": {"train_cfg.max_epochs": 4}}
+    ours = {"checkpoint": "a/latest.pth", "method": "SemAIM", "metrics": {"knn20_top1": 40.0}, **options}
+    write(tmp_path / "ours", NEIGHBOURS, **ours)
     write(tmp_path / "random", NEIGHBOURS, metrics={"knn20_top1": 30.0})
     (gain,) = gains(tmp_path)
     assert gain.verdict == WEIGHTS and gain.baseline.runs[0].method == "random weights"
+    assert not any("pretrained differently" in remark for remark in gain.remarks)
     assert not gains(tmp_path, "SemAIM")[0].side == 1
 
 
@@ -302,6 +305,7 @@ def test_a_baseline_that_nothing_can_be_compared_with_is_refused(tmp_path):
         (["MAE"], None, None),
         (["SemAIM", "MAE"], "semaim", "SemAIM"),
         (["SemAIM", "random weights"], "random", "random weights"),
+        (["SemAIM", "random weights"], "scratch", "random weights"),
         (["SemAIM", "SemAIM*"], "semaim", "SemAIM"),
     ],
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from semaim.errors import UserError, nearest
+from semaim.registry import methods as method_classes
 from semaim.results import Catalogue, Published
 from semaim.results.cells import AGAIN, Cell, data_of
 from semaim.results.comparing import compare, unusable
@@ -122,7 +123,9 @@ def baseline_in(methods: Iterable[str], asked: str | None, catalogue: Catalogue)
     """
     known = list(dict.fromkeys(methods))
     if asked is not None:
-        wanted = asked.casefold()
+        # tools/reproduce.py's name of random weights counts as well
+        named = (name for name, method in method_classes().items() if asked in method.variants and not method.network)
+        wanted = next(named, asked).casefold()
         found = [name for name in known if name.casefold() == wanted]
         found = found or [name for name in known if name.casefold().startswith(wanted)]
         if len(found) != 1:
@@ -209,10 +212,12 @@ def is_gain(figure: Published, place: Place, ours: Cell, baseline: Cell) -> bool
 def unlike(ours: Cell, baseline: Cell) -> str:
     """What a reader has to know about two pretrainings: they may differ in length, images and changes."""
     first, second = ours.runs[0], baseline.runs[0]
+    if RANDOM in (first.method, second.method):
+        return ""
     parts = []
     for name, key in (("epochs", "pretrain_epochs"), ("images", "pretrain_images")):
         mine, other = getattr(first.record, key), getattr(second.record, key)
-        if RANDOM not in (first.method, second.method) and mine != other:
+        if mine != other:
             words = ("an unknown number of" if number is None else f"{number:,}" for number in (mine, other))
             parts.append(f"{' against '.join(words)} {name}")
     changes = [encoder_of(run).changes for run in (first, second)]

@@ -7,7 +7,7 @@ import pytest
 from test_results import CATALOGUE, SIX, WHOLE, cells, only, published, write
 
 from semaim.engine.config import load_config
-from semaim.engine.results import backbone_of, title_of
+from semaim.engine.results import backbone_of, prepared_images, title_of
 from semaim.places import own_configs
 from semaim.registry import task_of, tasks
 from semaim.results.comparing import compare, unusable, way
@@ -141,6 +141,11 @@ CHANGED = [
     ({"pretrain_options": {"base_lr": 1}}, "changed: pretraining's base_lr=1"),
     ({"partly_loaded": "without 2 tensors"}, "partly loaded: without 2 tensors"),
     ({"cfg_options": None}, "not recorded: cfg options"),
+    ({"images": {"size": 224, "crop_pct": 0.9}}, "unlike its recipe: images of crop_pct 0.9 (0.875)"),
+    (
+        {"images": {"size": 384, "crop_pct": 0.875, "crop_mode": "squash"}},
+        "unlike its recipe: images of size 384 (224), images of crop_mode squash (center)",
+    ),
 ]
 
 
@@ -234,6 +239,24 @@ def test_recipes_lengths_are_their_configs():
             (cfg,) = [cfg for cfg in files if type(task_of(cfg)) is task]
             length = (cfg.train_cfg.get("max_epochs"), cfg.train_cfg.get("max_iters"))
             assert length == (recipe.epochs, recipe.iterations), name
+            own = recipe.configs[name] is not None
+            assert not own or prepared_images(cfg) == (recipe.images or {})  # others take their encoder's
+            if backbone := cfg.model.get("backbone"):
+                relative = backbone.get("rel_pos") or backbone.get("rel_bias")
+                assert recipe.unlike.get(name) == (None if relative else "no relative positions"), name
+
+
+def test_a_config_that_is_unlike_its_recipe_says_so(tmp_path):
+    """Any encoder's detectors and segmentors have no relative positions; images may be the recipe's own."""
+    figure = next(f for f in published("segmentation", "mIoU", "MAE") if f.value == 48.13)
+    write(tmp_path / "a", synthetic(figure, metrics={"mIoU": 48.13}, config="plain_upernet.py"))
+    row = only(tmp_path, "segmentation", "mIoU")
+    assert row.difference is None and "unlike its recipe: no relative positions" in row.remarks
+    (figure,) = published("fine-tuning", "top-1", "SemAIM", pretrain_epochs=800)
+    for name, more in (("b", {}), ("c", {"interpolation": "bicubic"})):
+        images = {"size": 224, "crop_pct": 0.875, **more}
+        write(tmp_path / name, synthetic(figure, metrics={"top1": 84.1}, images=images))
+        assert only(tmp_path / name).difference == 0.0
 
 
 def test_configs_of_one_recipe_train_alike():

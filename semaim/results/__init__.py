@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,6 +55,8 @@ class Recipe:
         configs: those of ours that follow it, by file name -> backbone; None for any.
         epochs, iterations: length of the training.
         states: recipes of published figures that agree with this one in all that their sources state.
+        images: how images are prepared for validation, as results.json records it; None if that is not stated.
+        unlike: config -> in what it differs from the recipe.
     """
 
     name: str
@@ -62,6 +65,8 @@ class Recipe:
     epochs: int | None = None
     iterations: int | None = None
     states: tuple[str, ...] = ()
+    images: dict[str, Any] | None = None
+    unlike: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def remarks_of(run: Run, catalogue: Catalogue) -> tuple[str, ...]:
     """Reasons not to compare a run with published figures of its task; empty if there are none."""
     less, changed = reduced(run, catalogue), f"changed: {run.changes}" if run.changes else ""
     partly = f"partly loaded: {run.record.partly_loaded}" if run.record.partly_loaded else ""
-    remarks = [less, changed, partial(run), partly, unfinished(run, catalogue)]
+    remarks = [less, changed, partial(run), partly, unfinished(run, catalogue), unlike_recipe(run)]
     if not less and published(run.task):
         remarks += ["" if run.recipe else NO_RECIPE, unrecorded(run)]
     return tuple(remark for remark in remarks if remark)
@@ -259,6 +259,20 @@ def unfinished(run: Run, catalogue: Catalogue) -> str:
     whole = options.get("train_cfg.max_epochs", known.pretrain_epochs if known else None)
     short = isinstance(whole, int | float) and done is not None and done < whole
     return f"pretraining not ended: {done} of {whole} epochs" if short else ""
+
+
+def unlike_recipe(run: Run) -> str:
+    """A remark if the config, or the encoder that it takes the preparation of images from, is unlike its recipe."""
+    if run.recipe is None:
+        return ""
+    words = run.recipe.unlike.get(Path(run.config or "").name, "")
+    parts = [words] if words else []
+    recorded, asked = run.record.more.get("images"), run.recipe.images
+    if isinstance(recorded, Mapping) and asked is not None:
+        usual = {"crop_mode": "center", "interpolation": "bicubic"}
+        pairs = ((key, recorded.get(key, usual.get(key)), asked.get(key, usual.get(key))) for key in {**asked, **usual})
+        parts += [f"images of {key} {ours} ({theirs})" for key, ours, theirs in pairs if ours != theirs]
+    return f"unlike its recipe: {', '.join(parts)}" if parts else ""
 
 
 def unrecorded(run: Run) -> str:

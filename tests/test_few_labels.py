@@ -190,12 +190,21 @@ def test_the_table_has_the_probe_at_some_numbers():
         ({"shares": (1.0,)}, "shares between 0 and 1"),
         ({"draws": 0}, "draws, penalty and temperature have to be above 0"),
         ({"shots": (50,)}, "a class has 8 training images: give evaluation.shots of that or less"),
-        ({"lists": ("my_list.txt",)}, "list my_list.txt: rename it"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(images, options, message):
     with pytest.raises(UserError, match=message):
         FewLabels(**options).check(images, images, (16,))
+
+
+def test_names_of_lists_have_to_differ_and_to_fit_in_a_metric(images, tmp_path):
+    with pytest.raises(UserError, match="list my_list.txt: rename it"):
+        FewLabels(lists=("my_list.txt",)).read(images)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.txt").write_text("\n".join(images.names()))
+    with pytest.raises(UserError, match="list .*b/one.txt: another has the name one too: rename one of them$"):
+        FewLabels(lists=[tmp_path / "a/one.txt", tmp_path / "b/one.txt"]).read(images)
 
 
 def test_as_a_user_types_it(labelled, tmp_path):
@@ -209,6 +218,10 @@ def test_as_a_user_types_it(labelled, tmp_path):
     assert record["task"] == "few labels" and {"few_shots8_probe_top1_std", "few_shots8_knn_top1"} <= set(metrics)
     assert metrics["few_shots8_images"] == 40 and metrics["few_list_eight_images"] == 8
     assert "16 per class left out" in done.stdout + done.stderr
+    two = ["2", *options[:2], "--work-dir", tmp_path / "two", *options[4:], f"evaluation.lists=[{tmp_path}/eight.txt]"]
+    done = tool("test.py", CONFIG, "random", *two, "evaluation.draws=2")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "two")["metrics"] == metrics, "two processes find the same"
     outcomes = read_outcomes(tmp_path / "run")
     for key, rows in outcomes.scores.items():
         assert 100 * rows.mean() == pytest.approx(metrics[key], abs=1e-3)

@@ -97,6 +97,9 @@ class Evaluation:
         Called before anything is extracted.
         """
 
+    def read(self, train: LabelledImages) -> None:
+        """Read what the settings name besides images; called in every process, after any `check`."""
+
     def sets(self, val: LabelledImages) -> dict[str, LabelledImages]:
         """Further images to extract, by a name that is a folder's: for example the validation images, corrupted."""
         return {}
@@ -167,6 +170,8 @@ class FeatureTask(ImageTask):
             for job in jobs:
                 job.evaluation.check(train, val, shapes[job.evaluation.reads])
             check_size(cfg, jobs, shapes, train, val)
+        for job in jobs:
+            job.evaluation.read(train)
         return PreparedFeatures(self, statistics, train=train, val=val, jobs=jobs)
 
     def jobs(self, cfg: Config) -> list[Job]:

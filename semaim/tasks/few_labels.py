@@ -50,11 +50,11 @@ class FewLabels(Evaluation):
     ):
         self.shots, self.shares, self.draws = tuple(sorted(set(shots))), tuple(sorted(set(shares))), draws
         self.penalty, self.temperature = penalty, temperature
-        self.files = {Path(file).stem: file for file in ([lists] if isinstance(lists, str) else lists)}
+        self.files = [lists] if isinstance(lists, str) else list(lists)
         self.lists: dict[str, Tensor] = {}
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
-        """`UserError` for numbers that cannot work, and for a list that names an image that is not there."""
+        """`UserError` for numbers that cannot work."""
         if not all(type(k) is int and k > 0 for k in self.shots) or not all(0 < share < 1 for share in self.shares):
             given = f"shots {self.shots}, shares {self.shares}"
             raise UserError(f"few labels: {given}: give whole numbers from 1, and shares between 0 and 1")
@@ -63,11 +63,14 @@ class FewLabels(Evaluation):
         fewest = int(np.bincount(train.labels).min())
         if not (self.files or self.shares or (self.shots and self.shots[0] <= fewest)):
             raise UserError(f"few labels: a class has {fewest} training images: give evaluation.shots of that or less")
-        self.read(train)
 
     def read(self, train: LabelledImages) -> None:
-        """Read the lists' files."""
-        for name, file in self.files.items():
+        """Read the lists' files; `UserError` for one that names an image that is not there."""
+        self.lists = {}
+        for file in self.files:
+            name = Path(file).stem
+            if name in self.lists:
+                raise UserError(f"few labels: list {file}: another has the name {name} too: rename one of them")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
                 raise UserError(f"few labels: list {file}: rename it, to letters, digits, '.' and '-'")
             self.lists[name] = read_list(file, train)
@@ -86,9 +89,10 @@ class FewLabels(Evaluation):
         return found | {f"few_list_{name}": [rows] for name, rows in self.lists.items()}
 
     def run(self, data: Frozen) -> Measured:
-        """Mean and standard deviation over the draws, on the main process; nothing on the others."""
-        if not is_main_process():
-            return Measured({})
+        """Mean and standard deviation over the draws, on the main process; nothing on the others.
+
+        k-NN is of all processes, which divide the queries; the probe is of the main one alone.
+        """
         bank, queries = (torch.from_numpy(np.array(part[0])).to(data.device) for part in (data.train, data.val))
         labels, truth = (torch.from_numpy(np.array(part[1])) for part in (data.train, data.val))
         metrics: dict[str, float] = {}
@@ -97,10 +101,13 @@ class FewLabels(Evaluation):
             hits: dict[str, list[np.ndarray]] = {"probe": [], "knn": []}
             for rows in draws:
                 few, own = bank[rows.to(data.device)], labels[rows]
-                hits["probe"].append(self.probe(few, own, queries, truth, data))
+                if is_main_process():
+                    hits["probe"].append(self.probe(few, own, queries, truth, data))
                 k = max(1, min(20, len(rows) // data.classes))
                 near = knn_hits(few, own, queries, truth, data.classes, [k], self.temperature, device=data.device)
                 hits["knn"].append(near[k][:, 0].numpy())
+            if not is_main_process():
+                continue
             words = []
             for kind, rows_of in hits.items():
                 accuracy = 100 * np.stack(rows_of).mean(axis=1)

@@ -167,6 +167,16 @@ def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, la
     assert not (tmp_path / "out").exists()
 
 
+def test_another_network_of_the_same_weights_has_other_features(labelled, tmp_path):
+    kept = []
+    for heads in (2, 4):
+        options = SMALL | {"evaluation.ks": "[3]", "model.network.num_heads": heads}
+        done = measure("random", labelled, tmp_path, tasks="knn", options=options)
+        kept.append(np.array(np.load(tmp_path / "features/val/features.npy")))
+    assert "features/val are extracted anew: network changed" in done.stdout
+    assert np.abs(kept[0] - kept[1]).max() > 0.01
+
+
 def test_files_are_known_by_path_size_and_time(tmp_path):
     paths = [tmp_path / f"val/a/{name}.jpg" for name in range(2000)]
     paths[0].parent.mkdir(parents=True)
@@ -203,5 +213,5 @@ def test_files_are_known_by_path_size_and_time(tmp_path):
 def test_what_stands_in_done_json(pretrained, labelled, tmp_path):
     measure(pretrained, labelled, tmp_path / "run", tasks="knn")
     done = json.loads((tmp_path / "run/features/train/done.json").read_text())
-    assert set(done["key"]) == {"weights", "pooling", "precision", "files", "transform"}
+    assert set(done["key"]) == {"weights", "network", "pooling", "precision", "files", "labels", "transform"}
     assert (done["length"], done["shapes"]) == (40, {"features": [32]}) and done["key"]["precision"] == "fp32"

@@ -1,6 +1,7 @@
 """Further test sets by folder: classes by name or number, restricted predictions, refusals, and as users type it."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +135,19 @@ def test_frozen_features_as_a_user_types_it(val, labelled, tmp_path):
     assert "only these are predicted" in done.stdout + done.stderr
     reported = results(tmp_path / "run" / "test_sets")["reported"]
     assert reported["test_some_knn5_top1"]["label"] == "some, k-NN, k = 5"
+
+
+def test_stored_features_of_a_set_follow_the_numbers_of_the_classes(val, labelled, tmp_path):
+    some = copied(val, tmp_path / "some", {name: name for name in val.classes[:2]})
+    more = Path(shutil.copytree(labelled, tmp_path / "more"))
+    for split in ("train", "val"):  # a class before all others
+        shutil.copytree(more / split / val.classes[4], more / split / "0")
+    for data, expected in ((labelled, {0, 1}), (more, {1, 2})):
+        options = ["--data-root", data, "--work-dir", tmp_path / "run", "--test-root", f"some={some}"]
+        options += ["--tasks", "test_sets", "--cfg-options", "num_workers=0", "evaluations.test_sets.k=5"]
+        done = tool("test.py", CONFIG, "random", *options, "evaluations.test_sets.epochs=2")
+        assert done.returncode == 0, done.stderr
+        assert set(np.load(tmp_path / "run/features/test_some/labels.npy").tolist()) == expected
 
 
 @pytest.mark.parametrize(

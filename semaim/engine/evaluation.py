@@ -330,9 +330,11 @@ def extract_sets(
         part = images[name]
         key = {
             "weights": digest,
+            "network": str({name: value for name, value in sorted(cfg.model.network.items()) if name != "pool"}),
             "pooling": network.pooling,
             "precision": model.precision if device.type == "cuda" else "fp32",
             "files": digest_of_files(part.paths.tolist(), part.root) if main else "",
+            "labels": hashlib.sha256(part.labels.tobytes()).hexdigest(),
             "transform": part.preparation(),
         }
         loader = evaluation_loader(part, cfg.images_per_gpu, cfg.num_workers)

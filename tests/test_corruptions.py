@@ -148,7 +148,7 @@ def test_the_crop_is_corrupted_before_it_is_normalised(folder, crop_mode):
 
 @installed
 def test_only_validation_images_are_corrupted(folder):
-    clean, noisy = ({"corruption": name, "severity": 3} for name in (None, "gaussian_noise"))
+    clean, noisy = {}, {"corruption": "gaussian_noise", "severity": 3}
     train, val = (
         [LabelledImages(folder, 32, split, "none", **options)[0]["image"] for options in (clean, noisy)]
         for split in ("train", "val")
@@ -168,6 +168,12 @@ def test_only_validation_images_are_corrupted(folder):
 def test_refused(name, severity, message):
     with pytest.raises(UserError, match=message):
         Corrupt(name, severity)
+
+
+@pytest.mark.parametrize("given", [{"corruption": "fog"}, {"severity": 3}])
+def test_a_corruption_without_a_severity_is_refused(folder, given):
+    with pytest.raises(UserError, match="dataset.corruption is .* and dataset.severity .*: set both or none$"):
+        LabelledImages(folder, 64, "val", **given)
 
 
 @installed

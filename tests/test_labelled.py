@@ -33,6 +33,14 @@ def test_classes_are_numbered_in_sorted_order(folder):
     assert [path.split("/")[-3] for path in paths] == ["a"] * 3 + ["b"] * 3
 
 
+@pytest.mark.parametrize("root", ["{0}", "./{0}", "{0}/.//", "../{1}/{0}", "."])
+def test_names_are_relative_to_the_folder_however_it_is_spelt(folder, monkeypatch, root):
+    expected = LabelledImages(folder, split="val").names()
+    monkeypatch.chdir(folder if root == "." else folder.parent)
+    images = LabelledImages(root.format(folder.name, folder.parent.name), split="val")
+    assert images.names() == expected and all(name.startswith("val/") for name in expected)
+
+
 def test_every_split_needs_every_class(folder):
     with pytest.raises(UserError, match="val lacks the class folder c: both splits need the same classes"):
         check_classes(["a", "b", "c"], ["a", "b"], folder)

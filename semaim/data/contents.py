@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from semaim.data.shards import ADDRESS
 from semaim.errors import UserError
@@ -17,7 +18,7 @@ def digest_of_files(paths: Sequence[bytes], root: str | os.PathLike) -> str:
 
     An image in a tar file has the size and time of the tar file. `UserError` if a file is gone.
     """
-    prefix = len(os.fsencode(os.path.join(root, "")))
+    prefix = start_below(root)
 
     def lines(start: int) -> bytes:
         return b"".join(b"%s\0%d\0%d\n" % (path[prefix:], *state_of(path)) for path in paths[start : start + CHUNK])
@@ -27,6 +28,11 @@ def digest_of_files(paths: Sequence[bytes], root: str | os.PathLike) -> str:
         for part in pool.map(lines, range(0, len(paths), CHUNK)):
             digest.update(part)
     return digest.hexdigest()
+
+
+def start_below(root: str | os.PathLike) -> int:
+    """Where the part relative to `root` begins in the bytes of a path that pathlib has made: without ./ and //."""
+    return len(os.fsencode(Path(root) / "x")) - 1
 
 
 def state_of(path: bytes) -> tuple[int, int]:

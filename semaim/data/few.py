@@ -47,7 +47,7 @@ def read_list(file: str | os.PathLike, images: LabelledImages) -> Tensor:
     """
     path = Path(file)
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text file"
         raise UserError(f"cannot read the list {path}: {reason}") from None
@@ -61,7 +61,7 @@ def read_list(file: str | os.PathLike, images: LabelledImages) -> Tensor:
     rows: list[int] = []
     for line in wanted:
         parts = Path(line).parts
-        found = [row for row in by_name.get(parts[-1], []) if names[row].parts[-len(parts) :] == parts]
+        found = [row for row in by_name.get(Path(line).name, []) if names[row].parts[-len(parts) :] == parts]
         if not found:
             raise UserError(f"{path} names {line}, which is no image in {Path(images.root) / 'train'}")
         if len(found) > 1:

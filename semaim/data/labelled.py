@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from semaim.data.contents import start_below
 from semaim.data.corruptions import SMALLEST, Corrupt
 from semaim.data.folder import find_images, load_image
 from semaim.data.seeding import seeded
@@ -187,7 +188,7 @@ class LabelledImages(Dataset):
         crop_mode, interpolation: of evaluation as timm knows them; None for a centre crop, bicubic.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1; None for ImageNet's.
-        corruption, severity: of validation images, see `semaim.data.corruptions`; severity 0 for clean ones.
+        corruption, severity: of validation images, see `semaim.data.corruptions`; severity 0 or neither for clean ones.
         images_per_class: train on this many images of each class, the first by name; None for all. Validation uses all.
         **augmentation: further arguments of `training_transform`.
 
@@ -211,9 +212,11 @@ class LabelledImages(Dataset):
         crop_mode: str | None = None,
         interpolation: str | None = None,
         corruption: str | None = None,
-        severity: int = 0,
+        severity: int | None = None,
         **augmentation,
     ):
+        if (corruption is None) != (severity is None):
+            raise UserError(f"dataset.corruption is {corruption} and dataset.severity {severity}: set both or none")
         paths, labels, self.classes = find_labelled(root, split)
         if images_per_class is not None and split == "train":
             paths, labels = first_of_each(paths, labels, self.classes, images_per_class)
@@ -223,7 +226,7 @@ class LabelledImages(Dataset):
         mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
         self._evaluation = (img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)
         self.transform = (
-            evaluation_transform(*self._evaluation, *((corruption, severity) if split == "val" else ()))
+            evaluation_transform(*self._evaluation, *((corruption, severity or 0) if split == "val" else ()))
             if augment is None or augment == "none"
             else training_transform(img_size, augment, **augmentation, mean=mean, std=std)
         )
@@ -239,7 +242,7 @@ class LabelledImages(Dataset):
 
     def names(self) -> list[str]:
         """Paths relative to `root`, in the order of the indices."""
-        prefix = len(os.fsencode(os.path.join(self.root, "")))
+        prefix = start_below(self.root)
         return [os.fsdecode(path[prefix:]) for path in self.paths.tolist()]
 
     def preparation(self) -> str:

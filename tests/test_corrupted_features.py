@@ -65,6 +65,8 @@ def test_only_the_means_are_in_the_table():
         ({"names": ("fogg",)}, "unknown corruption 'fogg': did you mean fog"),
         ({"severities": (0, 1)}, "severity 0 of gaussian_noise: give a whole number from 1 to 5"),
         ({"severities": ()}, "evaluation.names and evaluation.severities need one entry or more"),
+        ({"k": 1.5}, "k-NN: k 1.5 of 40 training images"),
+        ({"epochs": 0}, "a probe of 0 epochs in batches of 1024: give whole numbers from 1"),
         ({"k": 100}, "k-NN: k 100 of 40 training images, .*: give k from 1 to 40"),
         ({"held_out": 2}, "a share of 2 cannot be held out"),
     ],
@@ -73,6 +75,14 @@ def test_settings_that_cannot_work_are_refused(labelled, options, message):
     train, val = (LabelledImages(labelled, 32, split, "none") for split in ("train", "val"))
     with pytest.raises(UserError, match=message):
         Corruptions(**options).check(train, val, (16,))
+
+
+@installed
+def test_images_that_are_corrupted_already_are_refused(labelled):
+    train = LabelledImages(labelled, 32, "train", "none")
+    val = LabelledImages(labelled, 32, "val", corruption="fog", severity=1)
+    with pytest.raises(UserError, match="dataset.corruption is set, so no image is clean: leave it out"):
+        Corruptions().check(train, val, (16,))
 
 
 @installed

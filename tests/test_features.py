@@ -126,6 +126,7 @@ def test_another_key_is_made_again(tmp_path):
         lambda folder: (folder / "done.json").write_text('{"key": "o'),
         lambda folder: (folder / "labels.npy").unlink(),
         lambda folder: os.truncate(folder / "features.npy", 200),
+        lambda folder: os.truncate(folder / "labels.npy", 0),
         lambda folder: np.save(folder / "features.npy", np.zeros((LENGTH, WIDTH + 1), np.float16)),
         lambda folder: np.save(folder / "labels.npy", np.zeros(LENGTH - 1, np.int64)),
     ],

@@ -63,12 +63,15 @@ def test_a_list_is_read_by_name_or_by_folder_and_name(images, tmp_path):
     file = tmp_path / "list.txt"
     file.write_text("\n".join([names[7].split("/")[-1], "", "/".join(names[2].split("/")[1:]), names[30]]) + "\n")
     assert read_list(file, images).tolist() == [2, 7, 30]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_list(file, images).tolist() == [2, 7, 30], "a mark of the encoding, and Windows' line ends"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("nowhere.jpg\nnor-there.jpg", "list.txt names nowhere.jpg, which is no image in .*/train$"),
+        ("{0}\n.", "list.txt names ., which is no image in .*/train$"),
         ("{0}\n{1}\n{0}", "list.txt names .*{0} twice$"),
         ("\n\n", "the list .*list.txt is empty$"),
         (None, "cannot read the list .*list.txt: No such file or directory$"),
@@ -188,6 +191,7 @@ def test_the_table_has_the_probe_at_some_numbers():
     [
         ({"shots": (0, 1)}, "give whole numbers from 1"),
         ({"shares": (1.0,)}, "shares between 0 and 1"),
+        ({"shares": ("1%",)}, "shares between 0 and 1"),
         ({"draws": 0}, "draws, penalty and temperature have to be above 0"),
         ({"shots": (50,)}, "a class has 8 training images: give evaluation.shots of that or less"),
     ],

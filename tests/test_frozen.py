@@ -148,7 +148,13 @@ def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, la
     refused("--tasks: finetune does not read frozen features: choose from knn, fast_probe", tasks="finetune")
     refused("--tasks is for configs of frozen features", config="semaim/configs/linear/vit_tiny_scenes.py")
     refused("k = 50 neighbours of 40", **{"evaluation.ks": [50, 60]})
-    refused("learning rates .*above 0", **{"evaluations.fast_probe.lrs": (0.0,)})
+    refused("k-NN: ks .*10.5.*: give whole numbers from 1", **{"evaluation.ks": [3, 10.5]})
+    for rates in ((0.0,), (0.1, float("nan")), ("1",)):
+        refused("learning rates .*above 0", **{"evaluations.fast_probe.lrs": rates})
+    for length in ({"epochs": 0}, {"epochs": 1.5}, {"batch": 0}):
+        for task in ("fast_probe", "fast_attentive"):
+            changed = {f"evaluations.{task}.{key}": value for key, value in length.items()}
+            refused("a probe of .* epochs in batches of .*: give whole numbers from 1", **changed)
     refused("share of 2 cannot be held out", **{"evaluations.fast_attentive.held_out": 2})
     refused("7 queries and d_out 1 do not divide the 32", **{"evaluations.fast_attentive.queries": 7})
     refused("unknown config key evaluations.fast_probe.epoch: did you mean", **{"evaluations.fast_probe.epoch": 2})
@@ -187,7 +193,7 @@ def test_files_are_known_by_path_size_and_time(tmp_path):
         return digest_of_files([os.fsencode(path) for path in rows], root)
 
     first = digest()
-    assert first == digest(str(tmp_path) + "/") != digest(rows=paths[:-1])
+    assert first == digest(f"{tmp_path}/.//") != digest(rows=paths[:-1])
     moved = tmp_path.parent / f"{tmp_path.name}_moved"
     tmp_path.rename(moved)  # with its files' times
     try:

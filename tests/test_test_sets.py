@@ -155,6 +155,7 @@ def test_stored_features_of_a_set_follow_the_numbers_of_the_classes(val, labelle
     [
         (["--tasks", "test_sets"], "test_sets: name one or more, --test-root NAME=DIR"),
         (["--tasks", "test_sets", "--test-root", "somewhere"], "--test-root somewhere: give NAME=DIR"),
+        (["--tasks", "test_sets", "--test-root", "a=b", "--test-root", "a=c"], "--test-root a is given twice"),
         (["--tasks", "test_sets", "--test-root", "a=nowhere"], "no such folder: nowhere"),
         (["--test-root", "a=nowhere"], "no task here reads further test sets: add test_sets to --tasks"),
     ],

@@ -48,6 +48,8 @@ def roots_of(given: list[str]) -> dict[str, str]:
         name, sign, folder = text.partition("=")
         if not (name and sign and folder):
             raise UserError(f"--test-root {text}: give NAME=DIR, such as imagenet-a=data/imagenet-a")
+        if name in found:
+            raise UserError(f"--test-root {name} is given twice: give every set a name of its own")
         found[name] = folder
     return found
 

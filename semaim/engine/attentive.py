@@ -105,7 +105,7 @@ def fast_attentive(
     check_rows(bank, bank_labels, classes)
     check_rows(queries, labels, classes)
     train, test = (Tokens(*part, pool, prefix, device) for part in ((bank, bank_labels), (queries, labels)))
-    rates = check_probe(lrs, train.labels, held_out)
+    rates = check_probe(lrs, train.labels, held_out, epochs, batch)
     chosen, held = split_held_out(train.labels, held_out, seed)
 
     def trained(rows: Tensor, rates: Sequence[float]) -> list[nn.Sequential]:

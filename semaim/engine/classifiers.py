@@ -37,12 +37,12 @@ class Settings:
 
     def check(self, train: LabelledImages) -> None:
         """`UserError` for settings that cannot work on these training images."""
-        if not 1 <= self.k <= len(train) or not self.temperature > 0:
+        if type(self.k) is not int or not 1 <= self.k <= len(train) or not self.temperature > 0:
             raise UserError(
                 f"k-NN: k {self.k} of {len(train)} training images, temperature {self.temperature:g}: give k from 1 to"
                 f" {len(train)}, and a temperature above 0"
             )
-        check_probe(self.lrs, torch.from_numpy(train.labels), self.held_out)
+        check_probe(self.lrs, torch.from_numpy(train.labels), self.held_out, self.epochs, self.batch)
 
     @property
     def names(self) -> tuple[str, str]:

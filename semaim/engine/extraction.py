@@ -161,7 +161,7 @@ def _stored(cache: Path, key: dict[str, str], length: int, log: Callable[[str], 
                 log(f"features in {cache} are extracted anew: {', '.join(changed)} changed")
             return {}
         arrays = _open(cache, shapes, "r")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return {}
     right = [arrays[name].shape == (length, *shape) for name, shape in shapes.items()]
     return shapes if done.get("length") == length and all(right) and len(arrays[LABELS]) == length else {}

@@ -237,7 +237,7 @@ def fit_probe(
 ) -> FittedProbe:
     """The head of `fast_probe`, for any number of queries."""
     check_rows(bank, bank_labels, classes)
-    lrs = check_probe(lrs, _tensor(bank_labels, "cpu"), held_out)
+    lrs = check_probe(lrs, _tensor(bank_labels, "cpu"), held_out, epochs, batch)
     bank, bank_labels = _tensor(bank, device), _tensor(bank_labels, device)
     train, held = split_held_out(bank_labels.cpu(), held_out, seed)
 
@@ -258,13 +258,14 @@ def best_rate(lrs: Sequence[float], scores: Sequence[float]) -> int:
     return tied[len(tied) // 2]
 
 
-def check_probe(lrs: Sequence[float], labels: Tensor, share: float) -> list[float]:
-    """The learning rates in rising order; `UserError` for those and a held-out share that cannot work."""
-    lrs = sorted(set(map(float, lrs)))
-    if not lrs or lrs[0] <= 0:
-        raise UserError(f"learning rates {lrs}: give one or more above 0")
-    split_held_out(labels, share, 0)
-    return lrs
+def check_probe(lrs: Sequence[float], labels: Tensor, held_out: float, epochs: int, batch: int) -> list[float]:
+    """The learning rates in rising order; `UserError` for these, a held-out share or a length that cannot work."""
+    if not lrs or not all(isinstance(lr, int | float) and 0 < lr < math.inf for lr in lrs):
+        raise UserError(f"learning rates {list(lrs)}: give one or more above 0")
+    if not all(type(number) is int and number > 0 for number in (epochs, batch)):
+        raise UserError(f"a probe of {epochs!r} epochs in batches of {batch!r}: give whole numbers from 1")
+    split_held_out(labels, held_out, 0)
+    return sorted(set(map(float, lrs)))
 
 
 def split_held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

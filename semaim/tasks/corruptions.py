@@ -7,7 +7,7 @@ import numpy as np
 from mmengine.registry import LOOPS
 
 from semaim.data.corruptions import CORRUPTIONS, SEVERITIES, check_corruption
-from semaim.data.labelled import LabelledImages
+from semaim.data.labelled import LabelledImages, draws
 from semaim.engine.classifiers import Classifiers, Settings
 from semaim.engine.evaluation import Evaluation, FeatureTask, Frozen, Measured
 from semaim.errors import UserError
@@ -38,6 +38,8 @@ class Corruptions(Evaluation):
         for name in self.names:
             for severity in self.severities:
                 check_corruption(name, severity)
+        if draws(val.transform):
+            raise UserError("corruptions: dataset.corruption is set, so no image is clean: leave it out")
         self.settings.check(train)
         self.sets(val)
 

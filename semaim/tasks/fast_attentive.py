@@ -48,8 +48,9 @@ class FastAttentive(Evaluation):
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` for options that do not fit the tokens, learning rates and a held-out share that cannot work."""
-        make_heads(1, self.options["pool"], shape[-1], len(train.classes), 0, self.head)
-        check_probe(self.options["lrs"], torch.from_numpy(train.labels), self.options["held_out"])
+        probe = dict(self.options)
+        make_heads(1, probe.pop("pool"), shape[-1], len(train.classes), 0, self.head)
+        check_probe(labels=torch.from_numpy(train.labels), **probe)
 
     def run(self, data: Frozen) -> Measured:
         """The accuracy on the main process; nothing on the others."""

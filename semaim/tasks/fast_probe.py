@@ -33,8 +33,8 @@ class FastProbe(Evaluation):
         self.options |= {"lrs": tuple(lrs)} if lrs else {}
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
-        """`UserError` for learning rates and a held-out share that cannot work."""
-        check_probe(self.options.get("lrs", LRS), torch.from_numpy(train.labels), self.options["held_out"])
+        """`UserError` for learning rates, a held-out share or a length that cannot work."""
+        check_probe(labels=torch.from_numpy(train.labels), **{"lrs": LRS, **self.options})
 
     def run(self, data: Frozen) -> Measured:
         """The accuracy on the main process; nothing on the others."""

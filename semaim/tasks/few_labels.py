@@ -55,7 +55,9 @@ class FewLabels(Evaluation):
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` for numbers that cannot work."""
-        if not all(type(k) is int and k > 0 for k in self.shots) or not all(0 < share < 1 for share in self.shares):
+        if not all(type(k) is int and k > 0 for k in self.shots) or not all(
+            isinstance(share, float) and 0 < share < 1 for share in self.shares
+        ):
             given = f"shots {self.shots}, shares {self.shares}"
             raise UserError(f"few labels: {given}: give whole numbers from 1, and shares between 0 and 1")
         if type(self.draws) is not int or self.draws < 1 or not self.penalty > 0 or not self.temperature > 0:

@@ -34,8 +34,10 @@ class NearestNeighbours(Evaluation):
 
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` if no k is left."""
-        if not self.ks or min(self.ks) < 1 or not self.temperature > 0:
-            raise UserError(f"k-NN: ks {self.ks}, temperature {self.temperature:g}: give numbers above 0")
+        if not self.ks or not all(type(k) is int and k > 0 for k in self.ks) or not self.temperature > 0:
+            raise UserError(
+                f"k-NN: ks {self.ks}, temperature {self.temperature:g}: give whole numbers from 1, and one above 0"
+            )
         if not self.memory_gb > 0:
             raise UserError(f"k-NN: memory_gb {self.memory_gb:g}: give a number of GB above 0")
         if min(self.ks) > len(train):

@@ -157,6 +157,7 @@ def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, la
             refused("a probe of .* epochs in batches of .*: give whole numbers from 1", **changed)
     refused("share of 2 cannot be held out", **{"evaluations.fast_attentive.held_out": 2})
     refused("7 queries and d_out 1 do not divide the 32", **{"evaluations.fast_attentive.queries": 7})
+    refused("one image cannot be normalised: set batch to 2", **{"evaluations.fast_attentive.batch": 1})
     refused("unknown config key evaluations.fast_probe.epoch: did you mean", **{"evaluations.fast_probe.epoch": 2})
     refused("knn: evaluation .*unexpected keyword argument 'k'", tasks="knn", config=FAST, **{"evaluations.knn.k": 2})
     refused("evaluations: task is 'fastprobe': did you mean", **{"evaluations.fastprobe.epochs": 2})

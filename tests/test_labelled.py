@@ -33,6 +33,12 @@ def test_classes_are_numbered_in_sorted_order(folder):
     assert [path.split("/")[-3] for path in paths] == ["a"] * 3 + ["b"] * 3
 
 
+def test_how_images_are_made_names_the_seed_if_they_are_random(folder):
+    for augment, same in (("none", True), ("random_crop", False)):
+        one, two = (LabelledImages(folder, 32, "train", augment, seed=seed).preparation() for seed in (0, 1))
+        assert (one == two) is same
+
+
 @pytest.mark.parametrize("root", ["{0}", "./{0}", "{0}/.//", "../{1}/{0}", "."])
 def test_names_are_relative_to_the_folder_however_it_is_spelt(folder, monkeypatch, root):
     expected = LabelledImages(folder, split="val").names()

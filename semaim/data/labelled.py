@@ -223,6 +223,7 @@ class LabelledImages(Dataset):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed
+        self.augmented = augment not in (None, "none")
         mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
         self._evaluation = (img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)
         self.transform = (
@@ -246,8 +247,8 @@ class LabelledImages(Dataset):
         return [os.fsdecode(path[prefix:]) for path in self.paths.tolist()]
 
     def preparation(self) -> str:
-        """How an evaluation image is made from its file: the transform, and the seed where it draws numbers."""
-        return repr(self.transform) + (f", seed {self.seed}" if draws(self.transform) else "")
+        """How an image is made from its file: the transform, and the seed where it draws numbers."""
+        return repr(self.transform) + (f", seed {self.seed}" if self.augmented or draws(self.transform) else "")
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor | int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

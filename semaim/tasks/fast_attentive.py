@@ -10,6 +10,7 @@ from semaim.data.labelled import LabelledImages
 from semaim.engine.attentive import LRS, fast_attentive, make_heads
 from semaim.engine.evaluation import TOKENS, Evaluation, FeatureTask, Frozen, Measured, measured_probe
 from semaim.engine.features import check_probe
+from semaim.errors import UserError
 from semaim.registry import TASKS, Metric
 
 
@@ -49,8 +50,11 @@ class FastAttentive(Evaluation):
     def check(self, train: LabelledImages, val: LabelledImages, shape: tuple[int, ...]) -> None:
         """`UserError` for options that do not fit the tokens, learning rates and a held-out share that cannot work."""
         probe = dict(self.options)
-        make_heads(1, probe.pop("pool"), shape[-1], len(train.classes), 0, self.head)
+        pool = probe.pop("pool")
+        make_heads(1, pool, shape[-1], len(train.classes), 0, self.head)
         check_probe(labels=torch.from_numpy(train.labels), **probe)
+        if probe["batch"] == 1 and pool.startswith("ep"):
+            raise UserError("fast attentive probe: one image cannot be normalised: set batch to 2 or more")
 
     def run(self, data: Frozen) -> Measured:
         """The accuracy on the main process; nothing on the others."""

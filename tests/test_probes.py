@@ -11,6 +11,8 @@ from test_features import clusters, random
 from torch import nn
 
 from semaim.engine import features as module
+from semaim.engine.classifiers import Classifiers, Settings
+from semaim.engine.evaluation import Frozen
 from semaim.engine.features import (
     ProbeResult,
     accuracies,
@@ -23,6 +25,7 @@ from semaim.engine.features import (
     train_heads,
 )
 from semaim.errors import UserError
+from semaim.tasks.fast_probe import FastProbe
 
 
 def knn_oracle(bank, bank_labels, queries, labels, classes, ks, temperature):
@@ -290,6 +293,12 @@ def test_probe_repeats_itself():
     np.random.seed(5)
     assert fast_probe(bank, labels.numpy(), *queries, 6, **options) == first
     assert fast_probe(bank, labels.numpy(), *queries, 6, seed=1, **options) != first
+    for seed in (0, 1):  # that of the run, for the task and for the probes of corruptions and further test sets
+        data = Frozen((bank, labels.numpy()), queries, 6, torch.device("cpu"), lambda line: None, seed)
+        own = fast_probe(bank, labels, *queries, 6, **options, seed=seed)
+        assert FastProbe(**options).run(data).metrics["probe_top1"] == own.top1
+        fitted = Classifiers(data, Settings(**options)).probe
+        assert (fitted.lr, fitted.held_out) == (own.lr, own.held_out)
 
 
 def test_learning_rates_at_the_border_are_reported():

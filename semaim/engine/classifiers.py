@@ -61,9 +61,8 @@ class Classifiers:
     def __post_init__(self):
         if is_main_process():
             own, data = self.settings, self.data
-            self.probe = fit_probe(
-                *data.train, data.classes, own.lrs, own.epochs, own.batch, own.held_out, device=data.device
-            )
+            options = (own.lrs, own.epochs, own.batch, own.held_out, data.seed, data.device)
+            self.probe = fit_probe(*data.train, data.classes, *options)
             data.log(f"fast probe: learning rate {self.probe.lr:g}")
             if self.probe.at_border:
                 data.log("the best learning rate is at the border of those tried: widen evaluation.lrs")

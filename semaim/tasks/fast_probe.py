@@ -40,7 +40,8 @@ class FastProbe(Evaluation):
         """The accuracy on the main process; nothing on the others."""
         if not is_main_process():
             return Measured({})
-        found = fast_probe(*data.train, *data.val, data.classes, **self.options, device=data.device)
+        options = {**self.options, "seed": data.seed, "device": data.device}
+        found = fast_probe(*data.train, *data.val, data.classes, **options)
         return measured_probe(found, "fast probe", "probe", data.log)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from semaim.data.folder import PretrainImages, ResumableBatches, find_images, load_image
+from semaim.data.labelled import find_labelled
 from semaim.errors import UserError
 
 
@@ -36,6 +37,18 @@ def test_class_folders_flat_folders_and_lists_give_the_same_images(tmp_path):
         "b.png",
         "c.png",
     ]
+
+
+def test_a_class_called_train_is_no_split(tmp_path):
+    """The built-in scenes have such a class: their training images, and those of one class, are all read."""
+    names = ["bag/a.png", "train/b.png", "train/train/c.png"]
+    for split in ("train", "val"):
+        for name in names:
+            picture(tmp_path / split / name)
+    for given in (tmp_path / "train", tmp_path):
+        assert find_images(given) == [f"{tmp_path}/train/{name}" for name in names]
+    paths, labels, classes = find_labelled(tmp_path, "val")
+    assert (len(paths), labels, classes) == (3, [0, 1, 1], ["bag", "train"])
 
 
 def test_a_list_takes_names_with_spaces(tmp_path):

@@ -24,13 +24,15 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from semaim.data.shards import find_in_shards, read_bytes
 from semaim.errors import UserError
 
+HELD_OUT = ("val", "valid", "validation", "test")  #: folders beside `train` that hold no training images
+
 
 def find_images(root: str | os.PathLike) -> list[str]:
     """Paths of the images under `root`, sorted.
 
-    `root` is a folder (of class folders or flat; its `train` folder if it has one), or a text file with one path
-    per line, relative to that file, optionally followed by a label. For a folder of .tar files, or one such file, the
-    images inside are returned.
+    `root` is a folder (of class folders or flat; its `train` folder if one of validation or test images lies beside
+    that: else `train` may be a class), or a text file with one path per line, relative to that file, optionally followed
+    by a label. For a folder of .tar files, or one such file, the images inside are returned.
 
     Raises:
         UserError: there are none, or a folder in it holds the label maps of ADE20K's layout, PNG files as well.
@@ -40,7 +42,7 @@ def find_images(root: str | os.PathLike) -> list[str]:
         return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else _read_list(root)
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
-    if (root / "train").is_dir():
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
         root = root / "train"
     files = [
         os.path.join(folder, name)

@@ -45,8 +45,8 @@ def test_a_class_called_train_is_no_split(tmp_path):
     for split in ("train", "val"):
         for name in names:
             picture(tmp_path / split / name)
-    for given in (tmp_path / "train", tmp_path):
-        assert find_images(given) == [f"{tmp_path}/train/{name}" for name in names]
+    for root in (tmp_path / "train", tmp_path):
+        assert find_images(root) == [f"{tmp_path}/train/{name}" for name in names]
     paths, labels, classes = find_labelled(tmp_path, "val")
     assert (len(paths), labels, classes) == (3, [0, 1, 1], ["bag", "train"])
 

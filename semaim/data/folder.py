@@ -31,8 +31,8 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """Paths of the images under `root`, sorted.
 
     `root` is a folder (of class folders or flat; its `train` folder if one of validation or test images lies beside
-    that: else `train` may be a class), or a text file with one path per line, relative to that file, optionally followed
-    by a label. For a folder of .tar files, or one such file, the images inside are returned.
+    that: else `train` may be a class), or a text file with one path per line, relative to that file, optionally
+    followed by a label. For a folder of .tar files, or one such file, the images inside are returned.
 
     Raises:
         UserError: there are none, or a folder in it holds the label maps of ADE20K's layout, PNG files as well.

@@ -4,7 +4,7 @@ Shapes: M images of a set, D channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -61,8 +61,9 @@ class Classifiers:
     def __post_init__(self):
         if is_main_process():
             own, data = self.settings, self.data
-            options = (own.lrs, own.epochs, own.batch, own.held_out, data.seed, data.device)
-            self.probe = fit_probe(*data.train, data.classes, *options)
+            options = asdict(own)
+            del options["k"], options["temperature"]  # k-NN's
+            self.probe = fit_probe(*data.train, data.classes, **options, seed=data.seed, device=data.device)
             data.log(f"fast probe: learning rate {self.probe.lr:g}")
             if self.probe.at_border:
                 data.log("the best learning rate is at the border of those tried: widen evaluation.lrs")

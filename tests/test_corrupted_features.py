@@ -63,6 +63,8 @@ def test_only_the_means_are_in_the_table():
     ("options", "message"),
     [
         ({"names": ("fogg",)}, "unknown corruption 'fogg': did you mean fog"),
+        ({"names": "fogg", "severities": 3}, "unknown corruption 'fogg': did you mean fog"),
+        ({"names": "fog", "severities": 6}, "severity 6 of fog: give a whole number from 1 to 5"),
         ({"severities": (0, 1)}, "severity 0 of gaussian_noise: give a whole number from 1 to 5"),
         ({"severities": ()}, "evaluation.names and evaluation.severities need one entry or more"),
         ({"k": 1.5}, "k-NN: k 1.5 of 40 training images"),

@@ -21,12 +21,19 @@ class Corruptions(Evaluation):
     """Top-1 accuracy on the validation images, corrupted; each corruption at each severity is a pass over them.
 
     Args:
-        names: of `semaim.data.corruptions.CORRUPTIONS`; None for all 15.
-        severities: of 1 to 5.
+        names: one or more of `semaim.data.corruptions.CORRUPTIONS`; None for all 15.
+        severities: one or more of 1 to 5.
         **settings: of the classifiers, see `semaim.engine.classifiers.Settings`.
     """
 
-    def __init__(self, names: Sequence[str] | None = None, severities: Sequence[int] = SEVERITIES, **settings: Any):
+    def __init__(
+        self,
+        names: str | Sequence[str] | None = None,
+        severities: int | Sequence[int] = SEVERITIES,
+        **settings: Any,
+    ):
+        names = [names] if isinstance(names, str) else names
+        severities = [severities] if isinstance(severities, int) else severities
         self.names = tuple(dict.fromkeys(CORRUPTIONS if names is None else names))
         self.severities = tuple(dict.fromkeys(severities))
         self.settings = Settings(**settings)

@@ -6,7 +6,6 @@ source does not state. Every other cell has its own row, which says why it is no
 are in `semaim.results.gains`.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,11 +232,18 @@ def glance_place(gain: Gain) -> tuple[str, ...]:
 
 
 def columns_of(places: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Each place -> its heading: task, data and metric, with all that follows if several places have these three."""
-    distinct = dict.fromkeys(places)
-    alike = Counter(place[:3] for place in distinct)
-    more = {place: f" ({', '.join(place[3:])})" if alike[place[:3]] > 1 else "" for place in distinct}
-    return {place: f"{place[0]}, {place[1]}: {place[2]}{more[place]}" for place in distinct}
+    """Each place -> its heading: task, data and metric, and of the rest what differs between places alike in these."""
+    alike: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for place in dict.fromkeys(places):
+        alike.setdefault(place[:3], []).append(place[3:])
+    headings = {}
+    for what, rests in alike.items():
+        task, data, metric = what
+        apart = [len(set(values)) > 1 for values in zip(*rests, strict=True)]
+        for rest in rests:
+            more = ", ".join(value for value, differs in zip(rest, apart, strict=True) if differs)
+            headings[what + rest] = f"{task}, {data}: {metric}" + (f" ({more})" if more else "")
+    return headings
 
 
 def at_a_glance(table: Table) -> list[list[str]]:

@@ -110,7 +110,7 @@ def test_what_is_sure_and_what_is_not(tmp_path):
              (("x/s", PRETRAINED), ("x/r", SCRATCH))}  # fmt: skip
     assert opened(tmp_path / "wrong", wrong)[0].lines[0].differences[0].words == "+0.0 (no interval)"
     (told,) = opening.verdicts
-    assert told.endswith("above random weights in k-NN; cannot tell in fine-tuning.")
+    assert told.endswith("above random weights in k-NN (for these weights); cannot tell in fine-tuning.")
 
 
 def test_no_opening_without_random_weights_of_the_same(tmp_path):
@@ -133,7 +133,9 @@ def test_no_opening_without_random_weights_of_the_same(tmp_path):
         "k-NN, k = 20 (classes, k.py)",
         "k-NN, k = 20 (few, k.py)",
     ]
-    assert opening.verdicts[1].endswith("weights in k-NN (classes, k.py); cannot tell in k-NN (few, k.py).")
+    assert opening.verdicts[1].endswith(
+        "weights in k-NN (classes, k.py) (for these weights); cannot tell in k-NN (few, k.py)."
+    )
 
 
 def test_several_seeds_are_a_mean_with_the_images_of_one(tmp_path):

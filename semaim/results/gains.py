@@ -89,8 +89,12 @@ class Gain:
         if not self.side:
             return "no interval" if self.side is None else "cannot tell"
         word = "better" if (self.side > 0) == self.ours.runs[0].kind.higher_is_better else "worse"
-        varied = self.over_seeds and not one_pretraining(self.ours) and not one_pretraining(self.baseline)
-        return word if varied else f"{word}, for these weights"  # another pretraining may differ by more
+        return word if self.varied else f"{word}, for these weights"
+
+    @property
+    def varied(self) -> bool:
+        """Whether several pretrainings were compared; else another one may differ by more."""
+        return bool(self.over_seeds) and not one_pretraining(self.ours) and not one_pretraining(self.baseline)
 
 
 # What is compared

@@ -21,10 +21,14 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference in words; side: 1 above 0, -1 below, 0 cannot tell, None if there is no interval."""
+    """A difference in words; side: 1 above 0, -1 below, 0 cannot tell, None if there is no interval.
+
+    `varied`: see `Gain.varied`.
+    """
 
     words: str = ""
     side: int | None = None
+    varied: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def judge(ours: list[Cell], random: list[Cell], place: Place, catalogue: Catalog
     if any(AGAIN in cell.remarks for cell in (*ours, *random)) or len(ours) > 1 or len(random) > 1:
         return Judged("not averaged: one seed more than once")
     found = measure(ours[0], random[0], place, catalogue)
-    return Judged(gain_words(found), found.side)
+    return Judged(gain_words(found), found.side, found.varied)
 
 
 def gain_words(gain: Gain) -> str:
@@ -159,13 +163,14 @@ def gain_words(gain: Gain) -> str:
 
 def verdict(name: str, place: int, lines: list[Line]) -> str:
     """A sentence about an encoder, by the intervals that there are."""
-    sides: dict[int, list[str]] = {}
-    for line in lines:
-        side = line.differences[place].side
-        if side is not None:
-            sides.setdefault(side, []).append(line.name)
-    words = {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}
-    parts = [f"{text} {listed(sides[side])}" for side, text in words.items() if side in sides]
+    found: dict[str, list[str]] = {}
+    for side, text in {1: f"above {RANDOM} in", -1: f"below {RANDOM} in", 0: "cannot tell in"}.items():
+        for line in lines:
+            judged = line.differences[place]
+            if judged.side == side:
+                weights = "" if judged.varied or not side else " (for these weights)"
+                found.setdefault(f"{text} {{}}{weights}", []).append(line.name)
+    parts = [text.format(listed(names)) for text, names in found.items()]
     return f"{name}, by the 95 % intervals: {'; '.join(parts)}." if parts else ""
 
 

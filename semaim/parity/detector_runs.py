@@ -25,7 +25,8 @@ LEVELS = ("p2", "p3", "p4", "p5", "p6")
 MASK_PIXELS = 5  #: pixels of a mask that may differ
 NORM = 1e-5  #: relative, of tensors in fp32
 LOSS = 1e-5  #: relative, in fp64 too: detectron2 keeps its boxes in fp32 there
-GRADIENT = 1e-7  #: relative, of norms in fp64; ours differ by 3e-8, the relative rounding error of 1/3 in fp32
+#: Relative, of norms in fp64. The boxes are in fp32 there too: 3e-8 on an AMD EPYC, 4e-7 on an Intel Xeon.
+GRADIENT = 1e-6
 
 
 def build_detector(case: Case) -> Detector:

@@ -37,7 +37,9 @@ def images(labelled, tmp_path):
 
 def measure(source, data, folder, *more, tasks=TASKS, config=CONFIG, options=None):
     """All tasks in one pass."""
-    changed = flags(SMALL | SHORT if options is None else options)
+    options = SMALL | SHORT if options is None else options
+    others = set(TASKS.split(",")) - set(tasks.split(","))
+    changed = flags({key: value for key, value in options.items() if not others.intersection(key.split("."))})
     line = [config, source, *more, "--tasks", tasks, "--data-root", data, "--work-dir", folder, *changed]
     done = tool("test.py", *line)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -147,6 +149,7 @@ def test_what_cannot_work_is_refused_before_anything_is_extracted(pretrained, la
     refused("--tasks: task is 'knm': did you mean knn", tasks="knn,knm")
     refused("--tasks: finetune does not read frozen features: choose from knn, fast_probe", tasks="finetune")
     refused("--tasks is for configs of frozen features", config="semaim/configs/linear/vit_tiny_scenes.py")
+    refused("evaluations.few_labels.draws: few_labels is not measured here", **{"evaluations.few_labels.draws": 2})
     refused("k = 50 neighbours of 40", **{"evaluation.ks": [50, 60]})
     refused("k-NN: ks .*10.5.*: give whole numbers from 1", **{"evaluation.ks": [3, 10.5]})
     for rates in ((0.0,), (0.1, float("nan")), ("1",)):

@@ -179,7 +179,7 @@ class FeatureTask(ImageTask):
         names: Sequence[str] | None = cfg.get("tasks")
         if names is None:
             settings = self.adjusted(cfg, dict(cfg.evaluation))
-            return check_roots(cfg, [Job(self, settings, build_evaluation(self, settings))])
+            return check_read(cfg, [Job(self, settings, build_evaluation(self, settings))])
         found = []
         for name in dict.fromkeys(names):
             task = task_named(name, "--tasks: task")
@@ -191,7 +191,7 @@ class FeatureTask(ImageTask):
             found.append(Job(task, settings, build_evaluation(task, settings), name))
         for name in cfg.get("evaluations") or {}:
             task_named(name, "evaluations: task")
-        return check_roots(cfg, found)
+        return check_read(cfg, found)
 
     def adjusted(self, cfg: Config, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings of this task with what other keys of the config say."""
@@ -234,10 +234,15 @@ class FeatureTask(ImageTask):
         return everything
 
 
-def check_roots(cfg: Config, jobs: list[Job]) -> list[Job]:
-    """The jobs; `UserError` if the config names further test sets and none of them reads any."""
+def check_read(cfg: Config, jobs: list[Job]) -> list[Job]:
+    """The jobs; `UserError` if the config names further test sets, or the user settings, that none of them reads."""
     if cfg.get("test_roots") and not any(job.evaluation.roots for job in jobs):
         raise UserError("--test-root: no task here reads further test sets: add test_sets to --tasks")
+    for key in cfg.get("cfg_options") or {}:
+        part, _, rest = str(key).partition(".")
+        name = rest.partition(".")[0]
+        if part == "evaluations" and name not in [job.folder for job in jobs]:
+            raise UserError(f"{key}: {name or 'that'} is not measured here: name it in --tasks")
     return jobs
 
 

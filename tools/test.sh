@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up the environment, lints, checks the types, runs the tests. Arguments go to pytest, with paths from the repository root.
+# --faults runs the attacks of tests/faults alone, in full, and writes their counts to work_dirs/faults.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "${1:-}" = --faults ] && set -- -m faults tests/faults "${@:2}"
 
 tools/setup.sh --extras all
 

@@ -42,19 +42,11 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     return near or [other for other in known if name and name in other.split("_")][:3]
 
 
-def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
-    """`UserError` if a run could not write to its work folder.
-
-    Args:
-        folder: it and its parents need not exist yet.
-        make: create it; else its nearest existing parent is checked.
-    """
+def check_work_dir(folder: str | os.PathLike) -> None:
+    """Create a run's work folder, if need be; `UserError` if it cannot be written."""
     there = Path(folder).absolute()
     try:
-        if make:
-            there.mkdir(parents=True, exist_ok=True)
-        while not os.path.lexists(there) and there != there.parent:
-            there = there.parent
+        there.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from semaim.errors import UserError
 from semaim.reading import keeping, once
 
 FORMAT = "semaim"  #: value of a checkpoint's `format`
+
+NUMBERED = re.compile(r"(epoch|iter)_\d+\.pth")  #: names of the checkpoints that a run saves at intervals
 
 
 class CannotSave(UserError):
@@ -75,6 +78,20 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
 
 
 def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
-    """The newest checkpoint in a work folder, or None."""
-    latest = Path(work_dir) / "latest.pth"
-    return latest if latest.exists() else None
+    """The checkpoint that a work folder's latest.pth names, or None; `UserError` if it, or that link, is missing."""
+    folder = Path(work_dir)
+    latest = folder / "latest.pth"
+    if latest.exists():
+        return latest
+    left = [path for path in folder.glob("*_*.pth") if NUMBERED.fullmatch(path.name)]
+    if not left and not latest.is_symlink():
+        return None
+    lost = (
+        f"{latest} names {os.readlink(latest)}, which is"
+        if latest.is_symlink()
+        else f"{folder} has no latest.pth, which is"
+    )
+    if not left:
+        raise UserError(f"{lost} not there, and no other checkpoint: put it back, or choose another --work-dir")
+    newest = max(left, key=lambda path: path.stat().st_mtime_ns)
+    raise UserError(f"{lost} not there: name the checkpoint to continue from, such as --resume {newest}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semaim.cli.choices import SCALES
-from semaim.errors import UserError, check_work_dir, nearest
+from semaim.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from semaim.results.stages import Stage
@@ -131,6 +131,7 @@ def choose(stages: list[Stage], args: argparse.Namespace) -> list[Stage]:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
     from semaim.engine.launcher import check_processes, launched  # takes seconds, as what follows
+    from semaim.engine.locking import work_folder
     from semaim.registry import import_modules
     from semaim.results.costs import parse_rates
     from semaim.results.pipeline import LEAD, check, count_images, show, tabulate, work_through
@@ -162,9 +163,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         show(chosen, rates)
         return 0
     check(stages, chosen)
-    check_work_dir(work)
-    code = work_through(chosen, args.jobs)
-    if code == 0:
-        drawn = [read(stage.result) for stage in stages if stage.name == "scenes"]
-        tabulate(work, args.scale, LEAD.format(level=drawn[0].get("level", "normal")) if drawn else None)
+    with work_folder(work):
+        code = work_through(chosen, args.jobs)
+        if code == 0:
+            drawn = [read(stage.result) for stage in stages if stage.name == "scenes"]
+            tabulate(work, args.scale, LEAD.format(level=drawn[0].get("level", "normal")) if drawn else None)
     return code

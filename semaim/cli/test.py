@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from semaim.cli.options import add_flags
-from semaim.errors import UserError, check_work_dir
+from semaim.errors import UserError
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
     from semaim.engine.config import load_config, set_data_root  # takes seconds, as what follows
     from semaim.engine.launcher import command
+    from semaim.engine.locking import work_folder
     from semaim.engine.testing import prepare_test, test
 
     cfg = load_config(args.config, args.cfg_options)
@@ -76,10 +77,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
-    def prepare(processes: int):
-        check_work_dir(cfg.work_dir, make=False)
-        prepared = prepare_test(cfg, weights)
-        check_work_dir(cfg.work_dir)
-        return prepared
-
-    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.processes or args.gpus)
+    with work_folder(cfg.work_dir):
+        return command(
+            lambda processes: prepare_test(cfg, weights),
+            lambda prepared: test(cfg, weights, prepared),
+            args.processes or args.gpus,
+        )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from semaim.cli.options import add_flags
-from semaim.errors import check_work_dir
+from semaim.errors import UserError
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -24,6 +24,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--override", action="store_true", help="with --resume: options given here replace the run's own"
     )
+    parser.add_argument(
+        "--strict-data",
+        action="store_true",
+        help="with --resume: stop if names or sizes of the images have changed since the checkpoint; else a warning",
+    )
     add_flags(
         parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options"
     )
@@ -34,6 +39,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = make_parser(prog).parse_args(argv)
     from semaim.engine.config import data_roots, load_config, set_data_root  # takes seconds, as what follows
     from semaim.engine.launcher import command
+    from semaim.engine.locking import work_folder
     from semaim.engine.resuming import resume_settings
     from semaim.engine.training import prepare_training, train
     from semaim.reading import read_once
@@ -50,12 +56,15 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
-    with read_once():
+    if args.strict_data and args.resume is None:
+        raise UserError("--strict-data is for --resume: it compares the data with those of the checkpoint")
+    with work_folder(cfg.work_dir), read_once():
         resume_from, notes = resume_settings(cfg, given, args.resume, args.override)
 
         def prepare(processes: int):
-            prepared = prepare_training(cfg, processes, resume_from)
-            check_work_dir(cfg.work_dir)
-            return prepared
+            return prepare_training(cfg, processes, resume_from)
 
-        return command(prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus)
+        def work(prepared) -> None:
+            train(cfg, resume_from, notes, prepared, args.strict_data)
+
+        return command(prepare, work, args.gpus)

@@ -3,7 +3,7 @@
 import copy
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -53,8 +53,7 @@ class DenseImages(Dataset):
 
     def load(self, index: int) -> dict:
         """An image of the data set after its pipeline."""
-        info = self.dataset.get_data_info(index)
-        files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
+        files = _files_in(self.dataset.get_data_info(index))
         try:
             for path in files:
                 check_whole(path)
@@ -66,6 +65,18 @@ class DenseImages(Dataset):
                 load_image(path)  # reports what is wrong with a broken file
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"cannot prepare image {files[0] if files else index}: {reason}") from None
+
+
+def files_of(dataset: BaseDataset) -> Iterator[str]:
+    """Paths of the annotation file, images and label maps, in the order of the data set."""
+    if dataset.ann_file:
+        yield dataset.ann_file
+    for index in range(len(dataset)):
+        yield from _files_in(dataset.get_data_info(index))
+
+
+def _files_in(info: Mapping) -> list[str]:
+    return [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
 
 
 class NamedImages(DenseImages):

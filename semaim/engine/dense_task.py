@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from semaim import checkpoints
 from semaim.checkpoints.consumers import load_backbone
 from semaim.data.folder import EndlessBatches
+from semaim.data.identity import identity_of
 from semaim.engine import dense
 from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.encoders import load_encoder, settle_images
@@ -99,6 +100,10 @@ class DenseTask(Task):
         """Shuffled batches of this process, epoch after epoch."""
         images = dense.SeededImages(run.train, cfg.seed)
         return endless_loader(images, run.plan, cfg.seed, cfg.num_workers, pseudo_collate)
+
+    def identity(self, images: BaseDataset) -> str:
+        """A hash of the names and sizes of the annotation file, images and label maps of a split."""
+        return identity_of(dense.files_of(images), images.data_root or "")
 
     def model_config(self, cfg: Config) -> dict:
         """The config from which the runner builds the model."""

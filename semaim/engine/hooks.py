@@ -65,10 +65,7 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
         for (iteration, values), loss in zip(waiting, losses.tolist(), strict=True):
             mine, numbers = numbers[: len(values)], numbers[len(values) :]
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss is {loss} in iteration {iteration}: the run diverged; continue from the last checkpoint"
-                    " with --resume --override and a lower --cfg-options base_lr=..."
-                )
+                raise Diverged(f"the loss is {loss} in iteration {iteration}: the run diverged")
             for name, number in {**dict(zip(values, mine, strict=True)), "loss": loss}.items():
                 runner.message_hub.update_scalar(f"train/{name}", number)
 

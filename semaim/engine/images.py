@@ -1,5 +1,6 @@
 """Shared by the tasks on image folders: pretraining, fine-tuning, linear probing."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import semaim.engine.pretraining  # noqa: F401
 from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
 from semaim.data.folder import PretrainImages, ResumableBatches
+from semaim.data.identity import identity_of
 from semaim.data.labelled import LabelledImages, check_classes
 from semaim.engine.encoders import head_of, load_classifier, load_encoder, settle_images
 from semaim.engine.network import NetworkModel
@@ -67,6 +69,10 @@ class ImageTask(Task):
     def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
         """Shuffled batches of this process."""
         return training_loader(run.train, run.plan, cfg.seed, cfg.num_workers)
+
+    def identity(self, images: PretrainImages | LabelledImages) -> str:
+        """A hash of the names and sizes of the files of a split."""
+        return identity_of(map(os.fsdecode, images.paths), images.root)
 
     def model_config(self, cfg: Config) -> dict:
         """The config from which the runner builds the model."""

@@ -109,6 +109,28 @@ def own_settings(
     return lines
 
 
+def check_data(path: str, data: Mapping[str, str], strict: bool) -> str | None:
+    """A warning if the data are not those that the run of a checkpoint had, or None.
+
+    Args:
+        path: of the checkpoint.
+        data: of the resumed run, from `semaim.engine.training.identities`.
+        strict: `UserError` in place of the warning, also if the checkpoint does not say what its data were.
+    """
+    saved = read_checkpoint(path, mmap=True).get("data")
+    if not isinstance(saved, Mapping):
+        if strict:
+            raise UserError(f"--strict-data: {path} does not record its data, so they cannot be compared: leave it out")
+        return None
+    changed = [split for split in data if saved.get(split) != data[split]]
+    if not changed:
+        return None
+    what = f"the data ({' and '.join(changed)}) have changed since {path}: other files, names or sizes"
+    if strict:
+        raise UserError(f"--strict-data: {what}: put them back, or leave it out to continue with these")
+    return f"{what}; the run continues with those that are there now (--strict-data refuses that)"
+
+
 def _saved(config: Mapping, cfg: Config) -> dict:
     """A checkpoint's config without what the run filled in or the config cannot have."""
     saved = {key: copy.deepcopy(value) for key, value in config.items() if key in top_keys(cfg)}

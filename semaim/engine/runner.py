@@ -103,14 +103,16 @@ class Resumable(BaseLoop):
         # Our launcher passes Ctrl-C on, and ends with SIGTERM the processes that remain after another has failed.
         numbers = [signal.SIGINT] if SPAWNED in os.environ else [signal.SIGINT, signal.SIGTERM]
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+        saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
         try:
             return self.work()
-        except (CannotSave, Diverged):
+        except CannotSave:
             raise
+        except Diverged as error:
+            raise Diverged(f"{error}; {saver.advice(self.runner)}" if saver else str(error)) from None
         except (UserError, KeyboardInterrupt) as error:
             if several and not isinstance(error, Stopped):
                 raise  # the other processes do not know of it
-            saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
             steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
             if saver and steps:
                 saver.save(self.runner, self.epoch, self._iter - rest, "interrupted.pth")
@@ -247,6 +249,7 @@ class SeededRunner(Runner):
 
     model: BaseModel  #: or its wrapper
     _has_loaded: bool  #: mmengine's
+    data_identity: dict[str, str] | None = None  #: of a training, see `semaim.engine.resuming.check_data`
 
     def load_or_resume(self) -> None:
         """Continue from the checkpoint that `load_from` names, if any."""

@@ -1,21 +1,26 @@
 """A run's checkpoints: what they hold, when they are saved, and how a run resumes from one exactly."""
 
+import math
 import os
-import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
+from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, plain, read_checkpoint, write_checkpoint
 from semaim.engine.hooks import DeferredRuntimeInfo
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
-from semaim.errors import UserError
+from semaim.errors import Diverged, UserError
 
 HISTORY = 100  #: logged values saved per scalar, so that smoothed numbers continue after resuming
 
@@ -27,15 +32,19 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
         cfg: names the work folder.
         resume: None to start anew, "auto" for the newest checkpoint in the work folder, or a path.
     """
+    if resume not in (None, "auto"):
+        run = read_checkpoint(resume, mmap=True).get("saving", {}).get("run")
+        latest = Path(cfg.work_dir) / "latest.pth"
+        there = read_checkpoint(latest, mmap=True).get("saving", {}).get("run") if latest.exists() else None
+        if run and there and run != there:
+            raise UserError(f"{cfg.work_dir} holds another run than {resume}: choose another --work-dir")
+        return resume
     newest = newest_checkpoint(cfg.work_dir)
-    if resume is None:
-        if newest:
-            raise UserError(f"{newest} is there already: continue with --resume, or choose another --work-dir")
-        return None
-    path = newest if resume == "auto" else Path(resume)
-    if path is not None:
-        read_checkpoint(path, mmap=True)
-    return None if path is None else str(path)
+    if resume is None and newest:
+        raise UserError(f"{newest} is there already: continue with --resume, or choose another --work-dir")
+    if newest:
+        read_checkpoint(newest, mmap=True)
+    return str(newest) if newest else None
 
 
 def saved_module(runner) -> torch.nn.Module:
@@ -62,6 +71,7 @@ def training_state(runner, epoch: int, iteration: int) -> dict:
         "optimizer": runner.optim_wrapper.optimizer.state_dict(),
         "history": history,
         "config": runner.cfg.to_dict(),
+        "data": runner.data_identity,
     }
 
 
@@ -107,6 +117,9 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
         group.update(rate)
     for scheduler in runner.param_schedulers:
         scheduler.seek(iteration)
+    for hook in runner.hooks:
+        if isinstance(hook, SaveCheckpoints):
+            hook.restore(checkpoint.get("saving"), path, runner.work_dir)
     for name, (values, counts) in checkpoint["history"].items():
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             runner.message_hub.update_scalar(name, value, int(count))
@@ -114,7 +127,10 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
 
 @HOOKS.register_module()
 class SaveCheckpoints(Hook):
-    """Saves epoch_N.pth or iter_N.pth and points latest.pth at it; deletes older files only after that.
+    """Saves epoch_N.pth or iter_N.pth and points latest.pth at it; deletes older ones of this run only after that.
+
+    A state that is not finite, or has exploded, is not saved. One that is much worse than an earlier one is, but the
+    last good one is kept besides the newest, and named if the run then diverges.
 
     Args:
         interval: epochs or iterations between two checkpoints; the last is always saved.
@@ -126,6 +142,12 @@ class SaveCheckpoints(Hook):
 
     def __init__(self, interval: int = 20, keep: int = 3, by_epoch: bool = True):
         self.interval, self.keep, self.by_epoch = interval, keep, by_epoch
+        self.saving = Saving(uuid.uuid4().hex)
+
+    def before_train(self, runner) -> None:
+        """Note how large the weights are at the start of the run."""
+        if self.saving.norm is None and not is_sharded(runner.model):
+            self.saving.norm = norm_of(saved_module(runner).parameters())
 
     def after_train_epoch(self, runner) -> None:
         """Save after every `interval` epochs and after the last."""
@@ -139,23 +161,147 @@ class SaveCheckpoints(Hook):
         if not self.by_epoch and (done % self.interval == 0 or done == runner.max_iters):
             self.save(runner, done // len(runner.train_dataloader.batch_sampler), done, f"iter_{done}.pth")
 
+    def restore(self, saving: dict | None, path: str | os.PathLike, folder: str) -> None:
+        """Continue with what the run had saved when it wrote the checkpoint at `path`, which it resumes from."""
+        if saving is None:
+            return
+        self.saving = Saving.read(saving, path)
+        for name, time in self.saving.written.items():
+            if time == 0 and os.path.realpath(path) == os.path.realpath(Path(folder) / name):
+                self.saving.written[name] = modified(Path(path)) or 0
+        if not (Path(folder) / self.saving.good).exists():
+            self.saving.good = os.path.relpath(path, folder)
+
     def save(self, runner, epoch: int, iteration: int, name: str) -> None:
         """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints."""
         for hook in runner.hooks:
             if isinstance(hook, DeferredRuntimeInfo):
                 hook.read(runner)  # raises if the run has diverged, so that it is not saved
         state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
+        if not is_main_process() and state:
+            return
+        state = state or training_state(runner, epoch, iteration)
+        # Every process of DDP has the whole state: all stop if it has exploded.
+        weights = [name for name, _ in saved_module(runner).named_parameters()]
+        found = self.saving.judge(state, weights, runner.message_hub.log_scalars.get("train/loss"), name)
         if not is_main_process():
             return
         folder = Path(runner.work_dir)
-        state = plain(state or training_state(runner, epoch, iteration))
+        if found:
+            runner.logger.warning(f"{name}: {found}")
+        written = self.saving.written
+        if NUMBERED.fullmatch(name):
+            written.pop(name, None)
+            written[name] = 0  # now the newest; its time is not known before it is there
+        state = plain(state | {"saving": asdict(self.saving)})
         write_checkpoint(state | for_mm(runner, state), folder / name)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)
         os.replace(link, folder / "latest.pth")
         runner.logger.info(f"saved {folder / name}")
-        files = folder.glob("epoch_*.pth" if self.by_epoch else "iter_*.pth")
-        numbered = sorted(files, key=lambda path: int(re.findall(r"\d+", path.stem)[0]), reverse=True)
-        for old in numbered[self.keep :] if self.keep else []:
-            old.unlink()
+        if name in written:
+            written[name] = modified(folder / name) or 0
+        for old in list(written)[: -self.keep] if self.keep else []:
+            # Not the good one, nor one that somebody has replaced since.
+            if old != self.saving.good and modified(folder / old) == written.pop(old):
+                (folder / old).unlink()
+
+    def advice(self, runner) -> str:
+        """Where to continue from after a divergence."""
+        rate = "a lower --cfg-options base_lr=..."
+        if not self.saving.good:
+            return f"no checkpoint from before that: start anew in another --work-dir with {rate}"
+        good = os.path.normpath(os.path.join(runner.work_dir, self.saving.good))
+        return f"continue from the last good checkpoint with --resume {good} --override and {rate}"
+
+
+#: Growth of the norm of all weights since the start of a run that no training comes near: of ViT-B, whose weights start
+#: with a norm of about 200, recipes make a few hundred.
+EXPLODED = 100
+#: A mean loss this many times that of an earlier checkpoint is worse; below this it may be noise.
+WORSE = 2
+RECENT = 100  #: at most this many losses are in the mean
+
+
+@dataclass
+class Saving:
+    """What a run has saved, kept in its checkpoints.
+
+    Args:
+        run: a random name of the run, the same after resuming.
+        written: names of the checkpoints at intervals, the oldest first -> their time, see `modified`. Other files in
+            the folder are not this run's.
+        good: the newest checkpoint that was not worse than an earlier one, relative to the work folder; "" for none.
+        loss: the lowest mean loss at a checkpoint.
+        norm: of all weights at the start.
+    """
+
+    run: str
+    written: dict[str, int] = field(default_factory=dict)
+    good: str = ""
+    loss: float | None = None
+    norm: float | None = None
+
+    @classmethod
+    def read(cls, saved: object, path: str | os.PathLike) -> "Saving":
+        """From a checkpoint; `UserError` if it is damaged, as its names are of files that will be deleted."""
+        kinds = {"run": str, "written": dict, "good": str, "loss": float | None, "norm": float | None}
+        if not isinstance(saved, dict) or saved.keys() != kinds.keys():
+            raise UserError(f"{path}: the record of what its run has saved is damaged")
+        if not all(isinstance(saved[key], kind) for key, kind in kinds.items()):
+            raise UserError(f"{path}: the record of what its run has saved is damaged: {saved}")
+        for name, time in saved["written"].items():
+            if not isinstance(name, str) or not NUMBERED.fullmatch(name) or type(time) is not int:
+                raise UserError(f"{path}: the record of what its run has saved is damaged: {name} at {time}")
+        return cls(**{**saved, "written": dict(saved["written"])})
+
+    def judge(self, state: dict, weights: Iterable[str], losses: HistoryBuffer | None, name: str) -> str:
+        """Take note of a state that will be saved as `name`; says in words why it is not good, if so.
+
+        Args:
+            state: from `training_state`.
+            weights: names of the parameters in its model; the other tensors are buffers.
+            losses: all so far, those of a resumed run from its checkpoint on.
+            name: of the file.
+
+        Raises:
+            Diverged: a number of the model or the optimizer is not finite, or the weights have exploded.
+        """
+        model, moments = state["model"], [held.values() for held in state["optimizer"]["state"].values()]
+        norm = norm_of(model[key] for key in weights)
+        for what, values in (("model", model.values()), ("optimizer", chain.from_iterable(moments))):
+            if not math.isfinite(norm_of(values)):
+                raise Diverged(f"the {what} holds infinite numbers or NaN: the run diverged, and {name} was not saved")
+        self.norm = self.norm or norm  # of a sharded model, from its first checkpoint
+        if norm > EXPLODED * self.norm:
+            raise Diverged(
+                f"the norm of the weights is {norm:.3g}, and was {self.norm:.3g} at the start: the run diverged, and"
+                f" {name} was not saved"
+            )
+        loss = losses.mean(min(RECENT, len(losses.data[0]))) if losses and len(losses.data[0]) else None
+        if loss is not None and self.loss is not None and 0 < WORSE * self.loss < loss:
+            return (
+                f"the mean loss is {loss:.3g}, and was {self.loss:.3g} before; {self.good} is kept until the loss is"
+                f" less than {WORSE} times that again"
+            )
+        if NUMBERED.fullmatch(name) or not self.good:  # an interrupted.pth will be replaced by the next
+            self.good = name
+        if loss is not None:
+            self.loss = float(loss) if self.loss is None else min(self.loss, float(loss))
+        return ""
+
+
+def modified(path: Path) -> int | None:
+    """When a file was modified, in nanoseconds; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def norm_of(values: Iterable[object]) -> float:
+    """The norm of all floating-point tensors among these values; other values, and whole numbers, do not count."""
+    tensors = [value.detach() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    norms = [norm.double() for norm in torch._foreach_norm(tensors)] if tensors else []
+    return float(torch.stack([norm.cpu() for norm in norms]).norm()) if norms else 0.0

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from torch.utils.data import DataLoader
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
@@ -16,6 +17,7 @@ from semaim.checkpoints import LoadReport
 from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
+from semaim.engine.resuming import check_data
 from semaim.engine.runner import SeededRunner
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
@@ -72,6 +74,9 @@ class RunnableTask(Protocol):
 
     def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
         """Shuffled batches of this process."""
+
+    def identity(self, images: Any) -> str:
+        """A hash of the names and sizes of the files of a split, see `semaim.data.identity`."""
 
     def model_config(self, cfg: Config) -> dict:
         """The config from which the runner builds the model."""
@@ -130,7 +135,11 @@ def prepare_training(
 
 
 def train(
-    cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: PreparedTraining | None = None
+    cfg: Config,
+    resume_from: str | None = None,
+    notes: Sequence[str] = (),
+    prepared: PreparedTraining | None = None,
+    strict_data: bool = False,
 ) -> SeededRunner:
     """Train as the config says, in this process, together with any others of a distributed launch.
 
@@ -139,12 +148,15 @@ def train(
         resume_from: this run's own checkpoint to resume from.
         notes: lines for the log.
         prepared: result of `prepare_training` for this config, in this process; None to prepare here.
+        strict_data: `UserError` if a resumed run's data have changed since its checkpoint; else a warning.
     """
     world = join()
     # With accumulated steps, the schedule moves before the first optimizer step.
     warnings.filterwarnings("ignore", message="Detected call of .scheduler.step")
     run = prepared or prepare_training(cfg, world, resume_from, check=False)
     task, plan = run.task, run.plan
+    data = identities(run) if is_main_process() else {}
+    changed = check_data(resume_from, data, strict_data) if data and resume_from else None
     torch.manual_seed(cfg.seed)
     loader = task.training_loader(cfg, run)
     cfg.optim_wrapper.optimizer.lr = plan.lr
@@ -159,11 +171,12 @@ def train(
         **task.schedule(cfg, run, loader),
         **(task.validation(cfg, run, "val") if run.val is not None else {}),
     )
+    runner.data_identity = data
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
     for line in (*notes, str(plan), *task.describe(cfg, run, loader, model)):
         log(line)
-    for line in task.cautions(run, model):
+    for line in (*task.cautions(run, model), *([changed] if changed else [])):
         runner.logger.warning(line)
     if resume_from is None and cfg.get("pretrained"):
         log(str(record_load(task.load_encoder(cfg, model, cfg.pretrained), cfg, runner.cfg)))
@@ -177,6 +190,12 @@ def train(
         metrics, more = task.trained_figures(cfg, runner)
         write_results(cfg, metrics, len(run.train), len(run.val), cfg.get("pretrained"), **more, **run.recorded)
     return runner
+
+
+def identities(run: PreparedTraining) -> dict[str, str]:
+    """Split of the data -> hash of its files."""
+    splits = {"train": run.train, "val": run.val}
+    return {name: run.task.identity(images) for name, images in splits.items() if images is not None}
 
 
 def make_runner(cfg: Config, **parts) -> SeededRunner:

@@ -1,5 +1,6 @@
 """The pipeline from images to the results table as plain data: every stage, its command and its dependencies."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ class Stage:
         line += ["--gpus", str(self.gpus), "--work-dir", str(self.folder)]
         line += ["--pretrained", str(self.pretrained)] if self.pretrained and self.trains else []
         line += ["--data-root", str(self.data_root)] if self.data_root else []
-        line += ["--resume"] if self.trains and (self.folder / "latest.pth").exists() else []
+        line += ["--resume"] if self.trains and os.path.lexists(self.folder / "latest.pth") else []
         options = [f"{key}={value}" for key, value in as_words(self.options).items()]
         return line + (["--cfg-options", *options] if options else [])
 

@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import shlex
 import sys
 from decimal import Decimal
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from semaim.engine.config import load_config
-from semaim.errors import Diverged, UserError, check_work_dir
+from semaim.engine.locking import work_folder
+from semaim.errors import Diverged, UserError
 from semaim.places import is_name
 from semaim.registry import Metric, task_titled, tasks
 from semaim.results.running import as_words, follow, read, refuse_changes, shortened, tool
@@ -78,7 +80,7 @@ def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
     line = [*tool("train"), args.config, "--gpus", args.gpus, "--work-dir", str(folder)]
     line += ["--pretrained", args.pretrained] if args.pretrained else []
     line += ["--data-root", args.data_root] if args.data_root else []
-    line += ["--resume"] if (folder / "latest.pth").exists() else []
+    line += ["--resume"] if os.path.lexists(folder / "latest.pth") else []
     options = {**record["settings"]["options"], "base_lr": short(record["base_lr"])}
     if args.layer_decay:
         options[DECAY] = short(record["layer_decay"])
@@ -89,7 +91,11 @@ def sweep(args: argparse.Namespace, work: Path) -> int:
     """Train what has not finished; returns the exit status."""
     runs = plan(args)
     check_folder(work, runs)
-    check_work_dir(work)
+    with work_folder(work):
+        return _train(args, work, runs)
+
+
+def _train(args: argparse.Namespace, work: Path, runs: dict[str, dict]) -> int:
     for number, (name, record) in enumerate(runs.items(), 1):
         folder = work / name
         title = f"run {number} of {len(runs)}, {name}:"

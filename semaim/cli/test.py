@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " semaim/configs/test_sets, or --tasks test_sets; may be given several times",
     )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
+    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--timeout", "--cfg-options")
     return parser.parse_args(argv)
 
 
@@ -82,4 +82,4 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         check_work_dir(cfg.work_dir)
         return prepared
 
-    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.processes or args.gpus)
+    return command(prepare, lambda prepared: test(cfg, weights, prepared), args.processes or args.gpus, args.timeout)

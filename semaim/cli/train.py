@@ -25,7 +25,15 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--override", action="store_true", help="with --resume: options given here replace the run's own"
     )
     add_flags(
-        parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options"
+        parser,
+        "--data-root",
+        "--pretrained",
+        "--arch",
+        "--work-dir",
+        "--allow-partial",
+        "--gpus",
+        "--timeout",
+        "--cfg-options",
     )
     return parser
 
@@ -58,4 +66,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             check_work_dir(cfg.work_dir)
             return prepared
 
-        return command(prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus)
+        return command(
+            prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus, args.timeout, cfg.work_dir
+        )

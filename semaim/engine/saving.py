@@ -13,8 +13,9 @@ from mmengine.registry import HOOKS
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
 from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
-from semaim.engine.hooks import DeferredRuntimeInfo
+from semaim.engine.hooks import read_outputs
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
+from semaim.engine.watching import progress
 from semaim.errors import UserError
 
 HISTORY = 100  #: logged values saved per scalar, so that smoothed numbers continue after resuming
@@ -139,13 +140,15 @@ class SaveCheckpoints(Hook):
         if not self.by_epoch and (done % self.interval == 0 or done == runner.max_iters):
             self.save(runner, done // len(runner.train_dataloader.batch_sampler), done, f"iter_{done}.pth")
 
-    def save(self, runner, epoch: int, iteration: int, name: str) -> None:
-        """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints."""
-        for hook in runner.hooks:
-            if isinstance(hook, DeferredRuntimeInfo):
-                hook.read(runner)  # raises if the run has diverged, so that it is not saved
+    def save(self, runner, epoch: int, iteration: int, name: str, alone: bool = False) -> None:
+        """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints.
+
+        Every process has to call it, unless `alone`: then this one writes, and the weights must not be sharded.
+        """
+        read_outputs(runner, alone)
+        progress("saving")
         state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
-        if not is_main_process():
+        if not (is_main_process() or alone):
             return
         folder = Path(runner.work_dir)
         state = plain(state or training_state(runner, epoch, iteration))

@@ -139,7 +139,12 @@ def run_command(
         end_with_parent()
     world = join(timeout)
     try:
-        work(prepared)
+        try:
+            work(prepared)
+        except (RuntimeError, OSError, EOFError) as error:
+            if found := watching.explained(error):
+                raise found from None
+            raise
         if world > 1:
             leave()
         return 0
@@ -158,8 +163,6 @@ def run_command(
                 print(f"rank {os.environ['RANK']}: {lost(error)}; {continues(saves_in)}", file=sys.stderr, flush=True)
             time.sleep(60)  # another process failed and reported why; the launcher ends this one with its status
             return 1
-        if found := watching.explained(error):
-            raise found from None
         raise
     finally:
         watching.unwatch()
@@ -180,7 +183,11 @@ def continues(saves_in: str | None) -> str:
     if saves_in is None:
         return "the same command starts it again"
     newest = newest_checkpoint(saves_in)
-    return f"it continues from {newest.resolve()} with --resume" if newest else f"nothing has been saved in {saves_in}"
+    return (
+        f"the run continues from {newest.resolve()} with --resume"
+        if newest
+        else f"nothing has been saved in {saves_in}"
+    )
 
 
 def restart_command() -> list[str]:
@@ -242,11 +249,20 @@ def spawn(arguments: list[str], processes: int, saves_in: str | None = None) -> 
 
 
 def failed(error: ChildFailedError, saves_in: str | None) -> int:
-    """Report the processes that a signal has ended; returns the exit status of all."""
+    """Report the processes that a signal has ended; returns the exit status of all.
+
+    Those that had to end because another had failed are among the failures: by SIGTERM, or with exit status 1.
+    """
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    codes = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
+    known = [code for code in codes.values() if code > 1]
+    if known:
+        if known[0] - 128 in watching.STOPS:
+            raise Stopped(known[0] - 128)
+        return known[0]  # the process has said why
     for rank, code in codes.items():
         if code < 0:
             died = watching.ended_by(f"rank {rank} (process {error.failures[rank].pid})", -code)
             print(f"error: {died}; {continues(saves_in)}", file=sys.stderr)
             return died.status
-    return max(1, *codes.values())
+    return 1

@@ -24,7 +24,8 @@ from semaim.engine.launcher import end_with_parent
 from semaim.engine.saving import restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
-from semaim.engine.stopping import STOPS, Resumable, Validating
+from semaim.engine.stopping import Resumable, Validating
+from semaim.engine.watching import STOPS
 
 if TYPE_CHECKING:  # importing it registers types that only dense tasks need
     from semaim.engine.dense import SeededImages

@@ -17,11 +17,8 @@ from semaim.data.seeding import seed_of
 from semaim.engine.launcher import SPAWNED
 from semaim.engine.saving import SaveCheckpoints
 from semaim.engine.sharding import is_sharded
-from semaim.engine.watching import explained, progress
+from semaim.engine.watching import STOPS, explained, progress
 from semaim.errors import Diverged, Stopped, UserError
-
-#: Signals that stop a run: Ctrl-C, a scheduler's, a closed terminal's, and the one that announces the end of a job.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Resumable(BaseLoop):
@@ -67,7 +64,7 @@ class Resumable(BaseLoop):
         except UserError:
             self.save_failed()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             found = explained(error)
             if found or several and "gloo" in str(error):
                 self.save_failed()

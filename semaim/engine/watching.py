@@ -15,6 +15,8 @@ import torch
 from semaim.errors import UserError
 
 TIMEOUT = 1800  #: s, the default of --timeout
+#: Signals that stop a run: Ctrl-C, a scheduler's, a closed terminal's, and the one that announces the end of a job.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TIMED_OUT = 124  #: exit status, that of `timeout`
 _SHARED_MEMORY = ("unable to write to file </torch_", "unable to open shared memory", "unable to mmap", "/torch_")
 _LIKELY = {
@@ -50,18 +52,21 @@ def ended_by(what: str, number: int) -> Ended:
     return Ended(f"{what} was ended by {named(number)}" + (f": {likely}" if likely else ""), number)
 
 
-def explained(error: RuntimeError) -> UserError | None:
+def explained(error: Exception) -> UserError | None:
     """A data loader's failure in one line: a worker that a signal has ended, or a full /dev/shm; None for any other."""
     text = str(error)
-    if "DataLoader worker" in text and ("exited unexpectedly" in text or "is killed by signal" in text):
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            for worker in getattr(frame.f_locals.get("self"), "_workers", ()):
-                if (worker.exitcode or 0) < 0:
-                    return ended_by(f"a data loader's worker (process {worker.pid})", -worker.exitcode)
-        for number in _LIKELY:
-            if f"signal: {signal.strsignal(number)}" in text:
-                return ended_by("a data loader's worker", number)
-        return UserError("a data loader's worker has ended by itself: with num_workers=0 its error is shown")
+    gone = isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in text  # it also hands over files
+    frames = traceback.walk_tb(error.__traceback__) if gone else ()
+    held = [worker for frame, _ in frames for worker in getattr(frame.f_locals.get("self"), "_workers", ())]
+    end = time.monotonic() + 2
+    while held and all(worker.is_alive() for worker in held) and time.monotonic() < end:
+        time.sleep(0.05)  # it is about to end
+    for worker in held:
+        if (worker.exitcode or 0) < 0:
+            return ended_by(f"a data loader's worker (process {worker.pid})", -worker.exitcode)
+    for number in _LIKELY:
+        if f"is killed by signal: {signal.strsignal(number)}" in text:
+            return ended_by("a data loader's worker", number)
     if any(part in text for part in _SHARED_MEMORY) and ("No space left" in text or "Cannot allocate" in text):
         return UserError(
             "the shared memory (/dev/shm), through which workers hand over images, is full: lower num_workers, or"

@@ -51,12 +51,13 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     return near or [other for other in known if name and name in other.split("_")][:3]
 
 
-def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
+def check_work_dir(folder: str | os.PathLike, make: bool = True, flag: str = "--work-dir") -> None:
     """`UserError` if a run could not write to its work folder.
 
     Args:
         folder: it and its parents need not exist yet.
         make: create it; else its nearest existing parent is checked.
+        flag: of the command, that names it.
     """
     there = Path(folder).absolute()
     try:
@@ -68,7 +69,8 @@ def check_work_dir(folder: str | os.PathLike, make: bool = True) -> None:
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error
-        raise UserError(f"cannot write to the work folder {folder}: {reason}; name another --work-dir") from None
+        kind = flag.strip("-").replace("-dir", " folder")
+        raise UserError(f"cannot write to the {kind} {folder}: {reason}; name another {flag}") from None
 
 
 @contextmanager

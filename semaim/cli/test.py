@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
     add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--timeout", "--cfg-options")
+    parser.set_defaults(timeout=3600.0)  # one process may fit a probe while the others wait
     return parser.parse_args(argv)
 
 

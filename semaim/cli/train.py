@@ -24,17 +24,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--override", action="store_true", help="with --resume: options given here replace the run's own"
     )
-    add_flags(
-        parser,
-        "--data-root",
-        "--pretrained",
-        "--arch",
-        "--work-dir",
-        "--allow-partial",
-        "--gpus",
-        "--timeout",
-        "--cfg-options",
+    parser.add_argument(
+        "--rescue-dir", metavar="DIR", help="where the run's state is saved if the work folder is full or read-only"
     )
+    add_flags(parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial")
+    add_flags(parser, "--gpus", "--timeout", "--cfg-options")
     return parser
 
 
@@ -64,8 +58,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         def prepare(processes: int):
             prepared = prepare_training(cfg, processes, resume_from)
             check_work_dir(cfg.work_dir)
+            if args.rescue_dir:
+                check_work_dir(args.rescue_dir, flag="--rescue-dir")
             return prepared
 
-        return command(
-            prepare, lambda prepared: train(cfg, resume_from, notes, prepared), args.gpus, args.timeout, cfg.work_dir
-        )
+        def work(prepared):
+            return train(cfg, resume_from, notes, prepared, args.rescue_dir)
+
+        return command(prepare, work, args.gpus, args.timeout, cfg.work_dir)

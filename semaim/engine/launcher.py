@@ -259,6 +259,8 @@ def failed(error: ChildFailedError, saves_in: str | None) -> int:
     if known:
         if known[0] - 128 in watching.STOPS:
             raise Stopped(known[0] - 128)
+        if known[0] == watching.TIMED_OUT:
+            print(continues(saves_in), file=sys.stderr)
         return known[0]  # the process has said why
     for rank, code in codes.items():
         if code < 0:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from semaim.checkpoints.files import read_checkpoint
 from semaim.data.folder import EndlessBatches, PretrainImages, ResumableBatches
 from semaim.data.labelled import LabelledImages
+from semaim.engine.full_disk import Tolerant, go_on
 from semaim.engine.hooks import read_outputs
 from semaim.engine.launcher import end_with_parent
 from semaim.engine.saving import restore_training_state
@@ -26,6 +27,7 @@ from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
 from semaim.engine.stopping import Resumable, Validating
 from semaim.engine.watching import STOPS
+from semaim.errors import UserError
 
 if TYPE_CHECKING:  # importing it registers types that only dense tasks need
     from semaim.engine.dense import SeededImages
@@ -227,4 +229,17 @@ class SeededRunner(Runner):
         """mmengine's logger without the page of hooks and the experiment's name after every epoch."""
         logger = super().build_logger(*args, **kwargs)
         logger.addFilter(lambda record: not str(record.msg).startswith(("Exp name", "Hooks will be")))
-        return logger
+        return go_on(logger)
+
+    def dump_config(self) -> None:
+        """mmengine's; `UserError` if there is no space."""
+        try:
+            super().dump_config()
+        except OSError as error:
+            raise UserError(f"cannot write to the work folder {self.work_dir}: {error.strerror}") from None
+
+    def build_visualizer(self, visualizer=None):
+        """mmengine's, whose writers do not end a run when the disk is full."""
+        built = super().build_visualizer(visualizer)
+        built._vis_backends = {name: Tolerant(backend) for name, backend in built._vis_backends.items()}
+        return built

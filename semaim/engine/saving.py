@@ -12,7 +12,8 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint, write_checkpoint
+from semaim.checkpoints.files import FORMAT, newest_checkpoint, plain, read_checkpoint
+from semaim.engine.full_disk import write_or_rescue
 from semaim.engine.hooks import read_outputs
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
 from semaim.engine.watching import progress
@@ -121,9 +122,13 @@ class SaveCheckpoints(Hook):
         interval: epochs or iterations between two checkpoints; the last is always saved.
         keep: number of newest checkpoints to keep; 0 keeps all.
         by_epoch: whether the run counts in epochs.
+
+    Attributes:
+        rescue_dir: folder for the state if the work folder cannot be written; None for none.
     """
 
     priority = "VERY_LOW"
+    rescue_dir: str | None = None
 
     def __init__(self, interval: int = 20, keep: int = 3, by_epoch: bool = True):
         self.interval, self.keep, self.by_epoch = interval, keep, by_epoch
@@ -152,7 +157,7 @@ class SaveCheckpoints(Hook):
             return
         folder = Path(runner.work_dir)
         state = plain(state or training_state(runner, epoch, iteration))
-        write_checkpoint(state | for_mm(runner, state), folder / name)
+        write_or_rescue(state | for_mm(runner, state), folder / name, self.rescue_dir)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)

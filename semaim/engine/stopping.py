@@ -53,6 +53,7 @@ class Resumable(BaseLoop):
         try:
             return self.work()
         except (CannotSave, Diverged):
+            self.is_first()  # so that no other process saves what this one could not
             raise
         except Stopped as error:  # all processes have agreed
             self.stop_signal = error.status - 128
@@ -96,15 +97,21 @@ class Resumable(BaseLoop):
         if not self.whole:
             return
         if get_world_size() == 1:
-            return self.save()
+            self.save()
+            return
         if is_sharded(self.runner.model):
             return
-        try:
-            first = torch.distributed.distributed_c10d._get_default_store().add("semaim/saves", 1) == 1
-        except RuntimeError:  # rank 0, which had the store, has ended
-            first = get_rank() == 1
-        if first:
+        if self.is_first():
             self.save(alone=True)
+
+    def is_first(self) -> bool:
+        """Whether this is the first of several processes that asks, after an error."""
+        if get_world_size() == 1:
+            return True
+        try:
+            return torch.distributed.distributed_c10d._get_default_store().add("semaim/saves", 1) == 1
+        except RuntimeError:  # rank 0, which had the store, has ended
+            return get_rank() == 1
 
     def _on_signal(self, number: int, frame) -> None:
         """Stop where weights and counters agree: after an iteration or in a validation; at a second Ctrl-C, at once."""

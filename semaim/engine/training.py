@@ -17,6 +17,7 @@ from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner
+from semaim.engine.saving import SaveCheckpoints
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 from semaim.reading import forget
@@ -130,7 +131,11 @@ def prepare_training(
 
 
 def train(
-    cfg: Config, resume_from: str | None = None, notes: Sequence[str] = (), prepared: PreparedTraining | None = None
+    cfg: Config,
+    resume_from: str | None = None,
+    notes: Sequence[str] = (),
+    prepared: PreparedTraining | None = None,
+    rescue_dir: str | None = None,
 ) -> SeededRunner:
     """Train as the config says, in this process, together with any others of a distributed launch.
 
@@ -139,6 +144,7 @@ def train(
         resume_from: this run's own checkpoint to resume from.
         notes: lines for the log.
         prepared: result of `prepare_training` for this config, in this process; None to prepare here.
+        rescue_dir: folder for the run's state if the work folder cannot be written; None for none.
     """
     world = join()
     # With accumulated steps, the schedule moves before the first optimizer step.
@@ -159,6 +165,9 @@ def train(
         **task.schedule(cfg, run, loader),
         **(task.validation(cfg, run, "val") if run.val is not None else {}),
     )
+    for hook in runner.hooks:
+        if isinstance(hook, SaveCheckpoints):
+            hook.rescue_dir = rescue_dir
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
     for line in (*notes, str(plan), *task.describe(cfg, run, loader, model)):

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from semaim.errors import UserError
+from semaim.errors import FULL, UserError
 
 TIMEOUT = 1800  #: s, the default of --timeout
 #: Signals that stop a run: Ctrl-C, a scheduler's, a closed terminal's, and the one that announces the end of a job.
@@ -67,12 +68,23 @@ def explained(error: Exception) -> UserError | None:
     for number in _LIKELY:
         if f"is killed by signal: {signal.strsignal(number)}" in text:
             return ended_by("a data loader's worker", number)
-    if any(part in text for part in _SHARED_MEMORY) and ("No space left" in text or "Cannot allocate" in text):
+    batch = any(part in text for part in _SHARED_MEMORY) and ("No space left" in text or "Cannot allocate" in text)
+    if batch or isinstance(error, OSError) and error.errno in FULL and _of_loader(error):
         return UserError(
             "the shared memory (/dev/shm), through which workers hand over images, is full: lower num_workers, or"
             " enlarge it (docker run --shm-size=16g)"
         )
     return None
+
+
+def _of_loader(error: Exception) -> bool:
+    """Whether an error comes from the start of a loader's workers; its iterator is not to complain again."""
+    made = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for iterator in made:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown = True
+            return True
+    return False
 
 
 @dataclass

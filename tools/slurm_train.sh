@@ -39,22 +39,22 @@ fi
 task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 exec "$@"'
-# shellcheck disable=SC2086  # SRUN_ARGS are several words
-srun "${asked[@]}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
-  bash -c "$task" task "$python" -u "$root/tools/train.py" "$3" --work-dir "$4" ${flags[@]+"${flags[@]}"} &
-step=$!
-# srun passes them on to the tasks. Without REQUEUE, Ctrl-C needs no help: the terminal sends it to srun, too.
-for name in USR1 TERM HUP; do
-  # shellcheck disable=SC2064  # the names of now
-  trap "kill -$name $step 2> /dev/null || true" "$name"
+# shellcheck disable=SC2206  # SRUN_ARGS are several words
+step=(srun "${asked[@]}" --kill-on-bad-exit=1 ${SRUN_ARGS:-}
+  bash -c "$task" task "$python" -u "$root/tools/train.py" "$3" --work-dir "$4" ${flags[@]+"${flags[@]}"})
+[[ ${REQUEUE:-} == 1 ]] || exec "${step[@]}"
+"${step[@]}" &
+pid=$!
+for name in USR1 TERM; do # for the batch script alone; srun passes them on to the tasks
+  # shellcheck disable=SC2064  # the name of now
+  trap "again=1; kill -$name $pid 2> /dev/null || true" "$name"
 done
-status=0
-wait "$step" || status=$?
-while kill -0 "$step" 2> /dev/null; do # a signal has ended the wait, not the step
-  status=0
-  wait "$step" || status=$?
+again=1
+while [[ $again ]]; do # a signal ends the wait, not the step
+  again='' status=0
+  wait "$pid" || status=$?
 done
-if [[ ${REQUEUE:-} == 1 && $status == 138 ]]; then # 128 + SIGUSR1: the job's time is over, and the state is saved
+if [[ $status == 138 ]]; then # 128 + SIGUSR1: the job's time is over, and the state is saved
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

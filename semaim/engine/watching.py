@@ -20,7 +20,7 @@ TIMEOUT = 1800  #: s, the default of --timeout
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TIMED_OUT = 124  #: exit status, that of `timeout`
 _SHARED_MEMORY = ("unable to write to file </torch_", "unable to open shared memory", "unable to mmap", "/torch_")
-_LIKELY = {
+_LIKELY: dict[int, str] = {
     signal.SIGKILL: "most likely the machine ran out of memory, or the scheduler ended it: lower num_workers or"
     " --cfg-options images_per_gpu=N",
     signal.SIGBUS: "most likely the shared memory (/dev/shm) is full: lower num_workers, or enlarge it (docker run"
@@ -49,7 +49,7 @@ def named(number: int) -> str:
 
 def ended_by(what: str, number: int) -> Ended:
     """The error that says which process a signal has ended, and what is likely."""
-    likely = _LIKELY.get(signal.Signals(number)) if number in signal.valid_signals() else None
+    likely = _LIKELY.get(number)
     return Ended(f"{what} was ended by {named(number)}" + (f": {likely}" if likely else ""), number)
 
 

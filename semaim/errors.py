@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+#: System errors of a disk without space.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: System errors where the user may not write a folder or file, or the disk is full.
 REFUSALS = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENAMETOOLONG,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, *FULL
 )  # fmt: skip
 
 
@@ -26,6 +27,14 @@ class Diverged(UserError):
     """The loss is NaN or infinite."""
 
     status = 3  # a learning rate sweep continues with the next run
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped a command; `status` is 128 and the signal's number, as in a shell."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.status = 128 + number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -42,8 +51,8 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     return near or [other for other in known if name and name in other.split("_")][:3]
 
 
-def check_work_dir(folder: str | os.PathLike) -> None:
-    """Create a run's work folder, if need be; `UserError` if it cannot be written."""
+def check_work_dir(folder: str | os.PathLike, flag: str = "--work-dir") -> None:
+    """Create a run's folder, if need be; `UserError` if it cannot be written, which names the flag for another."""
     there = Path(folder).absolute()
     try:
         there.mkdir(parents=True, exist_ok=True)
@@ -51,7 +60,8 @@ def check_work_dir(folder: str | os.PathLike) -> None:
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error
-        raise UserError(f"cannot write to the work folder {folder}: {reason}; name another --work-dir") from None
+        kind = flag.strip("-").replace("-dir", " folder")
+        raise UserError(f"cannot write to the {kind} {folder}: {reason}; name another {flag}") from None
 
 
 @contextmanager
@@ -65,23 +75,33 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; exit status 0, a `UserError`'s, 130 after an interrupt, 141 after a closed pipe."""
+    """Run a command's `main`; returns the exit status.
+
+    0, a `UserError`'s, 128 and a signal's number after one has stopped it (130 after Ctrl-C), 141 after a closed pipe.
+    """
     try:
         code = main() or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
+        _drop_output()
         return 141
     except UserError as error:
         # From a data loader's worker the message arrives wrapped in that worker's traceback.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return error.status
     except OSError as error:  # of a folder that no check has covered
-        if error.errno not in REFUSALS or not error.filename:
+        if error.errno not in (REFUSALS if error.filename else FULL):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        if not error.filename:  # perhaps the output's
+            _drop_output()
+        print(f"error: {error.filename or 'a file, or the output'}: {error.strerror}", file=sys.stderr)
         return UserError.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return getattr(error, "status", 130)
+
+
+def _drop_output() -> None:
+    """Have Python not complain again, at its end, about output that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,6 +40,13 @@ FLAGS: dict[str, dict] = {
         "metavar": "N",
         "help": "number of GPUs of this machine, or all; without a GPU, number of CPU processes",
     },
+    "--timeout": {
+        "type": float,
+        "default": 1800.0,
+        "metavar": "SECONDS",
+        "help": "end a run of several processes, with exit status 124, if one keeps the others waiting for this time"
+        " without a batch, checkpoint or picture (default: %(default)g)",
+    },
     "--cfg-options": {
         "nargs": "+",
         "action": ConfigOptions,

@@ -37,7 +37,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " semaim/configs/test_sets, or --tasks test_sets; may be given several times",
     )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options")
+    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--timeout", "--cfg-options")
+    parser.set_defaults(timeout=3600.0)  # one process may fit a probe while the others wait
     return parser.parse_args(argv)
 
 
@@ -82,4 +83,5 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             lambda processes: prepare_test(cfg, weights),
             lambda prepared: test(cfg, weights, prepared),
             args.processes or args.gpus,
+            args.timeout,
         )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from semaim.cli.options import add_flags
-from semaim.errors import UserError
+from semaim.errors import UserError, check_work_dir
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -29,9 +29,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         action="store_true",
         help="with --resume: stop if names or sizes of the images have changed since the checkpoint; else a warning",
     )
-    add_flags(
-        parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial", "--gpus", "--cfg-options"
+    parser.add_argument(
+        "--rescue-dir", metavar="DIR", help="where the run's state is saved if the work folder is full or read-only"
     )
+    add_flags(parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial")
+    add_flags(parser, "--gpus", "--timeout", "--cfg-options")
     return parser
 
 
@@ -62,9 +64,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         resume_from, notes = resume_settings(cfg, given, args.resume, args.override)
 
         def prepare(processes: int):
-            return prepare_training(cfg, processes, resume_from)
+            prepared = prepare_training(cfg, processes, resume_from)
+            if args.rescue_dir:
+                check_work_dir(args.rescue_dir, flag="--rescue-dir")
+            return prepared
 
         def work(prepared) -> None:
-            train(cfg, resume_from, notes, prepared, args.strict_data)
+            train(cfg, resume_from, notes, prepared, args.strict_data, args.rescue_dir)
 
-        return command(prepare, work, args.gpus)
+        return command(prepare, work, args.gpus, args.timeout, cfg.work_dir)

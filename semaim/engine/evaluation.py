@@ -27,6 +27,7 @@ from semaim.engine.classification import Classification
 from semaim.engine.encoders import settle_images
 from semaim.engine.extraction import LABELS, extract_features, processes
 from semaim.engine.features import ProbeResult, Split
+from semaim.engine.full_disk import go_on
 from semaim.engine.images import ImageTask, build_datasets, empty_model, fit_encoder
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import evaluation_loader
@@ -362,4 +363,4 @@ def digest_of(network: nn.Module) -> str:
 def logger_of(cfg: Config) -> MMLogger:
     """A logger to the terminal, on the main process."""
     name = str(Path(cfg.work_dir).resolve()).replace("/", "_")
-    return MMLogger.get_instance(name, logger_name="mmengine", distributed=torch.distributed.is_initialized())
+    return go_on(MMLogger.get_instance(name, logger_name="mmengine", distributed=torch.distributed.is_initialized()))

@@ -50,17 +50,20 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
         if due or not self.late:
             self.read(runner)
 
-    def read(self, runner) -> None:
-        """Write all pending numbers to the message hub; every process has to call it."""
+    def read(self, runner, alone: bool = False) -> None:
+        """Write all pending numbers to the message hub; every process has to call it, unless `alone`."""
         if not self.waiting:
             return
         waiting, self.waiting = self.waiting, []
         losses = torch.stack([values["loss"] for _, values in waiting])
-        if get_world_size() > 1:
+        if get_world_size() > 1 and not alone:
             shared = torch.cat([losses, losses.new_tensor([runner.train_loop.stop_signal is not None])])
-            torch.distributed.all_reduce(shared)
-            losses, asked = shared[:-1] / get_world_size(), shared[-1]
-            runner.train_loop.stopping |= bool(asked)
+            try:
+                torch.distributed.all_reduce(shared)
+                losses, asked = shared[:-1] / get_world_size(), shared[-1]
+                runner.train_loop.stopping |= bool(asked)
+            except RuntimeError as error:  # a process has ended: the loop raises this when the iteration is done
+                runner.train_loop.lost = error
         numbers = torch.stack([value.double() for _, values in waiting for value in values.values()]).tolist()
         for (iteration, values), loss in zip(waiting, losses.tolist(), strict=True):
             mine, numbers = numbers[: len(values)], numbers[len(values) :]
@@ -68,6 +71,13 @@ class DeferredRuntimeInfo(RuntimeInfoHook):
                 raise Diverged(f"the loss is {loss} in iteration {iteration}: the run diverged")
             for name, number in {**dict(zip(values, mine, strict=True)), "loss": loss}.items():
                 runner.message_hub.update_scalar(f"train/{name}", number)
+
+
+def read_outputs(runner, alone: bool = False) -> None:
+    """`DeferredRuntimeInfo.read` of a runner; raises `Diverged`, so that a run that has diverged is not saved."""
+    for hook in runner.hooks:
+        if isinstance(hook, DeferredRuntimeInfo):
+            hook.read(runner, alone)
 
 
 @HOOKS.register_module()

@@ -15,6 +15,7 @@ from semaim.checkpoints import LoadReport
 from semaim.checkpoints.files import FORMAT
 from semaim.checkpoints.normalisation import of_config
 from semaim.checkpoints.safe_reading import read_file
+from semaim.errors import UserError
 from semaim.models.vit import SIZES
 from semaim.places import is_name
 from semaim.record import record_of
@@ -74,7 +75,12 @@ def write_results(
         "torch": torch.__version__,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
     }
-    record_of(values).write(Path(cfg.work_dir))
+    try:
+        record_of(values).write(Path(cfg.work_dir))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {cfg.work_dir}/results.json: {error.strerror}; the figures are in the log above"
+        ) from None
 
 
 def statistics_of(cfg: Config) -> dict:

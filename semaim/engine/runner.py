@@ -1,28 +1,33 @@
 """mmengine's Runner with our checkpoints, a loop that resumes inside an epoch, and DDP that also runs on a CPU."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import warnings
 from typing import TYPE_CHECKING
 
 import mmengine.device.utils
-import numpy as np
 import torch
 from mmengine.device import get_device
-from mmengine.dist import get_rank, get_world_size, is_main_process
+from mmengine.dist import get_rank, get_world_size
 from mmengine.model import BaseModel, MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from semaim.checkpoints.files import CannotSave, read_checkpoint
-from semaim.data.folder import EndlessBatches, PretrainImages, ResumableBatches, seed_of
+from semaim.checkpoints.files import read_checkpoint
+from semaim.data.folder import EndlessBatches, PretrainImages, ResumableBatches
 from semaim.data.labelled import LabelledImages
-from semaim.engine.launcher import SPAWNED, end_with_parent
-from semaim.engine.saving import SaveCheckpoints, restore_training_state
+from semaim.engine.full_disk import Tolerant, go_on
+from semaim.engine.hooks import read_outputs
+from semaim.engine.launcher import end_with_parent
+from semaim.engine.saving import restore_training_state
 from semaim.engine.schedule import BatchPlan
 from semaim.engine.sharding import is_sharded, shard
-from semaim.errors import Diverged, UserError
+from semaim.engine.stopping import Resumable, Validating
+from semaim.engine.watching import STOPS
+from semaim.errors import UserError
 
 if TYPE_CHECKING:  # importing it registers types that only dense tasks need
     from semaim.engine.dense import SeededImages
@@ -69,88 +74,19 @@ def _loader(images: Dataset, num_workers: int, collate=default_collate, **batche
 def prepare_worker(worker: int) -> None:
     """Set up a loader's worker at its start."""
     torch.set_num_threads(1)
-    # Ctrl-C, or what a scheduler sends to the process group, is for the main process, which ends its workers when it
-    # has saved. A worker outside of the group would outlive a killed main process and wait forever.
+    # What a terminal or a scheduler sends to all processes is for the main process, which ends its workers when it has
+    # saved. A worker outside of the group would outlive a killed main process and wait forever.
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     if end_with_parent(signal.SIGKILL):
         os.setpgid(0, 0)
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal stopped the run between two iterations, the same ones in all processes."""
-
-
-class Resumable(BaseLoop):
-    """Base of the loops: they start at any iteration, seed from (seed, iteration, rank) alone, and save when stopped.
-
-    Attributes:
-        stop_signal: name of the signal that asked this process to stop.
-        stopping: whether this iteration is the last; all processes have to agree, see `DeferredRuntimeInfo`.
-    """
-
-    stop_signal: str | None = None
-    stopping = False
-
-    def seek(self, epoch: int, iteration: int) -> None:
-        """Start after `epoch` whole epochs and `iteration` iterations in all."""
-        self._epoch, self._iter = epoch, iteration
-
-    def run(self) -> torch.nn.Module:
-        """Train; on Ctrl-C or SIGTERM, or in a single process on bad data, save the run's state before ending."""
-        self.stop_signal, self.stopping = None, False
-        several = get_world_size() > 1
-        # Our launcher passes Ctrl-C on, and ends with SIGTERM the processes that remain after another has failed.
-        numbers = [signal.SIGINT] if SPAWNED in os.environ else [signal.SIGINT, signal.SIGTERM]
-        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
-        saver = next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
-        try:
-            return self.work()
-        except CannotSave:
-            raise
-        except Diverged as error:
-            raise Diverged(f"{error}; {saver.advice(self.runner)}" if saver else str(error)) from None
-        except (UserError, KeyboardInterrupt) as error:
-            if several and not isinstance(error, Stopped):
-                raise  # the other processes do not know of it
-            steps, rest = divmod(self._iter, self.dataloader.batch_sampler.accumulation)
-            if saver and steps:
-                saver.save(self.runner, self.epoch, self._iter - rest, "interrupted.pth")
-            if several:
-                torch.distributed.barrier()  # if one exited, the launcher would end the one that saves
-            raise
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame) -> None:
-        """Stop where weights and counters agree: after an iteration or in a validation; at a second signal, at once."""
-        alone = get_world_size() == 1
-        if self.stop_signal or alone and self.runner.message_hub.get_info("loop_stage") == "val":
-            raise KeyboardInterrupt
-        self.stop_signal, self.stopping = signal.Signals(number).name, alone
-        if is_main_process():
-            when = "this iteration" if self.stopping else "the next iteration in which losses are read"
-            os.write(2, f"{self.stop_signal}: stopping after {when}\n".encode())  # the logger may hold its lock
-
-    def share_buffers(self) -> None:
-        """Give all processes the same running statistics of batch normalisation, to validate and continue with."""
-        if get_world_size() > 1:
-            for buffer in self.runner.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
-    def run_iter(self, idx: int, data_batch: dict) -> None:
-        """One forward and backward pass."""
-        runner = self.runner
-        seed = seed_of(runner.seed, self._iter, get_rank())
-        torch.manual_seed(seed)  # drop path, sampled boxes
-        np.random.seed(seed % 2**32)  # mixup and cutmix
-        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
-        outputs = runner.model.train_step(data_batch, optim_wrapper=runner.optim_wrapper)
-        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
-        self._iter += 1
-        if self.stopping:
-            raise Stopped
+@atexit.register  # before multiprocessing's, which sends SIGTERM to the workers and waits for them
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 @LOOPS.register_module()
@@ -171,7 +107,7 @@ class ResumableLoop(Resumable, EpochBasedTrainLoop):
         batches.epoch, batches.start = self._epoch, self._iter - self._epoch * len(batches)
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
-        for index, batch in enumerate(self.dataloader, batches.start):
+        for index, batch in enumerate(self.batches(), batches.start):
             self.run_iter(index, batch)
         self.share_buffers()
         self.runner.call_hook("after_train_epoch")
@@ -217,12 +153,13 @@ class ResumableIterations(Resumable):
         runner.call_hook("before_train_epoch")  # as mmengine: the whole run is one long epoch to the hooks
         self.dataloader.batch_sampler.start = self._iter
         cut = self._iter >= self.max_iters
-        batches = iter(() if cut else self.dataloader)
+        batches = iter(()) if cut else self.batches()
         while self._iter < self.max_iters:
             runner.model.train()
             self.run_iter(self._iter, next(batches))
             if runner.val_loop and (self._iter % self.val_interval == 0 or self._iter == self.max_iters):
                 self.share_buffers()
+                read_outputs(runner)  # all together: a signal in the validation may have one process save alone
                 self.metrics = runner.val_loop.run()
         if cut and runner.val_loop:
             self.metrics = runner.val_loop.run()
@@ -264,6 +201,7 @@ class SeededRunner(Runner):
         """As mmengine does, but None removes any hook, not only mmengine's own."""
         own = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
         super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in own})
+        self.register_hook(Validating())
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
         """With one process the model itself, with several `DistributedModel`, or with `fsdp` the sharded model."""
@@ -292,4 +230,17 @@ class SeededRunner(Runner):
         """mmengine's logger without the page of hooks and the experiment's name after every epoch."""
         logger = super().build_logger(*args, **kwargs)
         logger.addFilter(lambda record: not str(record.msg).startswith(("Exp name", "Hooks will be")))
-        return logger
+        return go_on(logger)
+
+    def dump_config(self) -> None:
+        """mmengine's; `UserError` if there is no space."""
+        try:
+            super().dump_config()
+        except OSError as error:
+            raise UserError(f"cannot write to the work folder {self.work_dir}: {error.strerror}") from None
+
+    def build_visualizer(self, visualizer=None):
+        """mmengine's, whose writers do not end a run when the disk is full."""
+        built = super().build_visualizer(visualizer)
+        built._vis_backends = {name: Tolerant(backend) for name, backend in built._vis_backends.items()}
+        return built

@@ -17,9 +17,11 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, plain, read_checkpoint, write_checkpoint
-from semaim.engine.hooks import DeferredRuntimeInfo
+from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, plain, read_checkpoint
+from semaim.engine.full_disk import write_or_rescue
+from semaim.engine.hooks import read_outputs
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
+from semaim.engine.watching import progress
 from semaim.errors import Diverged, UserError
 
 HISTORY = 100  #: logged values saved per scalar, so that smoothed numbers continue after resuming
@@ -136,9 +138,13 @@ class SaveCheckpoints(Hook):
         interval: epochs or iterations between two checkpoints; the last is always saved.
         keep: number of newest checkpoints to keep; 0 keeps all.
         by_epoch: whether the run counts in epochs.
+
+    Attributes:
+        rescue_dir: folder for the state if the work folder cannot be written; None for none.
     """
 
     priority = "VERY_LOW"
+    rescue_dir: str | None = None
 
     def __init__(self, interval: int = 20, keep: int = 3, by_epoch: bool = True):
         self.interval, self.keep, self.by_epoch = interval, keep, by_epoch
@@ -172,19 +178,21 @@ class SaveCheckpoints(Hook):
         if not (Path(folder) / self.saving.good).exists():
             self.saving.good = os.path.relpath(path, folder)
 
-    def save(self, runner, epoch: int, iteration: int, name: str) -> None:
-        """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints."""
-        for hook in runner.hooks:
-            if isinstance(hook, DeferredRuntimeInfo):
-                hook.read(runner)  # raises if the run has diverged, so that it is not saved
+    def save(self, runner, epoch: int, iteration: int, name: str, alone: bool = False) -> None:
+        """Write `name` in the work folder, point latest.pth at it, and delete old checkpoints.
+
+        Every process has to call it, unless `alone`: then this one writes, and the weights must not be sharded.
+        """
+        read_outputs(runner, alone)
+        progress("saving")
         state = gathered(training_state(runner, epoch, iteration)) if is_sharded(runner.model) else None
-        if not is_main_process() and state:
+        if state and not is_main_process():
             return
         state = state or training_state(runner, epoch, iteration)
         # Every process of DDP has the whole state: all stop if it has exploded.
         weights = [name for name, _ in saved_module(runner).named_parameters()]
         found = self.saving.judge(state, weights, runner.message_hub.log_scalars.get("train/loss"), name)
-        if not is_main_process():
+        if not (is_main_process() or alone):
             return
         folder = Path(runner.work_dir)
         if found:
@@ -194,7 +202,7 @@ class SaveCheckpoints(Hook):
             written.pop(name, None)
             written[name] = 0  # now the newest; its time is not known before it is there
         state = plain(state | {"saving": asdict(self.saving)})
-        write_checkpoint(state | for_mm(runner, state), folder / name)
+        write_or_rescue(state | for_mm(runner, state), folder / name, self.rescue_dir)
         link = folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(name)

@@ -19,6 +19,7 @@ from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.resuming import check_data
 from semaim.engine.runner import SeededRunner
+from semaim.engine.saving import SaveCheckpoints
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 from semaim.reading import forget
@@ -140,6 +141,7 @@ def train(
     notes: Sequence[str] = (),
     prepared: PreparedTraining | None = None,
     strict_data: bool = False,
+    rescue_dir: str | None = None,
 ) -> SeededRunner:
     """Train as the config says, in this process, together with any others of a distributed launch.
 
@@ -149,6 +151,7 @@ def train(
         notes: lines for the log.
         prepared: result of `prepare_training` for this config, in this process; None to prepare here.
         strict_data: `UserError` if a resumed run's data have changed since its checkpoint; else a warning.
+        rescue_dir: folder for the run's state if the work folder cannot be written; None for none.
     """
     world = join()
     # With accumulated steps, the schedule moves before the first optimizer step.
@@ -172,6 +175,9 @@ def train(
         **(task.validation(cfg, run, "val") if run.val is not None else {}),
     )
     runner.data_identity = data
+    for hook in runner.hooks:
+        if isinstance(hook, SaveCheckpoints):
+            hook.rescue_dir = rescue_dir
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
     for line in (*notes, str(plan), *task.describe(cfg, run, loader, model)):

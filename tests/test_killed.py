@@ -1,0 +1,258 @@
+"""Processes of a run that are killed, stopped or lost: one line says which and why, and what is whole is saved."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from attacks import LONG, begin, children, ended, ranks, workers
+from commands import CPU, ROOT
+from test_pretraining import SCENES, losses
+
+from semaim.checkpoints.files import newest_checkpoint, read_checkpoint
+from semaim.engine import stopping, watching
+from semaim.engine.launcher import cannot_meet, continues, failed, join
+from semaim.engine.saving import choose_checkpoint
+from semaim.engine.training import train
+from semaim.engine.watching import Heard, Watch, ended_by, explained
+from semaim.errors import Stopped, UserError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="no /proc here: runs on Linux")
+
+
+def goes_on(cfg, whole):
+    """Assert that the interrupted run, continued in one process, is the whole one; its optimizer steps when saved."""
+    assert Path(cfg.work_dir, "latest.pth").resolve().name == "interrupted.pth"
+    step = read_checkpoint(newest_checkpoint(cfg.work_dir))["step"]
+    assert step < whole.train_cfg.max_epochs * 5
+    train(cfg, choose_checkpoint(cfg, "auto"))
+    found, expected = losses(cfg), losses(whole)
+    # A killed rank 0 may not have written the line of the iteration that another has saved.
+    assert len(found) >= len(expected) - 1
+    assert found == pytest.approx({iteration: expected[iteration] for iteration in found}, abs=1e-4)
+    return step
+
+
+# Who is waited for.
+
+
+def watch_of(rank, world, timeout=100.0):
+    """A watch without threads, at time 0."""
+    it = object.__new__(Watch)
+    it.rank, it.world, it.timeout = rank, world, timeout
+    peers = range(world) if rank == 0 else (0,)
+    it.heard = {peer: Heard((1, 1, 5, "iteration 3", f"process {peer}"), 0.0, 0.0) for peer in peers}
+    return it
+
+
+def test_the_one_with_the_smallest_position_is_waited_for():
+    it = watch_of(0, 3)
+    for heard in it.heard.values():
+        heard.beat_at = 60.0  # all live
+    it.heard[1].report = (9, 9, 4, "loading the batch of iteration 3", "process 1")
+    it.heard[1].moved_at = 20.0
+    seconds, text = it.waiting(60.0)
+    assert seconds == 40 and "rank 1 (process 1) in loading the batch of iteration 3; the others wait for it" in text
+    assert "rank 0" not in text
+    # It saves, or measures alone: progress that the others do not have.
+    it.heard[1].moved_at = 58.0
+    assert it.waiting(60.0)[0] == 2
+    # All in the same place: nobody is blamed.
+    it.heard[1].report, it.heard[1].moved_at = it.heard[0].report, 0.0
+    seconds, text = it.waiting(60.0)
+    assert seconds == 60 and "rank 0" in text and "rank 2" in text and "wait for it" not in text
+
+
+def test_a_silent_process_is_named_before_one_without_progress():
+    it = watch_of(0, 2)
+    it.heard[0].beat_at = 50.0
+    seconds, text = it.waiting(50.0)
+    assert seconds == 50 and text.startswith("rank 1 (process 1) has not reported for 50 s")
+    other = watch_of(1, 2)
+    assert other.waiting(5.0) == (0, "")  # rank 0 lives, and judges
+    assert other.waiting(40.0)[1].startswith("rank 0 (process 0) has not reported for 40 s")
+
+
+def test_reports_go_through_the_store(monkeypatch):
+    store = torch.distributed.TCPStore("localhost", 0, 2, True, wait_for_workers=False)
+    first, second = Watch(store, 0, 2, 2.0), Watch(store, 1, 2, 1e9)
+    second.period = 0.01
+    monkeypatch.setattr(watching, "_watch", first)
+    try:
+        watching.progress("iteration 7", 13)
+        store.set("semaim/at/1", '[1, 4, 12, "loading", "process 5"]')
+        for _ in range(1000):
+            if first.heard[1].report[2] == 12 and first.heard[0].report[2:4] == (13, "iteration 7"):
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError(first.heard)
+        assert first.heard[1].report[1:] == (4, 12, "loading", "process 5")
+    finally:
+        first.closed.set()
+        second.closed.set()
+
+
+# What is said.
+
+
+def test_signals_are_explained():
+    assert str(ended_by("rank 1", signal.SIGKILL)).startswith(
+        "rank 1 was ended by SIGKILL: most likely the machine ran"
+    )
+    assert "/dev/shm" in str(ended_by("rank 1", signal.SIGBUS)) and ended_by("rank 1", 9).status == 137
+    assert str(ended_by("rank 1", signal.SIGRTMIN + 2)).startswith("rank 1 was ended by signal 3")
+    full = RuntimeError("unable to write to file </torch_12_34_0>: No space left on device (28)")
+    assert "shared memory (/dev/shm)" in str(explained(full)) and explained(full).status == 2
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "worker was ended by SIGKILL" in str(explained(killed))
+    assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explained(OSError(28, "No space left on device")) is None  # not a loader's
+
+
+class Failures(Exception):
+    """As the launcher's ChildFailedError: exit statuses of the ranks."""
+
+    def __init__(self, *codes):
+        self.failures = {rank: type("Failure", (), {"exitcode": code, "pid": 7}) for rank, code in enumerate(codes)}
+
+
+def test_the_launcher_gives_the_status_of_the_one_that_failed(tmp_path, capsys):
+    assert failed(Failures(-15, -9), str(tmp_path)) == 137
+    error = capsys.readouterr().err
+    assert error.startswith("error: rank 1 (process 7) was ended by SIGKILL: most likely the machine ran out of memory")
+    assert error.endswith(f"nothing has been saved in {tmp_path}\n") and error.count("\n") == 1
+    assert failed(Failures(1, -11), None) == 139 and "starts it again" in capsys.readouterr().err
+    assert failed(Failures(-15, 3), None) == 3 and failed(Failures(1, 1), None) == 1
+    assert capsys.readouterr().err == ""  # the process has said why
+    assert failed(Failures(-9, 124), str(tmp_path)) == 124 and "nothing has been saved" in capsys.readouterr().err
+    with pytest.raises(Stopped) as stopped:
+        failed(Failures(138, -15), None)
+    assert stopped.value.status == 138
+    (tmp_path / "latest.pth").symlink_to("epoch_3.pth")
+    (tmp_path / "epoch_3.pth").touch()
+    assert continues(str(tmp_path)) == f"the run continues from {tmp_path}/epoch_3.pth with --resume"
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("MASTER_PORT", "20007")
+    assert cannot_meet(RuntimeError("port: 20007, EADDRINUSE")).startswith("node0:20007 is in use")
+    store = torch.distributed.TCPStore("localhost", 0, 1, True)
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in {**given, "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^localhost:{store.port} is in use, by another run or program: set PORT"):
+        join()
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_is_waited_for_as_long_as_asked():
+    """torch.distributed's own limit, for when the watch itself cannot end the run."""
+    code = (
+        "import os, time, torch; from semaim.engine import launcher, watching\n"
+        "watching.watch = lambda timeout: None\n"
+        "launcher.join(1.0)\n"
+        "if os.environ['RANK'] == '1': time.sleep(60)\n"
+        "begun = time.monotonic()\n"
+        "try: torch.distributed.barrier()\n"
+        "except RuntimeError as error: print(launcher.lost(error)); os._exit(0)\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    env = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*line, sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        assert run.stdout.readline() == "another process has not answered within --timeout\n"
+        run.terminate()
+
+
+# Signals.
+
+
+def test_only_a_second_ctrl_c_ends_at_once(monkeypatch, tiny_config):
+    class Loop(stopping.Resumable):
+        def __init__(self):
+            self._runner = type("R", (), {"message_hub": type("H", (), {"get_info": lambda *_: "train"})()})()
+
+    loop = Loop()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as a scheduler repeats itself
+        loop._on_signal(number, None)
+    assert loop.stop_signal == signal.SIGUSR1 and loop.stopping
+    loop = Loop()
+    loop._on_signal(signal.SIGINT, None)
+    loop._on_signal(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt) as second:
+        loop._on_signal(signal.SIGINT, None)
+    assert not isinstance(second.value, Stopped)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [(signal.SIGHUP, False), pytest.param(signal.SIGUSR1, True, marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_gives_its_status(tiny_config, number, everyone):
+    cfg = tiny_config(**LONG, num_workers=1)
+    run = begin(cfg)
+    for pid in [run.pid, *(workers(run.pid) if everyone else [])]:
+        os.kill(pid, number)
+    status, lines = ended(run)
+    assert status == 128 + number
+    assert lines == [f"{number.name}: stopping after this iteration", "interrupted"]
+    assert read_checkpoint(Path(cfg.work_dir) / "interrupted.pth")["step"] >= 2
+
+
+# Processes.
+
+
+@linux
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_the_state_saved(tiny_config):
+    options = {"train_cfg.max_epochs": 40, "default_hooks.checkpoint.interval": 40}
+    whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
+    train(whole)
+    run = begin(tiny_config("parts", **options, num_workers=1))
+    [worker] = workers(run.pid)
+    os.kill(worker, signal.SIGKILL)
+    status, lines = ended(run)
+    assert status == 137 and len(lines) == 1
+    assert lines[0].startswith(f"error: a data loader's worker (process {worker}) was ended by SIGKILL: most likely")
+    goes_on(parts, whole)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_another_saves(tiny_config, victim):
+    options = {"train_cfg.max_epochs": 60, "default_hooks.checkpoint.interval": 60, "model.network.order": "raster"}
+    whole, parts = tiny_config("whole", **options), tiny_config("parts", **options)
+    train(whole)
+    run = begin(parts, "--gpus", 2)
+    pid = ranks(run)[victim]
+    os.kill(pid, signal.SIGKILL)
+    status, lines = ended(run)
+    assert status == 137 and len(lines) == 1
+    assert lines[0].startswith(f"error: rank {victim} (process {pid}) was ended by SIGKILL: most likely")
+    assert lines[0].endswith("interrupted.pth with --resume")
+    assert goes_on(parts, whole) >= 1
+
+
+@linux
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_ends_the_run_in_time(tiny_config):
+    cfg = tiny_config(**LONG)
+    run = begin(cfg, "--gpus", 2, "--timeout", 10)
+    pid = ranks(run)[1]
+    os.kill(pid, signal.SIGSTOP)
+    status, lines = ended(run)
+    assert status == 124 and not children(os.getpid(), SCENES)
+    said = f"rank 1 (process {pid} on {socket.gethostname()}) has not reported for "
+    assert any(line.startswith(said) and line.endswith("after 10 s (--timeout) the run ends") for line in lines)
+    assert lines[-2].startswith(f"error: {said}") and "--timeout 10, so the run ends" in lines[-2]
+    assert lines[-1] == f"nothing has been saved in {cfg.work_dir}"

@@ -91,6 +91,10 @@ class _DType:
             raise Broken("an array of several fields is none of numbers")
         self.dtype = self.dtype.newbyteorder(state[1])
 
+    def finish(self, name: str) -> np.dtype:
+        """The type."""
+        return self.dtype
+
 
 class _Array:
     """Stands in for numpy's array while its pickle is read; `array` is the finished one."""

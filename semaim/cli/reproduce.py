@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.dry_run:
         show(chosen, rates)
         return 0
-    check(stages, chosen)
+    chosen = check(stages, chosen)
     check_work_dir(work)
     code = work_through(chosen, args.jobs)
     if code == 0:

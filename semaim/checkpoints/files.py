@@ -69,6 +69,7 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
         raise
     except Exception as error:  # unpickling and zip errors are of many types
         reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = "".join(sign if sign.isprintable() else "?" for sign in reason)
         raise UserError(f"{path} is not a semaim checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__

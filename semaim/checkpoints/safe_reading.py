@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.torch import load_file
 
-from semaim.checkpoints.plain_pickle import Broken, Finisher, Interpreter, Limits, StandIn
+from semaim.checkpoints.plain_pickle import Broken, Finisher, Interpreter, Limits, StandIn, key
 from semaim.checkpoints.storages import load_torch, plain_calls
 from semaim.errors import UserError
 from semaim.reading import once
@@ -37,12 +37,13 @@ def read_file(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # zip, pickle, header and memory errors are of many types
         reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = "".join(sign if sign.isprintable() else "?" for sign in reason)  # it may quote a name in the file
         raise UserError(f"cannot read {path}: broken or no checkpoint ({reason})") from None
 
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return {key(name): tensor for name, tensor in load_file(path).items()}
     if path.suffix == ".pkl":
         return _load_arrays(path)
     return load_torch(path, lambda name: _stand_in(path, name))

@@ -3,12 +3,13 @@
 import io
 import math
 import mmap
-import pickle
 import re
 import struct
 import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ DTYPES = re.compile(r"(bfloat16|float(8_(?!.*_x\d)\w+|16|32|64)|complex(32|64|12
 MAGIC = 0x1950A86A20F9469CFC6C  #: at the start of torch's files before 1.6, with PROTOCOL
 PROTOCOL = 1001
 ZIP = b"PK\x03\x04"
+CHUNK = 2**24  #: bytes of a storage that are read at a time
 
 
 class Damaged(UserError):
@@ -38,10 +40,22 @@ class Damaged(UserError):
 
 
 class Bytes:
-    """A storage that is not read yet; `tensor` is the name of the first tensor in it."""
+    """A storage that is read when a tensor needs it.
 
-    def __init__(self, size: int, read: "Callable[[Bytes], torch.UntypedStorage] | None" = None):
-        self.size, self.read, self.tensor = size, read, ""
+    Args:
+        size: in bytes.
+        item: size of a number in it; 1 if its type is not known.
+        name: of its member in a zip.
+        read: reads it; None if `held` will be set.
+
+    Attributes:
+        tensor: name of the first tensor in it.
+        held: what was read.
+    """
+
+    def __init__(self, size: int, item: int, name: str, read: "Callable[[Bytes], torch.UntypedStorage] | None" = None):
+        self.size, self.item, self.name, self.read = size, item, name, read
+        self.tensor = ""
         self.held: torch.UntypedStorage | None = None
 
 
@@ -179,84 +193,106 @@ def load_torch(path: Path, unknown: Callable[[str], type], mapped: bool = False)
     return _load_zip(path, unknown, mapped) if zipped else _load_legacy(path, unknown)
 
 
-def _typed(pid: Any, unfinished: Callable[[str, int], Bytes]) -> Storage:
-    """The storage of a persistent id: ("storage", type, key, device, number of elements)."""
+def _storage(pid: Any, find: Callable[[str, int, int], Bytes]) -> Storage:
+    """The storage of a persistent id: ("storage", type, key, device, number of elements).
+
+    `find` gives its bytes by key, size of all and size of a number.
+    """
     kind, typed, name, _, count, *more = pid if isinstance(pid, tuple) and len(pid) in (5, 6) else [None] * 5
     if not isinstance(typed, Name) or not isinstance(name, str) or not isinstance(count, int):
         raise Broken("a storage is not described as torch does")
     if kind != "storage" or count < 0 or any(view is not None for view in more):
         raise Broken("a storage is not described as torch does")
     if typed.full == UNTYPED:
-        return Storage(unfinished(name, count), None)
+        return Storage(find(name, count, 1), None)
     dtype = STORAGES.get(typed.full.removeprefix("torch."))
     if dtype is None:
         raise Broken(f"a storage is of type {typed.full}")
-    return Storage(unfinished(name, count * dtype.itemsize), dtype)
+    return Storage(find(name, count * dtype.itemsize, dtype.itemsize), dtype)
+
+
+# Zip files
 
 
 def _load_zip(path: Path, unknown: Callable[[str], type], mapped: bool) -> Any:
-    limits = Limits(path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
-        members = checked(archive)
-        tops = [name for name in members if name.endswith("data.pkl") and name.count("/") == 1]
+        members = _Members(path, archive, mapped)
+        if members.text("byteorder") not in (None, b"little"):
+            raise Broken("it was written on a big-endian machine")
+        limits = Limits(path.stat().st_size)
+        pickled = io.BytesIO(members.text("data.pkl") or b"")
+        return Finisher().finish(Interpreter(calls_of(limits), unknown, limits, members.stored).load(pickled))
+
+
+class _Members:
+    """The members of torch's zip; see `load_torch` for `mapped`."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, mapped: bool):
+        self.path, self.archive, self.infos = path, archive, checked(archive)
+        tops = [name for name in self.infos if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(tops) != 1:
             raise Broken("a zip file without torch's data.pkl")
-        prefix = tops[0].removesuffix("data.pkl")
-        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size) if mapped else None
+        self.prefix = tops[0].removesuffix("data.pkl")
+        self.known: dict[str, Bytes] = {}
+        self.whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size) if mapped else None
 
-        def content(name: str, tensor: str = "") -> torch.UntypedStorage:
-            info = members[name]
-            if whole is not None and (start := _start(archive, info)) % 64 == 0:
-                return whole[start : start + info.file_size]
-            buffer = torch.empty(info.file_size, dtype=torch.uint8, device="cpu")
-            view, place = buffer.numpy().data, 0
-            try:
-                with archive.open(info) as file:
-                    while count := file.readinto(view[place : place + 2**24]):  # type: ignore[attr-defined]
-                        place += count
-                    file.read(1)  # the checksum is checked at the end
-            except zipfile.BadZipFile as error:
-                raise damage(path, name, tensor, error) from None
-            if place < info.file_size:
-                raise Broken(f"{name} is cut off")
-            return buffer.untyped_storage()
+    @contextmanager
+    def checking(self, name: str, tensor: str = "") -> Iterator[None]:
+        """Context in which a checksum that does not match is `Damaged`, with the member's name and the tensor's."""
+        try:
+            yield
+        except zipfile.BadZipFile as error:
+            if "CRC" not in str(error):
+                raise
+            held = f", which holds {tensor}," if tensor else ""
+            reason = f"{name}{held} does not match its checksum; copy or download it again"
+            raise Damaged(f"{self.path} is damaged: {reason}") from None
 
-        def text(name: str) -> bytes:
-            try:
-                return archive.read(members[name])
-            except zipfile.BadZipFile as error:
-                raise damage(path, name, "", error) from None
+    def text(self, name: str) -> bytes | None:
+        """The bytes of a member, without the folder that all have; None if there is none."""
+        with self.checking(name):
+            return self.archive.read(info) if (info := self.infos.get(self.prefix + name)) else None
 
-        known: dict[str, Bytes] = {}
+    def stored(self, pid: Any) -> Storage:
+        """The storage of a persistent id, which is not read yet."""
+        return _storage(pid, self.find)
 
-        def stored(pid: Any) -> Storage:
-            def unfinished(name: str, size: int) -> Bytes:
-                member = f"{prefix}data/{name}"
-                if member not in members or size > members[member].file_size:
-                    raise Broken(f"it lacks {size:,} bytes of the storage {name}")
-                read = lambda held: content(member, held.tensor)  # noqa: E731
-                return known.setdefault(name, Bytes(members[member].file_size, read))
+    def find(self, key: str, size: int, item: int) -> Bytes:
+        """The bytes of a storage."""
+        name = f"{self.prefix}data/{key}"
+        if name not in self.infos or size > self.infos[name].file_size:
+            raise Broken(f"it lacks {size:,} bytes of the storage {key}")
+        return self.known.setdefault(key, Bytes(self.infos[name].file_size, item, name, self.read))
 
-            return _typed(pid, unfinished)
+    def read(self, held: Bytes) -> torch.UntypedStorage:
+        """A storage, checked against its checksum, or mapped."""
+        info = self.infos[held.name]
+        if self.whole is not None and (start := self.start(info)) % 64 == 0:
+            return self.whole[start : start + held.size]
+        buffer = torch.empty(held.size, dtype=torch.uint8, device="cpu")
+        view, place = buffer.numpy().data, 0
+        with self.checking(held.name, held.tensor), self.archive.open(info) as file:
+            while count := file.readinto(view[place : place + CHUNK]):  # type: ignore[attr-defined]
+                place += count
+        if place < held.size:
+            raise Broken(f"{held.name} is cut off")
+        return buffer.untyped_storage()
 
-        if f"{prefix}byteorder" in members and text(f"{prefix}byteorder") != b"little":
-            raise Broken("it was written on a big-endian machine")
-        calls = calls_of(limits)
-        return Finisher().finish(Interpreter(calls, unknown, limits, stored).load(io.BytesIO(text(tops[0]))))
-
-
-def damage(path: Path, member: str, tensor: str, error: Exception) -> Exception:
-    """The error for a member that cannot be read: its checksum, or its header."""
-    if "CRC" not in str(error):
-        return error
-    held = f", which holds {tensor}," if tensor else ""
-    return Damaged(f"{path} is damaged: {member}{held} does not match its checksum; copy or download it again")
+    def start(self, info: zipfile.ZipInfo) -> int:
+        """Where a member's bytes begin."""
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset)
+            name, extra = struct.unpack("<26xHH", file.read(30))
+        start = info.header_offset + 30 + name + extra
+        if start + info.file_size > self.archive.start_dir:
+            raise Broken(f"{info.filename[:60]} is larger than its place in the file")
+        return start
 
 
 def checked(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The members of a zip by name; none is compressed, and none shares its bytes with another."""
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    if max(Counter(info.filename for info in infos).values(), default=0) > 1:
+    if len({info.filename for info in infos}) < len(infos):
         raise Broken("a zip file with two members of one name")
     for info, after in zip(infos, [*infos[1:], None], strict=True):
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
@@ -270,55 +306,35 @@ def checked(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return {info.filename: info for info in infos}
 
 
-def _start(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin."""
-    file = archive.fp
-    if file is None:
-        raise Broken("a closed file")
-    file.seek(info.header_offset)
-    name, extra = struct.unpack("<26xHH", file.read(30))
-    start = info.header_offset + 30 + name + extra
-    if start + info.file_size > archive.start_dir:
-        raise Broken(f"{info.filename[:60]} is larger than its place in the file")
-    return start
+# Files before torch 1.6
 
 
 def _load_legacy(path: Path, unknown: Callable[[str], type]) -> Any:
     """Of torch's format before 1.6, which mm's publishing tools still write: five pickles, then the storages."""
-    with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        limits, known = Limits(len(file)), dict[str, tuple[Bytes, int]]()
+    known: dict[str, Bytes] = {}
 
-        def stored(pid: Any) -> Storage:
-            found: list[Bytes] = []
+    def find(key: str, size: int, item: int) -> Bytes:
+        held = known.setdefault(key, Bytes(size, item, key))
+        if (held.size, held.item) != (size, item):
+            raise Broken(f"the storage {key} has two sizes")
+        return held
 
-            def unfinished(name: str, size: int) -> Bytes:
-                found.append(known.setdefault(name, (Bytes(size), 1))[0])
-                if found[0].size != size:
-                    raise Broken(f"the storage {name} has two sizes")
-                return found[0]
-
-            storage = _typed(pid, unfinished)
-            known[pid[2]] = (storage.held, storage.dtype.itemsize if storage.dtype else 1)
-            return storage
-
-        def load() -> Any:
-            return Interpreter(calls_of(limits), unknown, limits, stored).load(file)
-
-        if load() != MAGIC or load() != PROTOCOL:
-            raise pickle.UnpicklingError("no file of torch's")
-        system, content, names = load(), load(), load()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        limits = Limits(len(view))
+        stored = partial(_storage, find=find)
+        parts = (Interpreter(calls_of(limits), unknown, limits, stored).load(view) for _ in range(5))
+        if next(parts) != MAGIC or next(parts) != PROTOCOL:
+            raise Broken("no file of torch's")
+        system, content, keys = parts
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise Broken("it was written on a big-endian machine")
-        for name in names if isinstance(names, list) else ():
-            if name not in known:
-                raise Broken(f"it holds a storage {str(name)[:40]} that nothing uses")
-            held, item = known[name]
+        file.seek(view.tell())
+        for key in keys if isinstance(keys, list) else ():
+            held = known[key]
             (count,) = struct.unpack("<q", file.read(8))
-            if count * item != held.size or held.size > len(file) - file.tell():
-                raise Broken(f"it lacks {held.size:,} bytes of the storage {name}")
+            if count * held.item != held.size or held.size > len(view) - file.tell():
+                raise Broken(f"it lacks {held.size:,} bytes of the storage {key}")
             buffer = torch.empty(held.size, dtype=torch.uint8, device="cpu")
-            opened.seek(file.tell())
-            opened.readinto(buffer.numpy().data)
-            file.seek(held.size, 1)
+            file.readinto(buffer.numpy().data)
             held.held = buffer.untyped_storage()
         return Finisher().finish(content)

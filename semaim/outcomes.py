@@ -12,6 +12,7 @@ import numpy as np
 from semaim.errors import UserError
 
 FILE = "outcomes.npz"  #: in a run's work folder
+LARGEST = 2**29  #: bytes of its arrays; 50,000 images with the sums of 150 classes have a ninth
 NAMES = "names"  #: its array of the images' names; all others are named after a metric
 
 
@@ -49,14 +50,22 @@ def write_outcomes(folder: Path, names: Sequence[str], scores: Mapping[str, np.n
 def read_outcomes(folder: Path) -> Outcomes | None:
     """A run's outcomes; None if it kept none, `UserError` if the file is broken."""
     path = folder / FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
+        if not path.is_file():  # opening a FIFO would wait for ever
+            raise ValueError("it is no regular file")
+        with zipfile.ZipFile(path) as archive:  # a member never gives more than the size that is recorded for it
+            if sum(info.file_size for info in archive.infolist()) > LARGEST:
+                raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         names = arrays.pop(NAMES)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is broken: {error}; remove it, or measure again") from None
-    if any(len(rows) != len(names) or rows.dtype != np.float32 or rows.ndim not in (1, 3) for rows in arrays.values()):
+    except Exception as error:  # zip, zlib, memory and header errors are of many types
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(f"{path} is broken: {reason}; remove it, or measure again") from None
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise UserError(f"{path} is broken: it has no list of names; remove it, or measure again")
+    if any(rows.ndim not in (1, 3) or len(rows) != len(names) or rows.dtype != np.float32 for rows in arrays.values()):
         raise UserError(f"{path} is broken: its arrays do not fit its {len(names)} images")
     return Outcomes(names, arrays)

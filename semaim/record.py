@@ -1,6 +1,7 @@
 """`results.json`: what a run measured, and what the figures depend on. The engine writes it; all else reads it."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from semaim.errors import UserError
+from semaim.reading import read_json
 
 FILE = "results.json"  #: in a run's work folder
 
@@ -109,24 +111,23 @@ def _kind(annotation: Any) -> type | UnionType:
 def read_record(path: Path) -> Record:
     """The record in a results.json; `UserError` if the file is not one."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        raw = read_json(path)
+    except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # of JSON or of its encoding
-        raise UserError(f"{path} is broken: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
+    if not isinstance(raw.get("metrics"), dict):
         raise UserError(f"{path} is none of our results: it has no metrics")
     kinds = {entry.name: _kind(entry.type) for entry in fields(Record) if entry.default is None}
-    values = [(name, value, kinds[name]) for name, value in raw.items() if name in kinds]
-    values = [(name, value, kind) for name, value, kind in values if value is not None]
-    values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
+    values = [(name, value, kinds[name]) for name, value in raw.items() if name in kinds and value is not None]
     for name in ("scales", "mean", "std"):
         if raw.get(name) is not None:
             numbers = raw[name] if isinstance(raw[name], list) and raw[name] else [None]
             values += [(name, value, int | float) for value in numbers]
-    for name, value, kind in values:
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
-            raise UserError(f"{path} is broken: {name} is {value!r}")
+    infinite = [(name, value) for name, value, _ in values if isinstance(value, float) and not math.isfinite(value)]
+    values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
+    values += [("reported", value, dict) for value in (raw.get("reported") or {}).values()]
+    wrong = [(n, v) for n, v, kind in values if isinstance(v, bool) != (kind is bool) or not isinstance(v, kind)]
+    for name, value in wrong + infinite:
+        raise UserError(f"{path} is broken: {name} is {value!r:.60}")
     return record_of(raw)
 
 

@@ -12,7 +12,7 @@ from semaim.reading import forget, once, read_once
 #: Runs a command and counts, by file: parsed JSON and unpickled checkpoints until the training starts, and listings.
 COUNTING = """
 import collections, json, os, sys
-import torch
+from semaim.checkpoints import storages
 counts, training = collections.Counter(), [False]
 
 def counted(module, name, kind):
@@ -26,7 +26,7 @@ def counted(module, name, kind):
 size = lambda text, **_: f"json of {len(text)}" if isinstance(text, (bytes, str)) and len(text) > 2000 else "small json"
 counted(json, "loads", size)
 counted(json, "load", lambda file, **_: "json file " + os.path.basename(getattr(file, "name", "?")))
-counted(torch, "load", lambda file, *_: "checkpoint " + os.path.basename(str(getattr(file, "name", file))))
+counted(storages, "_load_zip", lambda path, *_: "checkpoint " + os.path.basename(str(path)))
 counted(os, "walk", lambda top, *_: "folder " + os.path.basename(str(top)))
 
 from mmengine.runner import Runner

@@ -225,7 +225,7 @@ def test_command_refuses_with_one_line(works, tmp_path):
     for arguments, message in (
         (["nowhere"], "no such folder: nowhere"),
         ([tmp_path / "empty"], f"no results.json in {tmp_path / 'empty'}"),
-        ([works / "detector", tmp_path / "half"], f"{tmp_path / 'half/results.json'} is broken"),
+        ([tmp_path / "half"], f"no result can be read: {tmp_path / 'half/results.json'} is broken"),
         ([tmp_path / "other"], f"{tmp_path / 'other/results.json'} is none of our results"),
         ([tmp_path / "words"], "metrics.top1 is '84'"),
         ([tmp_path / "list"], "train_images is [1]"),

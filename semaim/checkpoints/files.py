@@ -3,14 +3,14 @@
 import errno
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from semaim.checkpoints.plain_pickle import Broken
+from semaim.checkpoints.storages import Damaged, load_torch
 from semaim.errors import UserError
 from semaim.reading import keeping, once
 
@@ -64,17 +64,24 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
         mmap: read tensors from the file only when they are used, to look at the rest quickly.
     """
     try:
-        mapped = mmap and not keeping() and zipfile.is_zipfile(path)
-        checkpoint = once(path, lambda it: torch.load(it, map_location="cpu", weights_only=True, mmap=mapped))
+        mapped = mmap and not keeping()
+        checkpoint = once(path, lambda it: load_torch(Path(it), _plain_only, mapped))
     except FileNotFoundError:
         raise UserError(f"no such checkpoint: {path}") from None
+    except Damaged:
+        raise
     except Exception as error:  # unpickling and zip errors are of many types
-        reason = "no file of tensors and plain containers" if isinstance(error, UnpicklingError) else str(error)[:100]
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = "".join(sign if sign.isprintable() else "?" for sign in reason)
         raise UserError(f"{path} is not a semaim checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise UserError(f"{path} is not a semaim checkpoint: it holds {held[:150]}")
     return checkpoint
+
+
+def _plain_only(name: str) -> type:
+    raise Broken(f"no file of tensors and plain containers, it holds {name}")
 
 
 def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: name a .html file")
     from semaim.results.report import write_report  # takes seconds to import
+    from semaim.results.skipping import tell
 
-    write_report([Path(folder) for folder in args.folders], out)
+    tell(write_report([Path(folder) for folder in args.folders], out))
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.dry_run:
         show(chosen, rates)
         return 0
-    check(stages, chosen)
+    chosen = check(stages, chosen)
     with work_folder(work):
         code = work_through(chosen, args.jobs)
         if code == 0:

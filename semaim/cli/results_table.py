@@ -30,11 +30,14 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_args(argv, prog)
     from semaim.results import formats, load_published
+    from semaim.results.skipping import tell
     from semaim.results.table import make_table
 
     render = formats.glance if args.glance else formats.FORMATS[args.format]
     published = not (args.no_published or args.glance)
-    text = render(make_table(args.folders, load_published(), published, args.against))
+    table = make_table(args.folders, load_published(), published, args.against)
+    tell(table.skipped)
+    text = render(table)
     if not text:
         raise UserError("--glance compares encoders, and the results are all of one: leave it out")
     if not args.out:

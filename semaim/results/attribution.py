@@ -1,10 +1,13 @@
 """Whether a run's pictures show the built-in scenes, whose emoji require attribution."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 from semaim.data.scenes import MARKER
+from semaim.errors import UserError
+from semaim.reading import read_text
 
 CREDIT = "Emoji: OpenMoji, CC BY-SA 4.0"
 SOURCES = "openmoji.org, creativecommons.org/licenses/by-sa/4.0"
@@ -29,10 +32,10 @@ def shows_scenes(folder: Path) -> bool:
         found = _read(path)
         found = found if isinstance(found, list) else []
         named += {str(it["image_id"]) for it in found if isinstance(it, dict) and "image_id" in it}
-    there = [path for path in map(Path, dict.fromkeys(named)) if path.exists()]
+    there = [path for path in map(Path, dict.fromkeys(named)) if os.path.exists(path)]
     if any(_among_scenes(path) for path in there):
         return True
-    gone = [Path(name) for name in named if not Path(name).exists()]
+    gone = [Path(name) for name in named if not os.path.exists(name)]
     names = [str(results.get("config") or ""), *(path.name for path in configs)] if gone else []
     parts = [part for path in gone for part in path.parts]
     return any(map(USUAL_FOLDER.fullmatch, parts)) or any(map(USUAL_CONFIG.fullmatch, names))
@@ -47,12 +50,12 @@ def _among_scenes(path: Path) -> bool:
 def _read(path: Path) -> object:
     try:
         return json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_text(path)
+    except (OSError, UserError):
         return ""

@@ -115,11 +115,13 @@ def cost_of(stage: Stage, rates: Mapping[str, float]) -> Cost:
 def measured_rate(stage: Stage) -> tuple[float | None, str]:
     """Median of the images per second and GPU that the stage's own run logged; None if there is no log."""
     try:
-        logged = [line["images_per_second"] for line in read_scalars(stage.folder) if "images_per_second" in line]
+        lines = read_scalars(stage.folder)
+        processes = read(stage.folder / "stage.json").get("processes")
     except UserError:
-        logged = []
-    processes = read(stage.folder / "stage.json").get("processes")
-    if not logged or not processes:
+        return None, ""
+    rates = (line.get("images_per_second") for line in lines)
+    logged = [rate for rate in rates if isinstance(rate, int | float) and 0 < rate < math.inf]
+    if not logged or not isinstance(processes, int) or processes < 1:
         return None, ""
     return statistics.median(logged) / processes, f"median logged in {stage.folder}"
 

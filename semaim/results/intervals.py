@@ -66,7 +66,7 @@ def images_interval(ours: Sequence[Run], baseline: Sequence[Run]) -> tuple[Inter
     try:
         scores, names = zip(*(scores_of(run) for run in (*ours, *baseline)), strict=True)
     except UserError as error:
-        if not kind.share or not images:
+        if not kind.share or not images or images < 1:
             return None, f"{error}: no interval over images"
         means = [statistics.fmean(run.value for run in runs) for runs in (ours, baseline)]
         if not all(0 <= mean <= 100 for mean in means):

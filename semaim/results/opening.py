@@ -1,10 +1,12 @@
 """The start of a report: pretrained encoders against random weights, and which differences are significant."""
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from semaim.errors import UserError
+from semaim.reading import read_json
 from semaim.registry import task_titled, tasks
 from semaim.results import Catalogue
 from semaim.results.cells import AGAIN, Cell, make_cells
@@ -188,9 +190,9 @@ def pretrainings_of(cells: list[Cell]) -> dict[Path, float | None]:
     for run in (run for cell in cells for run in cell.runs):
         named = Path(run.record.checkpoint or "").parent
         beside = Path(run.folder).resolve().parent / named.name  # if all runs were moved together
-        if beside.is_dir() and beside.parts[-3:] == named.parts[-3:]:
+        if os.path.isdir(beside) and beside.parts[-3:] == named.parts[-3:]:
             found.setdefault(beside, run.record.seed)
-        elif named.is_dir() and named.name:
+        elif os.path.isdir(named) and named.name:
             found.setdefault(named.resolve(), run.record.seed)
     return found
 
@@ -202,11 +204,11 @@ def centres_of(name: str, cells: list[Cell]) -> list[str]:
     lines = []
     for file, seed in found:
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+            rows = read_json(file)["rows"]
             (row, *_) = [row for row in rows if row["used"] and row["checkpoint"]]
             on, chance, fixed = (100 * float(row[key]) for key in ("on_object", "chance", "best_fixed"))
             judged = difference(on, int(row["images"]), fixed, int(row["images"]))
-        except (OSError, ValueError, KeyError, TypeError):  # a report skips what it cannot read
+        except (OSError, ArithmeticError, LookupError, ValueError, TypeError, UserError):  # skip what is broken
             continue
         sure = {1: "", 0: "; cannot tell it from that place", -1: "; that place does better"}[judged.side]
         whose = f"{name}, seed {seed}" if len(found) > 1 else name

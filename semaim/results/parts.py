@@ -1,12 +1,15 @@
 """What a report shows of one run, read from its work folder."""
 
 import datetime
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from semaim.reading import read_text
 from semaim.record import Record, read_record, record_of
 from semaim.registry import Metric, Task, method_of, task_named, task_titled, tasks
 from semaim.results import Catalogue
@@ -17,6 +20,7 @@ from semaim.results.opening import LOOKS
 from semaim.results.pictures import Picture, pictures_of
 from semaim.results.runs import Run, read_runs
 from semaim.results.runs import method_of as method_in
+from semaim.results.skipping import Skipped
 
 STAMP = re.compile(r"^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - ")  #: at the start of mmengine's log lines
 
@@ -64,16 +68,27 @@ class RunPart:
         return {it.heading: it.text for it in self.figures if it.headline}
 
 
-def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
-    """The contents of a run's folder."""
-    configs, logged, results = configs_of(folder), newest_config(folder), folder / "results.json"
-    cfg = read_config(logged or "")
+def read_part(folder: Path, name: str, catalogue: Catalogue, skipped: Skipped | None = None) -> RunPart:
+    """The contents of a run's folder; `skipped` takes which of its files were left out.
+
+    Raises:
+        UserError: its results.json is broken: then nothing is known of the run.
+    """
+    skipped = skipped or Skipped()
+    configs = texts_of(sorted(folder.glob("*.py")) or sorted(folder.glob("*/vis_data/config.py"))[-1:], skipped)
+    # The newest in the log folders has all values.
+    logged = "".join(texts_of(sorted(folder.glob("*/vis_data/config.py"))[-1:], skipped).values())
+    results = folder / "results.json"
+    cfg = read_config(logged)
     for text in () if cfg else configs.values():
         cfg = cfg or read_config(text)
-    record = read_record(results) if results.is_file() else record_in(cfg)
-    runs = read_runs(results, catalogue) if results.is_file() and record.metrics else []
-    logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*/*.log"))]
-    part = RunPart(name, configs=configs, pictures=pictures_of(folder), lines=read_lines(folder))
+    there = os.path.lexists(results)
+    record = read_record(results) if there else record_in(cfg)
+    runs = read_runs(results, catalogue) if record.metrics else []
+    logs = list(texts_of(sorted(folder.glob("*/*.log")), skipped).values())
+    part = RunPart(name, configs=configs, pictures=pictures_of(folder, skipped))
+    with skipped.trying(folder):
+        part.lines = read_lines(folder)
     part.task = task_titled(record.task) or task_in(cfg) or task_titled(runs[0].task if runs else None)
     part.stage = str(record.task or (part.task.title if part.task else runs[0].task if runs else record.stage) or "")
     part.setting = setting_of(record, runs[0] if runs else None, cfg, part.stage)
@@ -84,22 +99,19 @@ def read_part(folder: Path, name: str, catalogue: Catalogue) -> RunPart:
     part.classes = classes_of(logs)
     part.recorded = {
         key.replace("_", " "): worded(value)
-        for key, value in (record.values().items() if results.is_file() else ())
+        for key, value in (record.values().items() if there else ())
         if key != "reported" and value not in (None, {}, "")
     }
     return part
 
 
-def configs_of(folder: Path) -> dict[str, str]:
-    """File name -> text of the run's configs: as given, or else the newest in its log folders."""
-    files = sorted(folder.glob("*.py")) or sorted(folder.glob("*/vis_data/config.py"))[-1:]
-    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
-
-
-def newest_config(folder: Path) -> str | None:
-    """The text of the newest config in the log folders, which has all values; None if there is none."""
-    files = sorted(folder.glob("*/vis_data/config.py"))[-1:]
-    return files[0].read_text(encoding="utf-8", errors="replace") if files else None
+def texts_of(files: Sequence[Path], skipped: Skipped) -> dict[str, str]:
+    """File name -> text of those that can be read."""
+    found = {}
+    for path in files:
+        with skipped.trying(path):
+            found[path.name] = read_text(path)
+    return found
 
 
 def task_in(cfg: Mapping[str, Any]) -> Task | None:
@@ -162,9 +174,11 @@ def facts_of(lines: Sequence[dict], logs: Sequence[str], record: Record) -> dict
 
 
 def stamps_of(log: str) -> list[datetime.datetime]:
-    """The timestamps of a log's lines."""
+    """The timestamps of a log's first and last line that have one."""
     found = [match[1] for match in map(STAMP.match, log.splitlines()) if match]
-    return [datetime.datetime.strptime(stamp, "%Y/%m/%d %H:%M:%S") for stamp in (found[:1] + found[-1:])]
+    with suppress(ValueError):  # digits that are no date
+        return [datetime.datetime.strptime(stamp, "%Y/%m/%d %H:%M:%S") for stamp in (found[:1] + found[-1:])]
+    return []
 
 
 def in_order(parts: Iterable[RunPart]) -> dict[str, list[RunPart]]:

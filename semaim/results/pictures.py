@@ -9,9 +9,13 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from semaim.results.skipping import Skipped
+
 WIDEST = 1000  #: largest width of a picture in the report, in pixels
 MOST = 6  #: largest number of pictures of one kind and run, except of orders
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")  #: whatever the ending says
+LARGEST = 50_000_000  #: pixels of a picture, as decoding takes 8 bytes for each
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,16 @@ class Picture:
     height: int
 
 
-def pictures_of(folder: Path) -> dict[str, list[Picture]]:
+def pictures_of(folder: Path, skipped: Skipped | None = None) -> dict[str, list[Picture]]:
     """Caption -> pictures of a run: its orders during training, predictions, and those in the folder itself."""
+    skipped = skipped or Skipped()
     predicted = [path.parent for path in folder.glob("*/predictions.json")]
     chosen = {"Orders over training": spread(listed(folder / "orders"), 3)}  # first, middle, last
     for place in sorted({*predicted, folder / "predictions"}):
         words = "Predictions" if place.name == "predictions" else f"Predictions ({place.name})"
         chosen[words] = spread(listed(place), MOST)
     chosen["Pictures"] = spread(listed(folder), MOST)
-    shown = {words: [shown for path in paths if (shown := encode(path))] for words, paths in chosen.items()}
+    shown = {words: [shown for path in paths if (shown := encode(path, skipped))] for words, paths in chosen.items()}
     return {words: pictures for words, pictures in shown.items() if pictures}
 
 
@@ -49,12 +54,17 @@ def spread(items: Sequence, most: int) -> list:
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def encode(path: Path) -> Picture | None:
+def encode(path: Path, skipped: Skipped) -> Picture | None:
     """A picture, at most `WIDEST` pixels wide, as the smaller of PNG and JPEG; None if it cannot be read."""
     try:
-        with Image.open(path) as opened:
+        if not path.is_file():
+            raise ValueError("no regular file")
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > LARGEST:
+                raise ValueError(f"it has more than {LARGEST:,} pixels")
             image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except Exception:  # Pillow raises many types; a training may be writing it
+    except Exception as error:  # Pillow raises many types; a training may be writing it
+        skipped.add(f"{path}: no picture that can be read: {str(error)[:100]}")
         return None
     ground = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(ground, image).convert("RGB")

@@ -16,7 +16,8 @@ from semaim.places import here, to_install
 from semaim.results import load_published
 from semaim.results.costs import cost_of, totals
 from semaim.results.formats import FORMATS, glance
-from semaim.results.running import Children, read, refuse_changes
+from semaim.results.running import Children, read, refuse_changes, settings_in
+from semaim.results.skipping import Skipped, files_in, tell
 from semaim.results.stages import PICTURES, Stage
 from semaim.results.table import make_table
 
@@ -39,9 +40,16 @@ def count_images(root: Path | None) -> tuple[int, int] | None:
     return train, val
 
 
-def check(stages: list[Stage], chosen: list[Stage]) -> None:
-    """Before any stage starts, `UserError` for what would stop the stages or mix their results."""
+def check(stages: list[Stage], chosen: list[Stage]) -> list[Stage]:
+    """Before any stage starts, `UserError` for what would stop the stages or mix their results.
+
+    Returns the chosen stages without those whose folder is broken, which are named, and those that start from them.
+    """
+    skipped: dict[str, str] = {}
     for stage in stages:
+        if stage.needs in skipped:
+            skipped[stage.title] = f"{stage.title}, which starts from {stage.needs}"
+            continue
         if stage.name == "scenes":
             drawn = read(stage.result)
             for name, value in stage.options.items():
@@ -49,10 +57,19 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
                     was = f"{drawn.get(name)}, now it is {value}"
                     raise UserError(f"{stage.folder} was drawn with {name} = {was}: choose another --work-dir")
         elif any((stage.folder / name).exists() for name in ("results.json", "latest.pth")):
-            had = read(stage.folder / "stage.json").get("settings")
+            try:
+                had = settings_in(stage.folder / "stage.json")
+            except UserError as error:
+                skipped[stage.title] = str(error)
+                continue
             if had is None:
                 raise UserError(f"{stage.folder} holds a run of another command: choose another --work-dir")
             refuse_changes(stage.folder, had, stage.settings)
+    lost = [skipped[stage.title] for stage in chosen if stage.title in skipped]
+    chosen = [stage for stage in chosen if stage.title not in skipped]
+    if lost and not any(stage.method for stage in chosen):
+        raise UserError(f"no stage is left: {lost[0]}")
+    tell(lost)
     by_title = {stage.title: stage for stage in stages}
     for stage in chosen:
         needed = by_title.get(stage.needs or "")
@@ -62,6 +79,7 @@ def check(stages: list[Stage], chosen: list[Stage]) -> None:
         if package and not stage.result.exists() and not importlib.util.find_spec(package):
             flags = f"{to_install('all')}, or leave it out: --skip detection segmentation"
             raise UserError(f"{stage.title}: {package} is not installed: {flags}")
+    return chosen
 
 
 def typed(stage: Stage) -> str:
@@ -172,11 +190,13 @@ def tabulate(work: Path, scale: str, lead: str | None = None) -> None:
 
     At paper scale they are printed together with the published ones.
     """
-    if not any(work.rglob("results.json")):
+    if not any(path.name == "results.json" for path in files_in(work, Skipped())):
         print("no stage that measures has finished yet: there is no table")
         return
     catalogue = load_published()
     table = make_table([work], catalogue)
+    if not importlib.util.find_spec("semaim.results.report"):
+        tell(table.skipped)
     written = []
     for name, file in FILES.items():
         head = '<!doctype html>\n<meta charset="utf-8">\n' * (name == "html")
@@ -185,7 +205,7 @@ def tabulate(work: Path, scale: str, lead: str | None = None) -> None:
     if importlib.util.find_spec("semaim.results.report"):
         from semaim.results.report import write_report
 
-        write_report([work], work / "report.html", lead)
+        tell(write_report([work], work / "report.html", lead))
         written.append(work / "report.html")
     shown = table if scale == "paper" else make_table([work], catalogue, published=False)
     print(f"\n{FORMATS['md'](shown)}\n{glance(table)}\nwritten: {', '.join(map(here, written))}")

@@ -1,6 +1,7 @@
 """One self-contained HTML file about runs: the results table; for each stage curves, pictures, figures and configs."""
 
 import datetime
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from semaim.results.overlays import Overlay, overlays_of
 from semaim.results.parts import RunPart, in_order, read_part
 from semaim.results.pictures import encode
 from semaim.results.runs import read_runs
+from semaim.results.skipping import Skipped, files_in
 from semaim.results.table import HEADER, JUDGED, Printed, Table, at_a_glance, make_table, print_form
 
 MARKS = ("results.json", "vis_data/scalars.json", "vis_data/config.py")  #: files that mark the folder of a run
@@ -71,20 +73,27 @@ class Results:
         return [name for name in self.glance[0] if ": " in name]
 
 
-def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) -> None:
+def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) -> list[str]:
     """Write a self-contained HTML file about all runs in the folders, searched recursively.
+
+    Returns what was left out, as it cannot be read; `UserError` if nothing is left.
 
     Args:
         folders: of runs, or folders of them.
         out: the file.
         lead: first sentences: what the runs are and what they can show.
     """
-    runs, catalogue = find_runs(folders), load_published()
-    parts = [read_part(folder, name, catalogue) for folder, name in runs.items()]
-    pictured = [folder for folder, part in zip(runs, parts, strict=True) if part.pictures]
+    skipped, catalogue = Skipped(), load_published()
+    runs: dict[Path, RunPart] = {}
+    for folder, name in find_runs(folders, skipped).items():
+        with skipped.trying(folder):
+            runs[folder] = read_part(folder, name, catalogue, skipped)
+    if not runs:
+        raise skipped.nothing("run")
+    pictured = [folder for folder, part in runs.items() if part.pictures]
     table = table_of(runs, catalogue)
     opening = make_opening([folder / "results.json" for folder in measured(runs)], catalogue)
-    shown = [(words, encode(path)) for words, path in opening.pictures] if opening else []
+    shown = [(words, encode(path, skipped)) for words, path in opening.pictures] if opening else []
     pictured += [path.parent for _, path in opening.pictures] if opening else []
     loader = PackageLoader("semaim", "results")
     environment = Environment(
@@ -95,8 +104,9 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
         nothing=NOTHING,
         opening=opening,
         shown=[(words, picture) for words, picture in shown if picture],
-        stages=stages_of(parts),
-        count=len(parts),
+        stages=stages_of(runs.values()),
+        count=len(runs),
+        skipped=skipped.lines,
         results=results_of(table) if table else None,
         credit=f"{CREDIT} ({SOURCES})." if any(map(shows_scenes, pictured)) else "",
         date=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
@@ -104,6 +114,7 @@ def write_report(folders: Sequence[Path], out: Path, lead: str | None = None) ->
     )
     with writing(out):
         out.write_text(page, encoding="utf-8")
+    return skipped.lines
 
 
 def stages_of(parts: Iterable[RunPart]) -> list[StagePart]:
@@ -126,14 +137,14 @@ def capital(title: str) -> str:
 # Finding
 
 
-def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
+def find_runs(folders: Iterable[Path], skipped: Skipped | None = None) -> dict[Path, str]:
     """Folders of runs -> their names, which are their paths relative to the given folder."""
     found: dict[Path, str] = {}
     for given in map(Path, folders):
         if not given.is_dir():
             raise UserError(f"no such folder: {given}")
         root = given.resolve()
-        files = [path for mark in MARKS for path in root.rglob(mark)]
+        files = [path for path in files_in(root, skipped or Skipped()) if any(map(path.match, MARKS))]
         inside = {path.parent if path.name == "results.json" else path.parents[2] for path in files}
         inside = {path for path in inside if path.is_relative_to(root)}  # if a folder inside a run was given
         if not inside:
@@ -146,7 +157,7 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
 
 def measured(runs: Iterable[Path]) -> list[Path]:
     """The folders that contain results.json."""
-    return [folder for folder in runs if (folder / "results.json").is_file()]
+    return [folder for folder in runs if os.path.lexists(folder / "results.json")]
 
 
 # The results table

@@ -1,6 +1,5 @@
 """Shared by tools that start others: running a command, continuing an interrupted one, refusing changed settings."""
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from mmengine.config import Config
 from semaim.engine.launcher import end_with_parent
 from semaim.errors import UserError
 from semaim.places import IN_CHECKOUT, ROOT, here
+from semaim.reading import read_json
 
 
 def python() -> str:
@@ -29,13 +29,19 @@ def tool(name: str) -> list[str]:
 
 
 def read(path: Path) -> dict:
-    """The content of a JSON file; empty if there is no file."""
+    """The content of a JSON file; empty if there is no file, `UserError` if it is broken."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def settings_in(path: Path) -> dict | None:
+    """The settings of the earlier run in a stage.json or sweep.json; None if there are none, `UserError` if broken."""
+    had = read(path).get("settings")
+    if had is not None and not (isinstance(had, dict) and isinstance(had.get("options"), dict)):
+        raise UserError(f"{path} is broken: settings is {had!r:.60}")
+    return had
 
 
 def refuse_changes(folder: Path, had: dict, settings: dict) -> None:

@@ -1,8 +1,9 @@
 """Our own figures: `results.json` files -> runs, and reasons not to compare them with published figures."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from semaim.errors import UserError
@@ -10,6 +11,7 @@ from semaim.places import is_name
 from semaim.record import Record, read_record
 from semaim.registry import Metric, methods, task_titled, tasks
 from semaim.results import SINGLE, Catalogue, Recipe, measured
+from semaim.results.skipping import Skipped, files_in
 
 NO_RECIPE = "its config follows no published recipe"
 CLS = "class token"  #: the default features, which a metric's name does not mention
@@ -87,17 +89,17 @@ class Run:
         return trained and all(getattr(self.record, name) is not None for name in names)
 
 
-def find_results(folders: Iterable[str | Path]) -> list[Path]:
-    """All results.json in the folders, searched recursively, each once."""
-    found: dict[Path, Path] = {}
+def find_results(folders: Iterable[str | Path], skipped: Skipped | None = None) -> list[Path]:
+    """All results.json in the folders, searched recursively, each once; `skipped` takes what cannot be searched."""
+    found: dict[str, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
-        files = sorted(folder.rglob("results.json"))
+        files = sorted(path for path in files_in(folder, skipped or Skipped()) if path.name == "results.json")
         if not files:
             raise UserError(f"no results.json in {folder}: runs that measure something write it to their work folder")
         for path in files:
-            found.setdefault(path.resolve(), path)
+            found.setdefault(os.path.realpath(path), path)
     return list(found.values())
 
 
@@ -161,10 +163,18 @@ def reported(
 
 def metrics_in(recorded: Mapping) -> dict[str, Metric]:
     """The metrics that a results.json describes itself; `UserError` if the description is invalid."""
+    kinds = {entry.name: type(entry.default) for entry in fields(Metric)} | {"label": str, "least": int | float}
+    kinds["factor"] = int | float
     try:
-        return {name: Metric(**settings) for name, settings in recorded.items()}
+        found = {name: Metric(**settings) for name, settings in recorded.items()}
     except TypeError as error:
         raise UserError(f"results.json is broken: reported: {error}") from None
+    for metric in found.values():
+        for name, kind in kinds.items():
+            value = getattr(metric, name)
+            if not isinstance(value, kind) and not (name == "least" and value is None):
+                raise UserError(f"results.json is broken: reported: {name} is {value!r:.60}")
+    return found
 
 
 def trains(title: str) -> bool:

@@ -18,9 +18,11 @@ from semaim.engine.config import load_config
 from semaim.engine.locking import work_folder
 from semaim.errors import Diverged, UserError
 from semaim.places import is_name
+from semaim.record import Record, read_record
 from semaim.registry import Metric, task_titled, tasks
-from semaim.results.running import as_words, follow, read, refuse_changes, shortened, tool
+from semaim.results.running import as_words, follow, read, refuse_changes, settings_in, shortened, tool
 from semaim.results.runs import metrics_in
+from semaim.results.skipping import Skipped, tell
 
 DECAY = "optim_wrapper.paramwise_cfg.layer_decay"
 
@@ -63,16 +65,32 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     return runs
 
 
-def check_folder(work: Path, runs: dict[str, dict]) -> None:
-    """`UserError` if the folder has runs with other settings: a table must not mix them."""
+def check_folder(work: Path, runs: dict[str, dict]) -> set[str]:
+    """The runs that are broken, which are named; `UserError` if the folder has runs with other settings.
+
+    A table must not mix them.
+    """
+    broken: set[str] = set()
+    skipped = Skipped()
     settings = next(iter(runs.values()))["settings"]
     for folder in sorted({work / name for name in runs} | {path.parent for path in work.glob("*/sweep.json")}):
-        if not any((folder / name).exists() for name in ("results.json", "latest.pth")):
+        if not any(os.path.lexists(folder / name) for name in ("results.json", "latest.pth")):
             continue
-        had = read(folder / "sweep.json").get("settings")
+        try:
+            had = settings_in(folder / "sweep.json")
+            if os.path.lexists(folder / "results.json"):
+                read_record(folder / "results.json")
+        except UserError as error:
+            skipped.add(str(error))
+            broken.add(folder.name)
+            continue
         if had is None:
             raise UserError(f"{folder} holds a run that no sweep started: choose another --work-dir")
         refuse_changes(folder, had, settings)
+    if broken >= runs.keys():
+        raise skipped.nothing("run")
+    tell(skipped.lines)
+    return broken
 
 
 def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
@@ -90,15 +108,18 @@ def command(args: argparse.Namespace, folder: Path, record: dict) -> list[str]:
 def sweep(args: argparse.Namespace, work: Path) -> int:
     """Train what has not finished; returns the exit status."""
     runs = plan(args)
-    check_folder(work, runs)
+    broken = check_folder(work, runs)
     with work_folder(work):
-        return _train(args, work, runs)
+        return _train(args, work, runs, broken)
 
 
-def _train(args: argparse.Namespace, work: Path, runs: dict[str, dict]) -> int:
+def _train(args: argparse.Namespace, work: Path, runs: dict[str, dict], broken: set[str]) -> int:
     for number, (name, record) in enumerate(runs.items(), 1):
         folder = work / name
         title = f"run {number} of {len(runs)}, {name}:"
+        if name in broken:
+            print(title, "is skipped", flush=True)
+            continue
         if read(folder / "results.json").get("metrics"):
             print(title, "has finished", flush=True)
             continue
@@ -121,23 +142,40 @@ def _train(args: argparse.Namespace, work: Path, runs: dict[str, dict]) -> int:
     return 0
 
 
-def metrics_of(results: dict) -> dict[str, Metric]:
+def metrics_of(record: Record | None) -> dict[str, Metric]:
     """The metrics of a run's task to show, the deciding one first."""
-    task = task_titled(results.get("task"))
-    if task is None and results.get("reported"):
-        return metrics_in(results["reported"])
+    task = task_titled(record.task if record else None)
+    if task is None and record and record.reported:
+        return metrics_in(record.reported)
     found = [(name, metric) for it in ([task] if task else tasks()) for name, metric in it.metrics.items()]
     return {name: metric for name, metric in found if metric.tabled or name == "loss"}
+
+
+def rates_in(path: Path) -> dict:
+    """What a sweep.json says of its run; `UserError` if it is broken."""
+    found = read(path)
+    for name in ("base_lr", "peak_lr", "layer_decay"):
+        value = found.get(name)
+        if type(value) not in (int, float) and not (name == "layer_decay" and value is None):
+            raise UserError(f"{path} is broken: {name} is {value!r:.60}")
+    return {name: found.get(name) for name in ("base_lr", "peak_lr", "layer_decay", "diverged")}
 
 
 def collect(work: Path, metric: str | None) -> tuple[list[dict], list[str]]:
     """The runs in a folder, the best first, and the metrics to show, the deciding one first."""
     rows: list[dict] = []
     known_metrics: dict[str, Metric] = {}
+    skipped = Skipped()
     for path in sorted(work.glob("*/sweep.json")):
-        results = read(path.with_name("results.json"))
-        rows.append({"run": path.parent.name, "metrics": results.get("metrics", {}), **read(path)})
-        known_metrics |= metrics_of(results)
+        with skipped.trying(path):
+            results = path.with_name("results.json")
+            record = read_record(results) if os.path.lexists(results) else None
+            described = metrics_of(record)
+            rows.append({"run": path.parent.name, "metrics": record.metrics if record else {}, **rates_in(path)})
+            known_metrics |= described
+    if not rows and skipped.lines:
+        raise skipped.nothing("run")
+    tell(skipped.lines)
     known = {name for row in rows for name in row["metrics"]}
     if not known:
         raise UserError(f"no run in {work} has measured anything yet")

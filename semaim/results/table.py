@@ -17,6 +17,7 @@ from semaim.results.cells import Cell, figure_words, make_cells
 from semaim.results.comparing import Comparison, compare, reason, unusable, way_words
 from semaim.results.gains import Gain, Interval, encoder_of, gains_of, names_of
 from semaim.results.runs import Run, find_results, read_runs
+from semaim.results.skipping import Skipped
 
 HEADER = (
     *("Method", "Backbone", "Pretraining epochs", "Task", "Metric", "Recipe", "Published", "Ours", "Difference"),
@@ -88,11 +89,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, their warnings, and the gains of our runs over a baseline among them."""
+    """Rows, their warnings, the gains of our runs over a baseline among them, and what was left out as it is broken."""
 
     rows: list[Row]
     notes: list[str]
     gains: list[Gain] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def make_table(
@@ -106,7 +108,13 @@ def make_table(
         published: whether its figures are rows, too.
         against: the method that gains are over; None for the usual one, see `semaim.results.gains.baseline_in`.
     """
-    runs = [run for path in find_results(folders) for run in read_runs(path, catalogue)]
+    runs: list[Run] = []
+    skipped = Skipped()
+    for path in find_results(folders, skipped):
+        with skipped.trying(path):
+            runs += read_runs(path, catalogue)
+    if not runs and skipped.lines:
+        raise skipped.nothing("result")
     if not runs:
         raise UserError("the results found hold no figure that the table has, such as top1, mIoU or coco/bbox_mAP")
     cells = make_cells(runs, catalogue)
@@ -126,7 +134,7 @@ def make_table(
     notes = dict.fromkeys(note for figure in figures for note in figure.notes)
     sections.sort(key=lambda section: tasks.index(section[0]))
     cells.sort(key=lambda cell: sections.index((cell.runs[0].task, cell.runs[0].metric)))
-    return Table(rows, list(notes), gains_of(cells, against, catalogue))
+    return Table(rows, list(notes), gains_of(cells, against, catalogue), skipped.lines)
 
 
 def by_pipeline(titles: Iterable[str]) -> list[str]:

@@ -5,23 +5,19 @@ All randomness of a sample - its crop, its flip, and the uniform numbers that la
 resumes inside an epoch by skipping the batches that are done.
 """
 
-import contextlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from semaim.data.shards import find_in_shards, read_bytes
+from semaim.data.decoding import load_image, load_pixels
+from semaim.data.shards import find_in_shards
 from semaim.errors import UserError
 
 HELD_OUT = ("val", "valid", "validation", "test")  #: folders beside `train` that hold no training images
@@ -77,48 +73,6 @@ def _read_list(file: Path) -> list[str]:
     if not paths:
         raise UserError(f"no images in {file}: it is an empty list")
     return paths
-
-
-def load_image(path: str, smallest: int = 1) -> Image.Image:
-    """An image file as RGB; `UserError` if it is broken or has a side below `smallest` pixels."""
-    try:
-        with Image.open(io.BytesIO(read_bytes(path))) as opened:
-            image = opened.convert("RGB")
-    except Exception as error:  # Pillow raises many types for the many ways a file can be broken
-        # Pillow's text for an unknown format names the buffer in memory.
-        detail = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({detail})"
-        raise UserError(f"cannot read image {path}: {reason}; repair or remove it") from None
-    if min(image.size) < smallest:
-        width, height = image.size
-        raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
-    return image
-
-
-def check_whole(path: str | os.PathLike) -> None:
-    """`UserError` for a truncated JPEG file, of which OpenCV silently reads a part."""
-    path = os.fspath(path)
-    if not path.lower().endswith((".jpg", ".jpeg")):
-        return
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # OSError: an empty file
-        file.seek(-2, os.SEEK_END)
-        if file.read() == b"\xff\xd9":  # the end-of-image marker; other data may also follow it
-            return
-    load_image(path)
-
-
-def load_pixels(path: str, smallest: int = 1) -> Tensor:
-    """As `load_image`, but uint8 (3, H, W), channels last in memory, and faster: JPEGs are decoded by OpenCV.
-
-    The pixels equal Pillow's (CMYK's may differ by 1), without a copy in between.
-    """
-    if path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(OSError, cv2.error):  # a missing and an empty file
-            data = np.frombuffer(read_bytes(path), np.uint8)
-            pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-            if pixels is not None and min(pixels.shape[:2]) >= smallest:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
-    return pil_to_tensor(load_image(path, smallest))  # names the error of a broken file
 
 
 def seed_of(*parts: int) -> int:

@@ -3,9 +3,11 @@
 `check_coco_file` holds what mmdet's CocoDataset, LoadAnnotations and CocoMetric read of a file to what they can take.
 """
 
+import copy
 import gc
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,13 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
     of_categories = column("annotations", "category_id", _is_whole, "a whole number")
     boxes = column("annotations", "bbox", _is_box, "x, y, width and height, four finite numbers")
     column("annotations", "area", _is_area, "a finite number")
+    for record in document["annotations"]:
+        if record.get("iscrowd", 0) not in (0, 1):
+            raise refuse(f"annotation {record['id']} has iscrowd {cut(record['iscrowd'])}, not 0 or 1")
+    try:
+        copy.deepcopy(document["categories"])  # as COCO's metric does
+    except RecursionError:
+        raise refuse("its list 'categories' is nested too deeply") from None
     records, categories = document["annotations"], {record["id"]: i for i, record in enumerate(document["categories"])}
     sizes = dict(zip(numbers, zip(widths, heights, strict=True), strict=True))
     files = dict(zip(numbers, names, strict=True))
@@ -177,8 +186,15 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
             first = beyond[0]
             text = f"the box {boxes[known[first]]} of {where(first)} is outside its {size_text(limits[first])} pixels"
             raise refuse(text, len(beyond))
+    shapes = [records[place].get("segmentation") for place in known]
+    if not masks:
+        for place, shape in enumerate(shapes):
+            try:
+                pickle.dumps(shape)  # as mmdet's data set keeps it, used or not
+            except RecursionError:
+                raise refuse(f"{where(place)} has a segmentation that is nested too deeply") from None
     if masks:
-        faults = list(undecodable([records[place].get("segmentation") for place in known], limits))
+        faults = list(undecodable(shapes, limits))
         if faults:
             text = f"{where(faults[0][0])} {faults[0][1]}, and masks are learned or measured"
             raise refuse(text, len(faults))

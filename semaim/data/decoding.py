@@ -108,10 +108,14 @@ def load_pixels(path: str, smallest: int = 1) -> Tensor:
 
     The pixels equal Pillow's (CMYK's may differ by 1), without a copy in between.
     """
-    data = _bytes_of(path)
+    return decode_pixels(_bytes_of(path), path, smallest)
+
+
+def decode_pixels(data: bytes, path: str, smallest: int = 1) -> Tensor:
+    """`load_pixels` for the content of a file."""
     if path.lower().endswith(JPEG):
-        _opened(data, path)
-        with contextlib.suppress(cv2.error):  # an empty file
+        _opened(data, path).close()
+        with contextlib.suppress(cv2.error):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
             if pixels is not None and min(pixels.shape[:2]) >= smallest:
                 return torch.from_numpy(pixels).permute(2, 0, 1)

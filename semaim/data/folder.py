@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -21,6 +22,7 @@ from semaim.data.shards import find_in_shards
 from semaim.errors import UserError
 
 HELD_OUT = ("val", "valid", "validation", "test")  #: folders beside `train` that hold no training images
+ATTEMPTS = 100  #: images drawn in the place of one that cannot be read
 
 
 def find_images(root: str | os.PathLike) -> list[str]:
@@ -35,23 +37,14 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """
     root = Path(root)
     if root.is_file():
-        return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else _read_list(root)
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
-    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
-        root = root / "train"
-    files = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    ]
-    images = sorted(path for path in files if path.lower().endswith(IMG_EXTENSIONS))
+        return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else read_list(root)
+    files = files_below(root)
+    images = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
     labels = f"{os.sep}annotations{os.sep}"  # of ADE20K's layout: PNG files that are no images
     if found := next((path for path in images if labels in path[len(str(root)) :]), None):
         folder = found[: found.rindex(labels)]
         raise UserError(f"{folder}/annotations holds label maps, not images: name {folder}/images")
-    images = images or find_in_shards(sorted(Path(path) for path in files if path.endswith(".tar")), IMG_EXTENSIONS)
+    images = images or find_in_shards([Path(path) for path in files if path.endswith(".tar")], IMG_EXTENSIONS)
     if not images:
         packed = any(path.endswith((".tar.gz", ".tgz", ".tar.zst")) for path in files)
         raise UserError(
@@ -61,7 +54,46 @@ def find_images(root: str | os.PathLike) -> list[str]:
     return images
 
 
-def _read_list(file: Path) -> list[str]:
+def files_below(root: Path) -> list[str]:
+    """Paths of the files below a folder that training reads, sorted; `UserError` if there is no such folder."""
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
+        root = root / "train"
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".")
+    )
+
+
+def name_of(path: str, root: str | os.PathLike) -> str:
+    """A path that `find_images` has found, relative to the root, or to the folder of a root that is a file."""
+    base = Path(root).parent if os.path.isfile(root) else Path(root)
+    start = str(base / "x")[:-1]
+    return path[len(start) :] if path.startswith(start) else path
+
+
+def without(paths: list[str], root: str | os.PathLike, file: str | os.PathLike) -> list[str]:
+    """The images that a list of files to skip does not name, see `semaim.data.image_files`.
+
+    `UserError` if the list cannot be read, names none of the images, or all.
+    """
+    try:
+        names = set(Path(file).read_text("utf-8", "surrogateescape").split("\n")) - {""}
+    except OSError as error:
+        raise UserError(f"cannot read dataset.skip {file}: {error.strerror}") from None
+    kept = [path for path in paths if name_of(path, root) not in names]
+    if names and len(kept) == len(paths):
+        raise UserError(f"dataset.skip {file} names no image in {root}: a line is a path relative to it")
+    if not kept:
+        raise UserError(f"dataset.skip {file} names all images in {root}")
+    return kept
+
+
+def read_list(file: Path) -> list[str]:
+    """The paths in a list file; `UserError` if it has none."""
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -91,6 +123,10 @@ class PretrainImages(Dataset):
         flip: probability of a horizontal flip.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1, by which the model normalises; None for ImageNet's.
+        on_error: "raise" ends the run at an image that cannot be read; "skip" names it in the log, and another image
+            takes its place, drawn by (seed, epoch, index).
+        most_damaged: with "skip", the largest share of the images that may be unreadable; more end the run.
+        skip: file that names images to leave out, one a line, as tools/verify_dataset.py images --out writes it.
 
     The key of an item is (epoch, index). An item is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
     uniform number per patch.
@@ -108,11 +144,22 @@ class PretrainImages(Dataset):
         seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        on_error: str = "raise",
+        most_damaged: float = 0.01,
+        skip: str | None = None,
     ):
+        if on_error not in ("raise", "skip"):
+            raise UserError(f"dataset.on_error {on_error!r}: choose raise or skip")
+        paths = find_images(root)
+        if skip is not None:
+            paths = without(paths, root, skip)
         # One array of bytes instead of a list of str: workers share it without copying.
-        self.paths = np.array([os.fsencode(path) for path in find_images(root)])
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.root, self.seed, self.img_size, self.patch_size = root, seed, img_size, patch_size
         self.mean, self.std = mean, std
+        self.most_damaged = most_damaged
+        #: Which images could not be read, in memory that all workers of a process share; None to raise.
+        self.damaged = torch.zeros(len(paths), dtype=torch.uint8).share_memory_() if on_error == "skip" else None
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
@@ -125,7 +172,7 @@ class PretrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
-        image = load_pixels(os.fsdecode(self.paths[index]), self.patch_size)
+        _, image = self.read(epoch, index)
         state = torch.get_rng_state()
         # Not torch.manual_seed, which would seed the GPU's generator too.
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
@@ -134,10 +181,39 @@ class PretrainImages(Dataset):
         finally:
             torch.set_rng_state(state)
 
+    def read(self, epoch: int, index: int) -> tuple[int, Tensor]:
+        """An image, uint8 (3, H, W), and its index: with `on_error="skip"` another one's, if it cannot be read."""
+        chosen = index
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return chosen, load_pixels(os.fsdecode(self.paths[chosen]), self.patch_size)
+            except UserError as error:
+                if self.damaged is None:
+                    raise
+                self._skip(chosen, error)
+            chosen = seed_of(self.seed, epoch, index, attempt) % len(self)
+        raise UserError(f"none of {ATTEMPTS} images can be read, the last is {os.fsdecode(self.paths[chosen])}")
+
+    def _skip(self, index: int, error: UserError) -> None:
+        """Name an image that cannot be read in the log, once; `UserError` if there are too many."""
+        assert self.damaged is not None
+        if self.damaged[index]:
+            return
+        self.damaged[index] = 1
+        count = int(self.damaged.sum())
+        if count > self.most_damaged * len(self):
+            raise UserError(
+                f"{count} of {len(self):,} images cannot be read, more than dataset.most_damaged={self.most_damaged:g}:"
+                f" the last is: {error}"
+            )
+        # As an error, since processes other than the first log only these.
+        MMLogger.get_current_instance().error(f"image skipped, {count} of {len(self):,} so far: {error}")
+
     def preview(self, count: int) -> Tensor:
         """`count` images spread over the data, centre-cropped: uint8 (count, 3, S, S)."""
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return centre_crops([os.fsdecode(self.paths[place]) for place in places], self.img_size)
+        chosen = [self.read(0, int(place))[0] for place in places]
+        return centre_crops([os.fsdecode(self.paths[place]) for place in chosen], self.img_size)
 
 
 def centre_crops(paths: list[str], img_size: int) -> Tensor:

@@ -21,7 +21,8 @@ from semaim.benchmarks.detection import block_pass, build_block
 from semaim.benchmarks.loading import check_pixels, write_textures
 from semaim.benchmarks.rows import Row, without_gpu
 from semaim.benchmarks.scaling import exponent
-from semaim.data.folder import PretrainImages, load_image, load_pixels
+from semaim.data.decoding import load_image, load_pixels
+from semaim.data.folder import PretrainImages
 from semaim.engine.evaluation import Frozen
 from semaim.errors import UserError
 from semaim.models import PixelTarget, SemAIM, cpu_products

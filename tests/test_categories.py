@@ -11,8 +11,8 @@ from commands import check_data, flags, one_line, results, tool
 pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
 
 from semaim.checkpoints.files import read_checkpoint  # noqa: E402
+from semaim.data.coco import check_coco_file  # noqa: E402
 from semaim.data.scenes import CLASSES, write_scenes  # noqa: E402
-from semaim.data.verify import check_coco_file  # noqa: E402
 from semaim.engine import dense  # noqa: E402
 from semaim.engine.config import load_config, set_data_root  # noqa: E402
 from semaim.errors import UserError  # noqa: E402

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from semaim.data.folder import PretrainImages, ResumableBatches, find_images, load_image
+from semaim.data.decoding import load_image
+from semaim.data.folder import PretrainImages, ResumableBatches, find_images
 from semaim.data.labelled import find_labelled
 from semaim.errors import UserError
 

@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
-from semaim.data.folder import load_image, load_pixels
+from semaim.data.decoding import load_image, load_pixels
 from semaim.data.scenes import write_scenes
 from semaim.engine.config import load_config, set_data_root
 from semaim.errors import UserError, nearest, run

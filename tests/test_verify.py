@@ -9,10 +9,12 @@ import pytest
 from commands import tool
 from PIL import Image
 
+from semaim.data.coco import check_coco_file
+from semaim.data.coco_masks import runs_of
 from semaim.data.findings import Report
 from semaim.data.label_maps import verify_ade20k
 from semaim.data.scenes import BACKGROUND, write_scenes
-from semaim.data.verify import _runs, check_coco_file, verify_coco
+from semaim.data.verify import verify_coco
 from semaim.errors import UserError
 
 mask = pytest.importorskip(
@@ -159,7 +161,7 @@ def test_damage_in_coco_annotations_is_named(folder, name):
     "change, kind",
     [
         (first(bbox=[4, 6, 10, 0], area=0, segmentation=[POLYGON]), "object under a pixel, training leaves it out"),
-        (first(**SQUARE, segmentation=[]), "no segmentation, masks are not learned from it"),
+        (first(**SQUARE, segmentation=[]), "no segmentation, so that masks cannot be learned"),
         (first(**{**SQUARE, "area": 300}, segmentation=[POLYGON]), "area larger than the box"),
         (first(bbox=[0, 0, 3, 3], area=9), "mask and box differ"),
     ],
@@ -190,8 +192,8 @@ def test_compressed_runs_are_those_of_pycocotools():
         flat = np.concatenate([[0], pixels.ravel(order="F"), [2]])
         edges = np.flatnonzero(np.diff(flat))
         packed = mask.encode(pixels)["counts"].decode()
-        assert _runs(packed).tolist() == np.diff([0, *edges]).tolist()
-        assert _runs(packed + "o").size == 0  # says that more follows
+        assert runs_of(packed).tolist() == np.diff([0, *edges]).tolist()
+        assert runs_of(packed + "o").size == 0  # says that more follows
 
 
 def broken(path):
@@ -255,8 +257,14 @@ def test_the_first_five_of_a_kind_are_shown():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (first(bbox=[25, 2, 9, 4]), r"box \[25, 2, 9, 4\] of annotation 1 is outside its image of 32 x 32 .*\(1 such"),
-        (first(bbox=[float("nan"), 2, 9, 4]), "outside its image"),
+        (
+            first(bbox=[25, 2, 9, 4]),
+            r"json: the box \[25, 2, 9, 4\] of annotation 1 of image 1, 000001.jpg, is outside its 32 x 32 ",
+        ),
+        (
+            first(bbox=[float("nan"), 2, 9, 4]),
+            r"number 1 of its list 'annotations', id 1, has bbox \[nan, 2, 9, 4\], not",
+        ),
         (first(category_id=99), "annotation 1 names category 99, which is not listed"),
         (double("annotations"), "the same id"),
         (double("images"), "the same id"),
@@ -264,9 +272,16 @@ def test_the_first_five_of_a_kind_are_shown():
             image(file_name="x.jpg"),
             "1 of its 16 images are not in .*train2017, the first is x.jpg; tools/verify_dataset",
         ),
-        (image(file_name=None), "no COCO annotation file: a record is damaged"),
-        (first(bbox=[1, 2, 3]), "no COCO annotation file: a record is damaged"),
-        (lambda document: document["annotations"][3].pop("bbox"), "no COCO annotation file: a record lacks 'bbox'"),
+        (image(file_name=None), "number 1 of its list 'images', id 1, has file_name None, not a file name"),
+        (first(bbox=[1, 2, 3]), r"id 1, has bbox \[1, 2, 3\], not x, y, width and height"),
+        (first(bbox=["1", 2, 3, 4]), r"id 1, has bbox \['1', 2, 3, 4\], not x, y, width and height"),
+        (first(area=None), "id 1, has area None, not a finite number"),
+        (first(image_id=[1]), r"id 1, has image_id \[1\], not the id of an image"),
+        (
+            lambda document: document["annotations"][3].pop("bbox"),
+            "number 4 of its list 'annotations', id 4, lacks 'bbox'",
+        ),
+        (image(width=40), "image 000001.jpg is 32 x 32 pixels, listed as 40 x 32"),
         (lambda document: document["images"].clear(), "has no images"),
         (lambda document: document["annotations"].clear(), "has no annotations"),
         (lambda document: document.pop("categories"), "no COCO annotation file: it has no list 'categories'"),

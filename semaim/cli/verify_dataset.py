@@ -1,4 +1,4 @@
-"""Find what is wrong with a data set: tools/verify_dataset.py {coco,ade20k} ROOT (see --help)."""
+"""Find what is wrong with a data set: tools/verify_dataset.py {coco,ade20k,images} ROOT (see --help)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,14 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         metavar="SHARE",
         help="largest share of a split's pixels that may be unlabelled, from 0 to 1 (default: any)",
     )
-    for command in (coco, ade):
-        command.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads (%(default)s)")
+    images = commands.add_parser("images", help="any images: folders, a list file, or tar shards, as for pretraining")
+    images.add_argument("root", metavar="ROOT")
+    images.add_argument("--out", metavar="FILE", help="write a list of the images to leave out, for dataset.skip")
+    images.add_argument("--smallest", type=int, default=16, help="least side of an image in pixels (%(default)s)")
+    for command in (coco, ade, images):
+        command.add_argument(
+            "--workers", type=int, default=min(16, os.cpu_count() or 1), help="images at a time (%(default)s)"
+        )
         command.add_argument("--report", metavar="FILE", help="write what was found as JSON, too")
     return parser.parse_args(argv)
 
@@ -60,6 +66,14 @@ def verify(args: argparse.Namespace) -> list[Report]:
         reports = [verify_ade20k(args.root, **numbers, **more)]
         print(reports[0])
         return reports
+    if args.layout == "images":
+        from semaim.data.image_files import verify_images, write_list
+
+        report, left_out = verify_images(args.root, args.smallest, args.workers, progress=True)
+        print(report)
+        if args.out:
+            write_list(left_out, args.out)
+        return [report]
     if bool(args.ann) != bool(args.images):
         raise UserError("--ann and --images go together: one annotation file and the folder of its images")
     if not args.root and not args.ann:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -63,22 +64,31 @@ class Report:
 Note = tuple[str, str]  # kind and example of a problem
 
 
-def parallel(check: Callable, tasks: list, workers: int, progress: bool, title: str) -> list:
-    """Run `check` on every task in threads, results in order: Pillow decodes without the interpreter's lock."""
+def parallel(
+    check: Callable, tasks: list, workers: int, progress: bool, title: str, pool: Executor | None = None
+) -> list:
+    """Run `check` on every task, results in order, in threads: Pillow decodes without the interpreter's lock.
+
+    Another `pool` takes their place, and is shut down at the end.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
     done = []
-    pool = ThreadPoolExecutor(max(1, workers))
+    pool = pool or ThreadPoolExecutor(max(1, workers))
     try:
         with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
             row = bar.add_task(title, total=len(tasks))
-            for results in pool.map(lambda chunk: [check(task) for task in chunk], chunks):
+            for results in pool.map(partial(_each, check), chunks):
                 done += results
                 bar.advance(row, len(results))
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, wait only for the chunks that are running
     return done
+
+
+def _each(check: Callable, chunk: list) -> list:
+    return [check(task) for task in chunk]
 
 
 def image_size(path: Path, whole: bool = True) -> tuple[int, int]:

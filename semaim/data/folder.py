@@ -5,26 +5,24 @@ All randomness of a sample - its crop, its flip, and the uniform numbers that la
 resumes inside an epoch by skipping the batches that are done.
 """
 
-import contextlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from semaim.data.shards import find_in_shards, read_bytes
+from semaim.data.decoding import load_image, load_pixels
+from semaim.data.shards import find_in_shards
 from semaim.errors import UserError
 
 HELD_OUT = ("val", "valid", "validation", "test")  #: folders beside `train` that hold no training images
+ATTEMPTS = 100  #: images drawn in the place of one that cannot be read
 
 
 def find_images(root: str | os.PathLike) -> list[str]:
@@ -39,23 +37,14 @@ def find_images(root: str | os.PathLike) -> list[str]:
     """
     root = Path(root)
     if root.is_file():
-        return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else _read_list(root)
-    if not root.is_dir():
-        raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
-    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
-        root = root / "train"
-    files = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    ]
-    images = sorted(path for path in files if path.lower().endswith(IMG_EXTENSIONS))
+        return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else read_list(root)
+    files = files_below(root)
+    images = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
     labels = f"{os.sep}annotations{os.sep}"  # of ADE20K's layout: PNG files that are no images
     if found := next((path for path in images if labels in path[len(str(root)) :]), None):
         folder = found[: found.rindex(labels)]
         raise UserError(f"{folder}/annotations holds label maps, not images: name {folder}/images")
-    images = images or find_in_shards(sorted(Path(path) for path in files if path.endswith(".tar")), IMG_EXTENSIONS)
+    images = images or find_in_shards([Path(path) for path in files if path.endswith(".tar")], IMG_EXTENSIONS)
     if not images:
         packed = any(path.endswith((".tar.gz", ".tgz", ".tar.zst")) for path in files)
         raise UserError(
@@ -65,7 +54,46 @@ def find_images(root: str | os.PathLike) -> list[str]:
     return images
 
 
-def _read_list(file: Path) -> list[str]:
+def files_below(root: Path) -> list[str]:
+    """Paths of the files below a folder that training reads, sorted; `UserError` if there is no such folder."""
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
+        root = root / "train"
+    return sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".")
+    )
+
+
+def name_of(path: str, root: str | os.PathLike) -> str:
+    """A path that `find_images` has found, relative to the root, or to the folder of a root that is a file."""
+    base = Path(root).parent if os.path.isfile(root) else Path(root)
+    start = str(base / "x")[:-1]
+    return path[len(start) :] if path.startswith(start) else path
+
+
+def without(paths: list[str], root: str | os.PathLike, file: str | os.PathLike) -> list[str]:
+    """The images that a list of files to skip does not name, see `semaim.data.image_files`.
+
+    `UserError` if the list cannot be read, names none of the images, or all.
+    """
+    try:
+        names = set(Path(file).read_text("utf-8", "surrogateescape").split("\n")) - {""}
+    except OSError as error:
+        raise UserError(f"cannot read dataset.skip {file}: {error.strerror}") from None
+    kept = [path for path in paths if name_of(path, root) not in names]
+    if names and len(kept) == len(paths):
+        raise UserError(f"dataset.skip {file} names no image in {root}: a line is a path relative to it")
+    if not kept:
+        raise UserError(f"dataset.skip {file} names all images in {root}")
+    return kept
+
+
+def read_list(file: Path) -> list[str]:
+    """The paths in a list file; `UserError` if it has none."""
     try:
         lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -77,48 +105,6 @@ def _read_list(file: Path) -> list[str]:
     if not paths:
         raise UserError(f"no images in {file}: it is an empty list")
     return paths
-
-
-def load_image(path: str, smallest: int = 1) -> Image.Image:
-    """An image file as RGB; `UserError` if it is broken or has a side below `smallest` pixels."""
-    try:
-        with Image.open(io.BytesIO(read_bytes(path))) as opened:
-            image = opened.convert("RGB")
-    except Exception as error:  # Pillow raises many types for the many ways a file can be broken
-        # Pillow's text for an unknown format names the buffer in memory.
-        detail = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"broken or no image ({detail})"
-        raise UserError(f"cannot read image {path}: {reason}; repair or remove it") from None
-    if min(image.size) < smallest:
-        width, height = image.size
-        raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
-    return image
-
-
-def check_whole(path: str | os.PathLike) -> None:
-    """`UserError` for a truncated JPEG file, of which OpenCV silently reads a part."""
-    path = os.fspath(path)
-    if not path.lower().endswith((".jpg", ".jpeg")):
-        return
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # OSError: an empty file
-        file.seek(-2, os.SEEK_END)
-        if file.read() == b"\xff\xd9":  # the end-of-image marker; other data may also follow it
-            return
-    load_image(path)
-
-
-def load_pixels(path: str, smallest: int = 1) -> Tensor:
-    """As `load_image`, but uint8 (3, H, W), channels last in memory, and faster: JPEGs are decoded by OpenCV.
-
-    The pixels equal Pillow's (CMYK's may differ by 1), without a copy in between.
-    """
-    if path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(OSError, cv2.error):  # a missing and an empty file
-            data = np.frombuffer(read_bytes(path), np.uint8)
-            pixels = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-            if pixels is not None and min(pixels.shape[:2]) >= smallest:
-                return torch.from_numpy(pixels).permute(2, 0, 1)
-    return pil_to_tensor(load_image(path, smallest))  # names the error of a broken file
 
 
 def seed_of(*parts: int) -> int:
@@ -137,6 +123,10 @@ class PretrainImages(Dataset):
         flip: probability of a horizontal flip.
         seed: of the run.
         mean, std: of the three channels of pixels from 0 to 1, by which the model normalises; None for ImageNet's.
+        on_error: "raise" ends the run at an image that cannot be read; "skip" names it in the log, and another image
+            takes its place, drawn by (seed, epoch, index).
+        most_damaged: with "skip", the largest share of the images that may be unreadable; more end the run.
+        skip: file that names images to leave out, one a line, as tools/verify_dataset.py images --out writes it.
 
     The key of an item is (epoch, index). An item is a dict of `image`, uint8 (3, S, S), and `draw`, float32 (L,), one
     uniform number per patch.
@@ -154,11 +144,22 @@ class PretrainImages(Dataset):
         seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        on_error: str = "raise",
+        most_damaged: float = 0.01,
+        skip: str | None = None,
     ):
+        if on_error not in ("raise", "skip"):
+            raise UserError(f"dataset.on_error {on_error!r}: choose raise or skip")
+        paths = find_images(root)
+        if skip is not None:
+            paths = without(paths, root, skip)
         # One array of bytes instead of a list of str: workers share it without copying.
-        self.paths = np.array([os.fsencode(path) for path in find_images(root)])
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.root, self.seed, self.img_size, self.patch_size = root, seed, img_size, patch_size
         self.mean, self.std = mean, std
+        self.most_damaged = most_damaged
+        #: Which images could not be read, in memory that all workers of a process share; None to raise.
+        self.damaged = torch.zeros(len(paths), dtype=torch.uint8).share_memory_() if on_error == "skip" else None
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
@@ -171,7 +172,7 @@ class PretrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
-        image = load_pixels(os.fsdecode(self.paths[index]), self.patch_size)
+        _, image = self.read(epoch, index)
         state = torch.get_rng_state()
         # Not torch.manual_seed, which would seed the GPU's generator too.
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
@@ -180,10 +181,39 @@ class PretrainImages(Dataset):
         finally:
             torch.set_rng_state(state)
 
+    def read(self, epoch: int, index: int) -> tuple[int, Tensor]:
+        """An image, uint8 (3, H, W), and its index: with `on_error="skip"` another one's, if it cannot be read."""
+        chosen = index
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return chosen, load_pixels(os.fsdecode(self.paths[chosen]), self.patch_size)
+            except UserError as error:
+                if self.damaged is None:
+                    raise
+                self._skip(chosen, error)
+            chosen = seed_of(self.seed, epoch, index, attempt) % len(self)
+        raise UserError(f"none of {ATTEMPTS} images can be read, the last is {os.fsdecode(self.paths[chosen])}")
+
+    def _skip(self, index: int, error: UserError) -> None:
+        """Name an image that cannot be read in the log, once; `UserError` if there are too many."""
+        assert self.damaged is not None
+        if self.damaged[index]:
+            return
+        self.damaged[index] = 1
+        count = int(self.damaged.sum())
+        if count > self.most_damaged * len(self):
+            raise UserError(
+                f"{count} of {len(self):,} images cannot be read, more than dataset.most_damaged={self.most_damaged:g}:"
+                f" the last is: {error}"
+            )
+        # As an error, since processes other than the first log only these.
+        MMLogger.get_current_instance().error(f"image skipped, {count} of {len(self):,} so far: {error}")
+
     def preview(self, count: int) -> Tensor:
         """`count` images spread over the data, centre-cropped: uint8 (count, 3, S, S)."""
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return centre_crops([os.fsdecode(self.paths[place]) for place in places], self.img_size)
+        chosen = [self.read(0, int(place))[0] for place in places]
+        return centre_crops([os.fsdecode(self.paths[place]) for place in chosen], self.img_size)
 
 
 def centre_crops(paths: list[str], img_size: int) -> Tensor:

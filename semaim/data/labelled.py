@@ -18,7 +18,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from semaim.data.contents import start_below
 from semaim.data.corruptions import SMALLEST, Corrupt
-from semaim.data.folder import find_images, load_image
+from semaim.data.decoding import load_image
+from semaim.data.folder import find_images
 from semaim.data.seeding import seeded
 from semaim.errors import UserError
 

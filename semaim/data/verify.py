@@ -1,130 +1,20 @@
-"""Check a detection data set before a training uses it.
+"""Find all that is wrong with a detection data set: every record and every image is read, and nothing is written.
 
-`verify_coco` reads everything, images included, and returns a `Report`. `check_coco_file` reads only the annotation
-file and the listing of its folder, for the start of a training. Nothing is written.
+What ends a training is found before it starts by the quicker `semaim.data.coco.check_coco_file`.
 """
 
-import gc
-import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from semaim.data.categories import Categories
+from semaim.data.coco import SLACK, absent_files, outside, read_coco
+from semaim.data.coco_masks import FEWEST, cut, damaged_runs
 from semaim.data.findings import Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.errors import UserError
-from semaim.reading import once
 
-SLACK = 1.0  # pixels that a box or polygon may extend over the image's edge: files round differently
 RLE_SLACK = 2.0  # pixels between the edges of a mask and those of its box
 ID, NUMBER = (int, str), (int, float)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Turn garbage collection off: each pass would visit millions of records and free none."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@_uncollected()
-def read_json(path: StrPath) -> Any:
-    """The content of a JSON file, not to be changed; `UserError` if it is not JSON, FileNotFoundError if absent."""
-    try:
-        return once(path, lambda it: json.loads(Path(it).read_bytes()), "json")
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}") from None
-
-
-def _read_coco(ann: StrPath, images: StrPath) -> dict:
-    """The annotation file; `UserError` if it or the folder does not exist, or there is nothing to train on."""
-    if not Path(ann).is_file():
-        raise UserError(f"no such file: {ann} (COCO's layout: annotations/instances_train2017.json and train2017/)")
-    if not Path(images).is_dir():
-        raise UserError(f"no such folder: {images} (the images of {ann})")
-    document = read_json(ann)
-    for key in ("images", "annotations", "categories"):
-        records = document.get(key) if isinstance(document, dict) else None
-        if not isinstance(records, list):
-            raise UserError(f"{ann} is no COCO annotation file: it has no list '{key}'")
-        if not records:
-            raise UserError(f"{ann} has no {key}: its list '{key}' is empty")
-    return document
-
-
-def _absent(images: StrPath, names: Iterable[str]) -> Iterator[str]:
-    """The names without a file, by one listing of each folder: looking up every file is slow on a network disk."""
-    listings: dict[str, set[str]] = {}
-    for name in names:
-        folder, base = os.path.split(name)
-        if folder not in listings:
-            path = os.path.join(images, folder)
-            listings[folder] = {entry.name for entry in os.scandir(path)} if os.path.isdir(path) else set()
-        if base not in listings[folder]:
-            yield name
-
-
-def _outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Which boxes (N, 4), x, y, width, height, extend over their images (N, 2), width, height; NaN is outside."""
-    corner = boxes[:, :2]
-    return ~((corner >= -SLACK) & (corner + boxes[:, 2:] <= sizes + SLACK)).all(axis=1)
-
-
-@_uncollected()
-def check_coco_file(ann: StrPath, images: StrPath) -> Categories:
-    """The categories of an annotation file; `UserError` for what would break a training on it. Opens no image.
-
-    Args:
-        ann: COCO's annotation file.
-        images: folder that its file names are relative to.
-    """
-    document = _read_coco(ann, images)
-    records = document["annotations"]
-    hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all problems"
-    try:
-        sizes = {record["id"]: (record["width"], record["height"]) for record in document["images"]}
-        names = [record["file_name"] for record in document["images"]]
-        categories = {record["id"]: place for place, record in enumerate(document["categories"])}
-        called = [record["name"] for record in document["categories"]]
-        distinct = len({record["id"] for record in records})
-        unknown = [record for record in records if record["category_id"] not in categories]
-        # Annotations of images that are not listed are never read.
-        known = [record for record in records if record["image_id"] in sizes]
-        boxes = np.array([record["bbox"] for record in known], np.float64).reshape(len(known), 4)
-        limits = np.array([sizes[record["image_id"]] for record in known], np.float64).reshape(len(known), 2)
-        absent = list(_absent(images, names))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"a record lacks {error}" if isinstance(error, KeyError) else f"a record is damaged ({error})"
-        raise UserError(f"{ann} is no COCO annotation file: {what}; {hint}") from None
-    outside = np.flatnonzero(_outside(boxes, limits))
-    fault = None
-    if absent:
-        fault = f"{len(absent)} of its {len(names)} images are not in {images}, the first is {absent[0]}"
-    elif len(sizes) < len(names) or distinct < len(records):
-        fault = "more than one image or annotation has the same id"
-    elif unknown:
-        fault = f"annotation {unknown[0]['id']} names category {unknown[0]['category_id']}, which is not listed"
-        fault += f" ({len(unknown)} such annotations)"
-    elif len(outside):
-        first = outside[0]
-        fault = f"the box {known[first]['bbox']} of annotation {known[first]['id']} is outside its image of "
-        fault += f"{size_text(sizes[known[first]['image_id']])} pixels ({len(outside)} such boxes)"
-    if fault:
-        raise UserError(f"{ann}: {fault}; {hint}")
-    labels = [categories[record["category_id"]] for record in records]
-    return Categories(str(ann), called, list(categories), labels, [record["image_id"] for record in records])
 
 
 def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool = False) -> Report:
@@ -138,13 +28,13 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
 
     `UserError` if there is nothing to check: no such file or folder, no JSON, no images or annotations.
     """
-    document = _read_coco(ann, images)
+    document = read_coco(ann, images)
     report = Report(str(ann))
     listed = _records(report, document, "images", {"file_name": str, "width": NUMBER, "height": NUMBER})
     categories = _records(report, document, "categories", {"name": str})
     annotations = _records(report, document, "annotations", {"image_id": ID, "category_id": ID, "bbox": list})
 
-    absent = set(_absent(images, (record["file_name"] for record in listed.values())))
+    absent = set(absent_files(images, (record["file_name"] for record in listed.values())))
     for name in sorted(absent):
         report.problem("image listed but absent", f"{name} is not in {images}")
 
@@ -227,7 +117,7 @@ def _check_box(report: Report, record: dict, where: str, size: tuple) -> None:
         report.problem("damaged box", f"{where}: {record['bbox']}")
         return
     width, height = box[2:].tolist()
-    if _outside(box[None], np.array([size]))[0]:
+    if outside(box[None], np.array([size]))[0]:
         report.problem("box outside its image", f"{where}: {record['bbox']} in {size_text(size)} pixels")
     if not len(area) or not np.isfinite(area[0]) or area[0] < 0:
         report.problem("damaged area", f"{where}: {record.get('area')}")
@@ -242,7 +132,7 @@ def _check_box(report: Report, record: dict, where: str, size: tuple) -> None:
 def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -> None:
     shape = record.get("segmentation")
     if not shape:
-        report.warning("no segmentation, masks are not learned from it", where)
+        report.warning("no segmentation, so that masks cannot be learned", where)
     elif isinstance(shape, dict):
         _check_rle(report, shape, _numbers(record["bbox"]), where, size)
     elif not isinstance(shape, list):
@@ -254,7 +144,7 @@ def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -
                 report.problem("damaged polygon", f"{where}: no list of numbers")
             elif len(points) % 2:
                 report.problem("polygon of an odd number of coordinates", f"{where}: {len(points)}")
-            elif len(points) < 6:
+            elif len(points) < FEWEST:
                 report.problem("polygon of fewer than 3 points", f"{where}: {polygon}")
             elif not ((points >= -SLACK) & (points.reshape(-1, 2) <= np.array(size) + SLACK).ravel()).all():
                 report.problem("polygon outside its image", f"{where}: {size_text(size)} pixels")
@@ -263,50 +153,22 @@ def _check_segmentation(report: Report, record: dict, where: str, size: tuple) -
 def _check_rle(report: Report, rle: dict, box: np.ndarray, where: str, size: tuple) -> None:
     width, height = map(int, size)
     if rle.get("size") != [height, width]:
-        text = f"{where}: {rle.get('size')}, the image has height, width {[height, width]}"
+        text = f"{where}: {cut(rle.get('size'))}, the image has height, width {[height, width]}"
         report.problem("size of run lengths differs from the image's", text)
         return
-    # pycocotools does not check that the runs fill the image, and returns uninitialised memory if they do not.
-    runs = _runs(rle.get("counts"))
-    if not len(runs) or (runs < 0).any() or runs.sum() != width * height:
-        report.problem("damaged run lengths", f"{where}: they do not add up to {width} x {height} pixels")
+    if fault := damaged_runs(rle, (width, height)):
+        report.problem("damaged run lengths", f"{where}: {fault}")
         return
     try:
         from pycocotools import mask
     except ImportError:
         raise UserError("run lengths need pycocotools, which is not installed: pip install pycocotools") from None
-    try:
-        packed = rle if isinstance(rle["counts"], str) else mask.frPyObjects(rle, height, width)
-        pixels = int(mask.decode(packed).sum())
-        x, y, w, h = mask.toBbox(packed).tolist()
-    except Exception as error:
-        report.problem("damaged run lengths", f"{where}: {error}")
-        return
+    packed = rle if isinstance(rle["counts"], str) else mask.frPyObjects(rle, height, width)
+    pixels = int(mask.decode(packed).sum())
+    x, y, w, h = mask.toBbox(packed).tolist()
     if not pixels:
         report.problem("empty mask", where)
     elif len(box) == 4:
         theirs = np.array([*box[:2], *(box[:2] + box[2:])])
         if not (abs(theirs - [x, y, x + w, y + h]) <= RLE_SLACK).all():
             report.warning("mask and box differ", f"{where}: mask in {[x, y, w, h]}, box {box.tolist()}")
-
-
-def _runs(counts: object) -> np.ndarray:
-    """Run lengths of uncompressed or compressed counts; empty if they are damaged."""
-    if not isinstance(counts, str):
-        lengths = _numbers(counts)
-        return lengths if lengths.dtype.kind in "iu" else np.empty(0, np.int64)
-    # Five bits per character, the lowest first; the sixth says that more follow. From the fourth number on, each is the
-    # difference to the last but one.
-    runs: list[int] = []
-    number, shift = 0, 0
-    for char in counts:
-        value = ord(char) - 48
-        if not 0 <= value < 64 or shift > 30:
-            return np.empty(0, np.int64)
-        number |= (value & 31) << shift
-        shift += 5
-        if not value & 32:
-            number -= (value & 16) << (shift - 4)
-            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
-            number = shift = 0
-    return np.array([] if shift else runs, np.int64)

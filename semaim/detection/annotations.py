@@ -10,7 +10,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import coco_metric
 
-from semaim.data.verify import read_json
+from semaim.data.coco import read_json
 
 
 class SharedCOCO(COCO):
@@ -22,6 +22,8 @@ class SharedCOCO(COCO):
             self.dataset = read_json(annotation_file)
             with contextlib.redirect_stdout(io.StringIO()):  # it prints two lines each time
                 self.createIndex()
+            for record in self.anns.values():
+                record.setdefault("iscrowd", 0)  # as mmdet's data set takes it; COCO's metric needs the key
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 

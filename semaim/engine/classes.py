@@ -10,7 +10,7 @@ from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, Registry
 
 from semaim.data.categories import Categories, check_categories
-from semaim.data.verify import check_coco_file
+from semaim.data.coco import check_coco_file
 from semaim.engine.config_keys import initialisers
 from semaim.errors import UserError
 
@@ -82,7 +82,9 @@ def read_categories(cfg: Config, split: str) -> Categories | None:
     if not reads_coco(registered(cfg, DATASETS, data.type, split)):
         return None
     root = Path(data.get("data_root") or "")
-    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"])
+    measured = cfg.val_evaluator.get("metric", ()) if split == "val_dataset" else ()
+    masks = "segm" in measured or any(step.get("with_mask") for step in data.pipeline)
+    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"], masks)
 
 
 def left_out(cfg: Config, *splits: str) -> dict[str, dict]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from semaim import checkpoints
-from semaim.data.folder import check_whole, load_image
+from semaim.data.decoding import check_whole, load_image
 from semaim.data.seeding import seeded
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import DeferredOptimWrapper

@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 from semaim import checkpoints
-from semaim.data.folder import load_image
+from semaim.data.decoding import load_image
 from semaim.drawing.objects import (
     READABLE,
     Instances,

@@ -139,7 +139,7 @@ def starting(rng: random.Random, start: float):
 
 def stepping(rng: random.Random, start: float):
     """After one of the first steps, and up to some steps more."""
-    number = rng.randint(1, 12)
+    number = rng.randint(1, 6)
     return lambda attempt: attempt.count(STEP) >= number, rng.uniform(0, 0.05)
 
 

@@ -145,7 +145,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def test_a_kill_while_saving_leaves_the_old_file_whole(tmp_path):
     write_checkpoint({"format": "semaim", "n": 1}, tmp_path / "a.pth")
     script = (
-        "import sys, time, torch; from semaim.engine.saving import write_checkpoint\n"
+        "import sys, time, torch; from semaim.checkpoints.files import write_checkpoint\n"
         "save = torch.save\n"
         "def slow(checkpoint, file):\n"
         "    save(checkpoint, file); file.flush(); print('half', flush=True); time.sleep(60)\n"

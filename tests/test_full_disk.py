@@ -40,13 +40,14 @@ def test_the_state_is_rescued_and_the_run_goes_on_from_it(tiny_config, tmp_path)
 
 
 def test_without_a_place_to_rescue_to_nothing_is_claimed(tiny_config, tmp_path):
-    (tmp_path / "run/epoch_1.pth/no file").mkdir(parents=True)
+    for name in ("run", "other"):
+        (tmp_path / name / "epoch_1.pth/no file").mkdir(parents=True)
     with pytest.raises(CannotSave, match="epoch_1.pth: .*; earlier checkpoints are whole") as error:
         train(tiny_config())
     assert "state is in" not in str(error.value)
     (tmp_path / "file").touch()
     with pytest.raises(CannotSave, match="cannot save .*file/run_epoch_1.pth: .*File exists"):
-        train(tiny_config(), rescue_dir=str(tmp_path / "file"))
+        train(tiny_config("other"), rescue_dir=str(tmp_path / "file"))
 
 
 def test_the_rescue_folder_is_checked_before_the_run(tiny_config, tmp_path, here):

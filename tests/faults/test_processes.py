@@ -1,15 +1,20 @@
 """Attacks on the processes of runs, in full: killed at any moment, stopped, with a full shared memory or disk."""
 
 import os
+import random
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from attacks import LONG, begin, children, ended, mounts, on_small_disk, ranks
+from attacks import LONG, begin, children, ended, goes_on, mounts, on_small_disk, ranks, workers
 from commands import ROOT
+from counts import record
 from test_pretraining import SCENES, flags
+
+from semaim.engine.training import train
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="no /proc here: runs on Linux")
 

@@ -46,7 +46,7 @@ def test_without_a_place_to_rescue_to_nothing_is_claimed(tiny_config, tmp_path):
         train(tiny_config())
     assert "state is in" not in str(error.value)
     (tmp_path / "file").touch()
-    with pytest.raises(CannotSave, match="cannot save .*file/run_epoch_1.pth: .*File exists"):
+    with pytest.raises(CannotSave, match="cannot save .*file/other_epoch_1.pth: .*File exists"):
         train(tiny_config("other"), rescue_dir=str(tmp_path / "file"))
 
 

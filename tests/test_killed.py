@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,21 @@ def test_only_a_second_ctrl_c_ends_at_once(monkeypatch, tiny_config):
     with pytest.raises(KeyboardInterrupt) as second:
         loop._on_signal(signal.SIGINT, None)
     assert not isinstance(second.value, Stopped)
+
+
+def test_several_processes_save_in_a_validation_and_go_on(monkeypatch):
+    saves = []
+    loop = SimpleNamespace(stop_signal=None, saved=False, save=lambda alone: saves.append(alone))
+    runner, hook = SimpleNamespace(train_loop=loop, model=torch.nn.Linear(1, 1)), stopping.Validating()
+    hook.before_val_iter(runner, 0)
+    loop.stop_signal = signal.SIGUSR1
+    monkeypatch.setattr(stopping, "is_main_process", lambda: False)
+    hook.before_val_iter(runner, 1)
+    assert saves == []
+    monkeypatch.setattr(stopping, "is_main_process", lambda: True)
+    hook.before_val_iter(runner, 2)
+    hook.before_val_iter(runner, 3)
+    assert saves == [True]
 
 
 @linux

@@ -142,19 +142,19 @@ def test_a_process_that_does_not_answer_is_waited_for_as_long_as_asked():
     code = (
         "import os, time, torch; from semaim.engine import launcher, watching\n"
         "watching.watch = lambda timeout: None\n"
-        "launcher.join(1.0)\n"
-        "if os.environ['RANK'] == '1': time.sleep(60)\n"
-        "begun = time.monotonic()\n"
-        "try: torch.distributed.barrier()\n"
-        "except RuntimeError as error: print(launcher.lost(error)); os._exit(0)\n"
+        "def work(_):\n"
+        "    if os.environ['RANK'] == '1': time.sleep(60)\n"
+        "    torch.distributed.barrier()\n"
+        "print(launcher.command(lambda _: None, work, 1, 1.0, 'nowhere'), flush=True); os._exit(0)\n"
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [*line, sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as run:
-        assert run.stdout.readline() == "another process has not answered within --timeout\n"
+    with subprocess.Popen([*line, sys.executable, "-c", code], env=env, **pipes) as run:
+        assert run.stdout.readline() == "124\n"
         run.terminate()
+        said = "rank 0: another process has not answered within --timeout; nothing has been saved in nowhere\n"
+        assert said in run.stderr.read()
 
 
 # Signals.

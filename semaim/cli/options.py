@@ -9,7 +9,7 @@ NODES = "Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or 
 STATUSES = (
     "Exit status: 0; 2 for a mistake in what is given, or no space to save; 3 if the loss has diverged; 124 after"
     " --timeout; 128 + N if signal N has ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1: a training"
-    " has saved its state) or one of its processes (137: killed, most likely for want of memory); 1 for any other error."
+    " has saved its state) or one of its processes (137: killed, most likely for want of memory); 1 otherwise."
 )
 
 

@@ -1,13 +1,19 @@
 """Runs that tests attack: started for real, their processes found by what started them."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from commands import CPU, ROOT
-from test_pretraining import SCENES, flags
+from test_pretraining import SCENES, flags, losses
+
+from semaim.checkpoints.files import newest_checkpoint, read_checkpoint
+from semaim.engine.saving import choose_checkpoint
+from semaim.engine.training import train
 
 LONG = {"train_cfg.max_epochs": 2000, "default_hooks.checkpoint.interval": 2000}  #: epochs of a run that an attack ends
 
@@ -60,3 +66,35 @@ def workers(pid, count=1):
             return found
         time.sleep(0.05)
     raise AssertionError("no workers")
+
+
+def may_mount():
+    """Whether a small file system can be mounted here, seen by the attacked run alone."""
+    try:
+        line = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
+        return subprocess.run(line, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+mounts = pytest.mark.skipif(not may_mount(), reason="mounting needs root and unshare: runs where both are there")
+
+
+def on_small_disk(folder, size, line, before="true"):
+    """A command run where `folder` has only `size` kB."""
+    shell = f"mount -t tmpfs -o size={size}k tmpfs {folder} && {before} && exec {shlex.join(map(str, line))}"
+    env = {**os.environ, **CPU}
+    return subprocess.run(["unshare", "-m", "sh", "-c", shell], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def goes_on(cfg, whole):
+    """Assert that the interrupted run, continued in one process, is the whole one; its optimizer steps when saved."""
+    assert Path(cfg.work_dir, "latest.pth").resolve().name == "interrupted.pth"
+    step = read_checkpoint(newest_checkpoint(cfg.work_dir))["step"]
+    assert step < whole.train_cfg.max_epochs * 5
+    train(cfg, choose_checkpoint(cfg, "auto"))
+    found, expected = losses(cfg), losses(whole)
+    # A killed rank 0 may not have written the line of the iteration that another has saved.
+    assert len(found) >= len(expected) - 1
+    assert found == pytest.approx({iteration: expected[iteration] for iteration in found}, abs=1e-4)
+    return step

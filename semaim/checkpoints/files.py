@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         reason = "no space left on the disk" if full else str(cause or error)
         raise CannotSave(f"cannot save {path}: {reason}; earlier checkpoints are whole: use --resume") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be none
+            partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:

@@ -4,6 +4,14 @@ import argparse
 
 from semaim.errors import UserError
 
+#: The end of `--help` of commands that start processes.
+NODES = "Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun."
+STATUSES = (
+    "Exit status: 0; 2 for a mistake in what is given, or no space to save; 3 if the loss has diverged; 124 after"
+    " --timeout; 128 + N if signal N has ended the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1: a training"
+    " has saved its state) or one of its processes (137: killed, most likely for want of memory); 1 otherwise."
+)
+
 
 class ConfigOptions(argparse.Action):
     """mmengine's DictAction, imported only when the flag is used; `UserError` for what it cannot parse."""

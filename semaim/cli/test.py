@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from semaim.cli.options import add_flags
+from semaim.cli.options import NODES, STATUSES, add_flags
 from semaim.errors import UserError
 
 
@@ -12,7 +12,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         prog=prog,
         description="Measure a checkpoint: a classifier's accuracy, or k-NN or a fast linear probe on features, as the"
         " config says.",
-        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
+        epilog=f"{NODES} {STATUSES}",
     )
     parser.add_argument("config", help="config file")
     parser.add_argument(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from semaim.cli.options import add_flags
+from semaim.cli.options import NODES, STATUSES, add_flags
 from semaim.errors import UserError, check_work_dir
 
 
@@ -11,7 +11,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train what the config says: pretraining, fine-tuning, a linear probe, a detector, a segmentor.",
-        epilog="Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun.",
+        epilog=f"{NODES} {STATUSES}",
     )
     parser.add_argument("config", help="config file")
     parser.add_argument(

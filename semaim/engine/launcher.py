@@ -21,6 +21,7 @@ from semaim.errors import Stopped, UserError
 from semaim.reading import read_once
 
 SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts
+LOST = "the connection to another process is lost: it, or its machine, has ended"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -159,8 +160,12 @@ def run_command(
         return getattr(error, "status", 130)  # the parent process reports it
     except RuntimeError as error:
         if world > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistBackendError)):
-            if SPAWNED not in os.environ:
-                print(f"rank {os.environ['RANK']}: {lost(error)}; {continues(saves_in)}", file=sys.stderr, flush=True)
+            late = "timed out" in str(error).lower()
+            if late or SPAWNED not in os.environ:
+                reason = "another process has not answered within --timeout" if late else LOST
+                print(f"rank {os.environ['RANK']}: {reason}; {continues(saves_in)}", file=sys.stderr, flush=True)
+            if late:
+                return watching.TIMED_OUT
             time.sleep(60)  # another process failed and reported why; the launcher ends this one with its status
             return 1
         raise
@@ -169,13 +174,6 @@ def run_command(
         # After an error no process waits for the others; NCCL, whose work may hang, is left to its watchdog.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
-
-
-def lost(error: RuntimeError) -> str:
-    """What a collective's failure means."""
-    if "timed out" in str(error).lower():
-        return "another process has not answered within --timeout"
-    return "the connection to another process is lost: it, or its machine, has ended"
 
 
 def continues(saves_in: str | None) -> str:
@@ -257,7 +255,7 @@ def failed(error: ChildFailedError, saves_in: str | None) -> int:
     if known:
         if known[0] - 128 in watching.STOPS:
             raise Stopped(known[0] - 128)
-        if known[0] == watching.TIMED_OUT:
+        if known[0] >= watching.TIMED_OUT:
             print(continues(saves_in), file=sys.stderr)
         return known[0]  # the process has said why
     for rank, code in codes.items():

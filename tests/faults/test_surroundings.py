@@ -194,7 +194,9 @@ def test_a_closed_output_is_no_reason_to_end(scenes, plain, tmp_path):
 def test_of_two_runs_in_one_folder_one_is_refused(scenes, tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     env = {**os.environ, **CPU}
-    words = [line(scenes, tmp_path / "run", seed=seed, **{"train_cfg.max_epochs": 40}) for seed in (0, 1)]
+    # The first saves at its end only, so the second sees no checkpoint in the folder.
+    options = {"train_cfg.max_epochs": 100, "default_hooks.checkpoint.interval": 1000}
+    words = [line(scenes, tmp_path / "run", seed=seed, **options) for seed in (0, 1)]
     both = [subprocess.Popen(one, **pipes, env=env) for one in words]
     said = [process.communicate(timeout=300)[1] for process in both]
     statuses = [process.returncode for process in both]
@@ -202,7 +204,7 @@ def test_of_two_runs_in_one_folder_one_is_refused(scenes, tmp_path):
     refused = statuses.index(2)
     assert len(said[refused].strip().splitlines()) == 1 and str(tmp_path / "run") in said[refused], said[refused]
     saved = read_checkpoint(newest_checkpoint(tmp_path / "run"))
-    assert (saved["step"], saved["config"]["seed"]) == (200, 1 - refused) and len(losses(tmp_path / "run")) == 200
+    assert (saved["step"], saved["config"]["seed"]) == (500, 1 - refused) and len(losses(tmp_path / "run")) == 500
 
 
 @not_yet("a traceback of the file with the log")

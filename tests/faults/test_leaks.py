@@ -118,3 +118,18 @@ def test_features_of_5000_images_leave_memory_as_it_was(pretrained, tmp_path):
     found, problems = flat(rows, unit=took)
     record("leaks_features", images=4000, found=found, problems=problems, seconds=round(time.monotonic() - begun))
     assert len(rows) >= 10 and not problems, problems
+
+
+def test_a_kept_batch_and_a_kept_file_are_noticed():
+    """One batch every ten steps, a file every fifty; the noise of files in flight alone is none."""
+    busy = [0, 4, 1, 3, 2, 4, 0, 3, 1, 2, 4, 0, 2, 3, 1, 4]
+
+    def rows(kept):
+        for step, files in zip(range(WARM, STEPS, EVERY), busy, strict=True):
+            memory, more = kept * step / 10 * 96 * 2**10, kept * step / 50
+            values = {"memory": 5e8 + memory, "shared": 0, "files": 14 + files + more, "threads": 4, "processes": 1}
+            yield step, {"main": values}
+
+    assert flat(list(rows(0)), 1000)[1] == []
+    (memory, files) = flat(list(rows(1)), 1000)[1]
+    assert memory.startswith("memory of main grows by 9830400.0") and files.startswith("files of main grows by ")

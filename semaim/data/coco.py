@@ -19,6 +19,7 @@ from semaim.data.categories import Categories
 from semaim.data.coco_masks import NUMBERS, cut, undecodable
 from semaim.data.decoding import MOST_PIXELS
 from semaim.data.findings import StrPath, image_size, parallel, size_text
+from semaim.data.shards import printable
 from semaim.errors import UserError
 from semaim.reading import once
 
@@ -168,7 +169,7 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
     except ValueError as error:  # a name that no file can have
         raise refuse(f"one of its file names cannot be one: {error}") from None
     if absent:
-        text = f"{len(absent)} of its {len(names)} images are not in {images}, the first is {_plain(absent[0])}"
+        text = f"{len(absent)} of its {len(names)} images are not in {images}, the first is {printable(absent[0])}"
         raise refuse(text)
 
     # Annotations of images that are not listed are never read.
@@ -178,7 +179,7 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
     def where(place: int) -> str:
         """An annotation, by its place among those that are read."""
         record = records[known[place]]
-        return f"annotation {record['id']} of image {record['image_id']!r}, {_plain(files[record['image_id']])},"
+        return f"annotation {record['id']} of image {record['image_id']!r}, {printable(files[record['image_id']])},"
 
     if known:
         beyond = np.flatnonzero(outside(np.array([boxes[place] for place in known], np.float64), np.array(limits)))
@@ -216,9 +217,9 @@ def _header_check(images: StrPath) -> Callable[[tuple[str, int, int]], str | Non
         try:
             real = image_size(Path(images) / name, whole=False)
         except Exception as error:  # Pillow raises many types for the many ways a file can be broken
-            return f"image {_plain(name)} cannot be read: {' '.join(str(error).split())[:200]}"
+            return f"image {printable(name)} cannot be read: {' '.join(str(error).split())[:200]}"
         if real != (width, height):
-            return f"image {_plain(name)} is {size_text(real)} pixels, listed as {width} x {height}"
+            return f"image {printable(name)} is {size_text(real)} pixels, listed as {width} x {height}"
         return None
 
     return check
@@ -249,8 +250,3 @@ def _is_box(value: Any) -> bool:
         return False
     x, y, width, height = value
     return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= width < LARGEST and 0 <= height < LARGEST
-
-
-def _plain(name: str) -> str:
-    """A file name for a message, which is one line."""
-    return name if name.isprintable() else repr(name)

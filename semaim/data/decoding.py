@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from semaim.data.shards import read_bytes
+from semaim.data.shards import printable, read_bytes
 from semaim.errors import UserError
 
 #: Largest image that is decoded, 13,377 pixels square: where Pillow itself refuses. OpenCV would go on to six times
@@ -41,7 +41,9 @@ def decode_image(data: bytes, path: str, smallest: int = 1) -> Image.Image:
             raise broken(path, error) from None
     if min(image.size) < smallest:
         width, height = image.size
-        raise UserError(f"image {path} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it")
+        raise UserError(
+            f"image {printable(path)} of {width} x {height} pixels is smaller than a patch of {smallest}: remove it"
+        )
     return image
 
 
@@ -81,13 +83,13 @@ def broken(path: str, error: Exception) -> UserError:
         reason = "broken or no image (of no known kind)"
     else:
         reason = f"broken or no image ({' '.join(str(error).split())[:200] or type(error).__name__})"
-    return UserError(f"cannot read image {path}: {reason}; repair or remove it")
+    return UserError(f"cannot read image {printable(path)}: {reason}; repair or remove it")
 
 
 def too_large(path: str, size: tuple[int, int] | None = None) -> UserError:
     """The error for an image beyond `MOST_PIXELS`."""
     has = f"has {size[0]} x {size[1]} pixels, more than" if size else "has more pixels than"
-    return UserError(f"image {path} {has} the {MOST_PIXELS:,} that are read: make it smaller, or remove it")
+    return UserError(f"image {printable(path)} {has} the {MOST_PIXELS:,} that are read: make it smaller, or remove it")
 
 
 def check_whole(path: str | os.PathLike) -> None:

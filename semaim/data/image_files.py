@@ -17,10 +17,10 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from semaim.data.decoding import decode_pixels, too_large
+from semaim.data.decoding import MOST_PIXELS, decode_pixels
 from semaim.data.findings import Report, StrPath, parallel
 from semaim.data.folder import files_below, find_images, name_of
-from semaim.data.shards import find_in_shards, read_bytes
+from semaim.data.shards import find_in_shards, printable, read_bytes
 from semaim.errors import UserError
 
 #: What libjpeg writes about data that it cannot decode as they stand.
@@ -86,10 +86,10 @@ def verify_images(
     for path, found in zip(paths, examined, strict=True):
         name = name_of(path, root)
         if found.kind:
-            report.problem(found.kind, f"{_plain(name)}: {found.text}")
+            report.problem(found.kind, f"{printable(name)}: {found.text}")
             left_out.append(name)
         elif found.digest in first:
-            report.warning("same bytes as another image", f"{_plain(name)}, {_plain(first[found.digest])}")
+            report.warning("same bytes as another image", f"{printable(name)}, {printable(first[found.digest])}")
             left_out.append(name)
         else:
             first[found.digest] = name
@@ -135,9 +135,9 @@ def examine(path: str) -> Examined:
         with Image.open(io.BytesIO(data)) as opened:
             opened.verify()  # a PNG's checksums
     except UserError as error:
-        large = str(error) == str(too_large(path)) or str(error).startswith(f"image {path} has ")
-        text = str(error).removeprefix(f"cannot read image {path}: ").removesuffix("; repair or remove it")
-        return Examined("image of too many pixels" if large else "broken image", text, digest)
+        text = str(error).removeprefix(f"cannot read image {printable(path)}: ").removesuffix("; repair or remove it")
+        kind = "image of too many pixels" if f"the {MOST_PIXELS:,} that are read" in text else "broken image"
+        return Examined(kind, text, digest)
     except Exception as error:  # Pillow raises many types
         return Examined("broken image", " ".join(str(error).split()), digest)
     heard = os.pread(_heard.fileno(), 4096, 0)
@@ -147,7 +147,3 @@ def examine(path: str) -> Examined:
     if min(height, width) < _smallest:
         return Examined(f"image with a side below {_smallest} pixels", f"{width} x {height}", digest)
     return Examined("", "", digest)
-
-
-def _plain(name: str) -> str:
-    return name if name.isprintable() else repr(name)

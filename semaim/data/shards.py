@@ -13,27 +13,45 @@ from pathlib import Path
 
 from semaim.errors import UserError
 
-ADDRESS = re.compile(r"(.*\.tar)\?(\d+)\+(\d+)=.*", re.DOTALL)
+ADDRESS = re.compile(r"(.*?\.tar)\?(\d+)\+(\d+)=.*", re.DOTALL)
 
 
 def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[str]:
-    """Addresses SHARD.tar?OFFSET+BYTES=NAME of the files with these extensions, in their order in the shards."""
+    """Addresses SHARD.tar?OFFSET+BYTES=NAME of the files with these extensions, in their order in the shards.
+
+    `UserError` for a shard that cannot be opened, is damaged or truncated, or has something after its end.
+    """
     found = []
     for shard in shards:
-        length = shard.stat().st_size
         try:
-            with tarfile.open(shard, "r:") as archive:
+            with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                length = os.fstat(file.fileno()).st_size
                 for member in archive:
-                    if member.offset_data + member.size > length:
-                        raise UserError(f"{shard} ends within {member.name}: copy it again")
+                    if not 0 <= member.size <= length - member.offset_data:
+                        raise UserError(f"{shard} ends within {printable(member.name)}: copy it again")
                     name = os.path.basename(member.name).lower()
                     image = name.endswith(extensions) and not name.startswith(".")
                     if image and member.isreg() and not member.issparse():
                         found.append(f"{shard}?{member.offset_data}+{member.size}={member.name}")
                     archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; a header is 1 kB in memory
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{shard} is no tar file, or a broken one ({error}): copy it again, or remove it") from None
+                # tarfile takes a damaged header, and one of zeros in the middle, for the end of the file.
+                file.seek(archive.offset)
+                while rest := file.read(1 << 20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError(f"what follows byte {archive.offset:,} is no member")
+        except OSError as error:
+            raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{shard} is no tar file, or a broken one ({reason}): copy it again, or remove it"
+            ) from None
     return found
+
+
+def printable(name: str) -> str:
+    """A file name for a message, which is one line."""
+    return name if name.isprintable() else repr(name)
 
 
 def read_bytes(path: str) -> bytes:

@@ -182,6 +182,7 @@ def attack(case: Case, images: Path, place: Path, whole: Path, start: float, see
     rng, work = random.Random(f"{seed} {life}"), place / f"life{life}"
     done, problems, step = [], [], 0
     for number in range(kills + 1):
+        before = partials(work)
         attempt = Attempt(
             case.line(images, work, *(["--resume"] if number else [])), work, place / f"tmp{life}_{number}"
         )
@@ -211,7 +212,7 @@ def attack(case: Case, images: Path, place: Path, whole: Path, start: float, see
         if now < step:
             problems.append(f"{here}: the newest checkpoint is of step {now}, there was one of {step}")
         step = now
-        done.append(kill | {"partials": len(partials(work))})
+        done.append(kill | {"partials": len(set(partials(work)) - set(before))})
     return done, problems, 0
 
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from commands import CPU, ROOT
 
 MARK = "SEMAIM_ATTACK"  #: environment variable by which a run's processes are found, whoever their parent is
-PATIENCE = (
-    1800  #: seconds until a run that should end counts as hanging; the longest whole one took 100 on a busy machine
-)
+PATIENCE = 1800  #: seconds until a run that should end counts as hanging, as in `commands.tool`
 
 STEP = re.compile(r"\[\d+/\d+\] +loss |iteration +\d+/\d+ +loss ")
 SAVED = re.compile(r"INFO - saved (\S+)")

@@ -38,8 +38,8 @@ from counts import record
 from semaim.checkpoints.files import newest_checkpoint, read_checkpoint
 
 SEED = 20260
-#: What of results.json depends on the time and not on the run.
-OF_THE_TIME = ("date",)
+#: What of results.json depends on the time and not on the run; somebody may commit while the attacks run.
+OF_THE_TIME = ("date", "commit")
 TINY = {"model.network.img_size": 32, "model.network.embed_dim": 32, "model.network.num_heads": 2,
         "model.network.depth": 2, "model.network.drop_path_rate": 0.3, "total_batch_size": 8}  # fmt: skip
 DENSE = {"model.backbone.embed_dim": 32, "model.backbone.num_heads": 2, "total_batch_size": 4,
@@ -132,7 +132,7 @@ def logged(work: Path) -> list[dict]:
 
 
 def measured_by(work: Path) -> dict | None:
-    """What results.json says, without the date; None if there is none."""
+    """What results.json says of the run itself; None if there is none."""
     if not (work / "results.json").exists():
         return None
     found = json.loads((work / "results.json").read_text())
@@ -166,8 +166,9 @@ def compared(work: Path, whole: Path) -> list[str]:
     states = [saved["optimizer"]["state"] for saved in (ours, theirs)]
     if not all(same_tensors(states[0][index], states[1][index]) for index in states[1]):
         found.append("the optimizer's state is different")
-    if measured_by(work) != measured_by(whole):
-        found.append(f"results are different: {measured_by(work)}")
+    results, due = (measured_by(folder) or {} for folder in (work, whole))
+    if different := [key for key in results.keys() | due.keys() if results.get(key) != due.get(key)]:
+        found.append(f"results are different: {sorted(different)}")
     if names := partials(work):
         found.append(f"half-written files are left: {names}")
     names, usual = ({path.name for path in folder.iterdir() if path.suffix != ""} for folder in (work, whole))
@@ -181,6 +182,7 @@ def attack(case: Case, images: Path, place: Path, whole: Path, start: float, see
     rng, work = random.Random(f"{seed} {life}"), place / f"life{life}"
     done, problems, step = [], [], 0
     for number in range(kills + 1):
+        before = partials(work)
         attempt = Attempt(
             case.line(images, work, *(["--resume"] if number else [])), work, place / f"tmp{life}_{number}"
         )
@@ -210,7 +212,7 @@ def attack(case: Case, images: Path, place: Path, whole: Path, start: float, see
         if now < step:
             problems.append(f"{here}: the newest checkpoint is of step {now}, there was one of {step}")
         step = now
-        done.append(kill | {"partials": len(partials(work))})
+        done.append(kill | {"partials": len(set(partials(work)) - set(before))})
     return done, problems, 0
 
 

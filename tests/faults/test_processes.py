@@ -68,7 +68,7 @@ def test_a_stopped_rank_is_named_and_ends_the_run_in_time(tiny_config):
     said = f"rank 1 (process {pid} on {socket.gethostname()}) has not reported for "
     assert any(line.startswith(said) and line.endswith("after 10 s (--timeout) the run ends") for line in lines)
     assert lines[-2].startswith(f"error: {said}") and "--timeout 10, so the run ends" in lines[-2]
-    assert lines[-1] == f"nothing has been saved in {cfg.work_dir}"
+    assert lines[-1] == f"nothing is saved in {cfg.work_dir}"
 
 
 @mounts

@@ -53,14 +53,17 @@ def close(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
 
 def check_work_dir(folder: str | os.PathLike, flag: str = "--work-dir") -> None:
     """Create a run's folder, if need be; `UserError` if it cannot be written, which names the flag for another."""
-    there = Path(folder).absolute()
+    there, kind = Path(folder).absolute(), flag.strip("-").replace("-dir", " folder")
+    try:
+        str(there).encode()
+    except UnicodeEncodeError:  # logs and results could not name it
+        raise UserError(f"the path of the {kind}, {str(there)!a}, is not UTF-8: name another {flag}") from None
     try:
         there.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         file = os.path.exists(folder) and not os.path.isdir(folder)
         reason = "it is a file" if file else error.strerror or error
-        kind = flag.strip("-").replace("-dir", " folder")
         raise UserError(f"cannot write to the {kind} {folder}: {reason}; name another {flag}") from None
 
 

@@ -94,7 +94,9 @@ def goes_on(cfg, whole):
     assert step < whole.train_cfg.max_epochs * 5
     train(cfg, choose_checkpoint(cfg, "auto"))
     found, expected = losses(cfg), losses(whole)
-    # A killed rank 0 may not have written the line of the iteration that another has saved.
-    assert len(found) >= len(expected) - 1
-    assert found == pytest.approx({iteration: expected[iteration] for iteration in found}, abs=1e-4)
+    # Of the last iteration before it ended, a rank 0 that was killed has perhaps no line, and one that has lost another
+    # its own loss, not the mean.
+    assert [*range(1, step), *range(step + 1, len(expected) + 1)] == sorted(found.keys() - {step})
+    worst = max(abs(loss - expected[iteration]) for iteration, loss in found.items() if iteration != step)
+    assert worst < 1e-4, (step, worst)
     return step

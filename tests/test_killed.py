@@ -111,7 +111,7 @@ def test_the_launcher_gives_the_status_of_the_one_that_failed(tmp_path, capsys):
     assert failed(Failures(-15, -9), str(tmp_path)) == 137
     error = capsys.readouterr().err
     assert error.startswith("error: rank 1 (process 7) was ended by SIGKILL: most likely the machine ran out of memory")
-    assert error.endswith(f"nothing has been saved in {tmp_path}\n") and error.count("\n") == 1
+    assert error.endswith(f"nothing is saved in {tmp_path}\n") and error.count("\n") == 1
     assert failed(Failures(1, -11), None) == 139 and "starts it again" in capsys.readouterr().err
     assert failed(Failures(-15, 3), None) == 3 and failed(Failures(1, 1), None) == 1
     assert capsys.readouterr().err == ""  # the process has said why
@@ -153,7 +153,7 @@ def test_a_process_that_does_not_answer_is_waited_for_as_long_as_asked():
     with subprocess.Popen([*line, sys.executable, "-c", code], env=env, **pipes) as run:
         assert run.stdout.readline() == "124\n"
         run.terminate()
-        said = "rank 0: another process has not answered within --timeout; nothing has been saved in nowhere\n"
+        said = "rank 0: another process has not answered within --timeout; nothing is saved in nowhere\n"
         assert said in run.stderr.read()
 
 

@@ -142,7 +142,7 @@ class ProgressBar(Hook):
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
         self.progress = None
-        if not (is_main_process() and sys.stdout.isatty()):
+        if not (is_main_process() and sys.stdout and sys.stdout.isatty()):  # none with `>&-`
             return
         self.progress = Progress(
             TextColumn("{task.description}"),

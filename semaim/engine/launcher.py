@@ -97,8 +97,8 @@ def leave() -> None:
     if store.add("semaim/through", 1) == torch.distributed.get_world_size():
         store.set("semaim/all_through", "")
     watching.progress("the end")
-    while not store.check(["semaim/all_through"]):  # how long, the watch decides: one may still measure alone
-        time.sleep(0.05)
+    # How long, the watch decides: one process may still measure alone.
+    store.wait(["semaim/all_through"], datetime.timedelta(days=30))
     watching.unwatch()
     torch.distributed.destroy_process_group()
 
@@ -181,9 +181,7 @@ def continues(saves_in: str | None) -> str:
     if saves_in is None:
         return "the same command starts it again"
     newest = (Path(saves_in) / "latest.pth").resolve()
-    return (
-        f"the run continues from {newest} with --resume" if newest.exists() else f"nothing has been saved in {saves_in}"
-    )
+    return f"the run continues from {newest} with --resume" if newest.exists() else f"nothing is saved in {saves_in}"
 
 
 def restart_command() -> list[str]:

@@ -1,16 +1,19 @@
 """mmengine's Runner with our checkpoints, a loop that resumes inside an epoch, and DDP that also runs on a CPU."""
 
 import atexit
+import datetime
 import multiprocessing
 import os
+import re
 import signal
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mmengine.device.utils
 import torch
 from mmengine.device import get_device
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.model import BaseModel, MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -180,6 +183,9 @@ class DistributedModel(MMDistributedDataParallel):
             super().__init__(module=module, device_ids=device_ids, broadcast_buffers=False, **kwargs)
 
 
+STAMPED, STAMP = "%Y%m%d_%H%M%S", re.compile(r"\d{8}_\d{6}")  #: mmengine's name of a log's folder
+
+
 @RUNNERS.register_module()
 class SeededRunner(Runner):
     """Runner that resumes our own checkpoints and logs its set-up in one line."""
@@ -187,6 +193,20 @@ class SeededRunner(Runner):
     model: BaseModel  #: or its wrapper
     _has_loaded: bool  #: mmengine's
     data_identity: dict[str, str] | None = None  #: of a training, see `semaim.engine.resuming.check_data`
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As mmengine; but the name of the log's folder is later than those there, even if the clock was put back.
+
+        The parts of a run are read in the order of these names.
+        """
+        super().setup_env(env_cfg)
+        known = [path.name for path in Path(self.work_dir).glob("*_*") if STAMP.fullmatch(path.name)]
+        if is_main_process() and known and max(known) >= self._timestamp:
+            newest = datetime.datetime.strptime(max(known), STAMPED)
+            self._timestamp = (newest + datetime.timedelta(seconds=1)).strftime(STAMPED)
+        stamps = [self._timestamp]
+        broadcast_object_list(stamps)
+        self._timestamp = stamps[0]
 
     def load_or_resume(self) -> None:
         """Continue from the checkpoint that `load_from` names, if any."""

@@ -136,7 +136,7 @@ def attack(folder, count):
 def test_some_mutated_maps(tmp_path):
     outcomes, _, crashes = attack(tmp_path, 30)
     assert not crashes, crashes
-    assert min(outcomes["refused"], outcomes["trained on"]) > 5, outcomes
+    assert min(outcomes["refused"], outcomes["trained on"]) > 2, outcomes
 
 
 @pytest.mark.faults

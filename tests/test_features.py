@@ -97,6 +97,13 @@ def test_no_gradient_is_kept():
     assert not any(part.requires_grad for part in seen)
 
 
+def flip(path):
+    """One bit of the last value."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def test_files_are_reused(tmp_path):
     lines = []
     found = extract(cache=tmp_path / "a/b", key="one", log=lines.append)
@@ -129,6 +136,9 @@ def test_another_key_is_made_again(tmp_path):
         lambda folder: os.truncate(folder / "labels.npy", 0),
         lambda folder: np.save(folder / "features.npy", np.zeros((LENGTH, WIDTH + 1), np.float16)),
         lambda folder: np.save(folder / "labels.npy", np.zeros(LENGTH - 1, np.int64)),
+        lambda folder: np.save(folder / "features.npy", np.load(folder / "features.npy")[::-1]),
+        lambda folder: np.save(folder / "labels.npy", np.load(folder / "labels.npy")[::-1]),
+        lambda folder: flip(folder / "features.npy"),
     ],
 )
 def test_damaged_files_are_made_again(tmp_path, harm):

@@ -187,7 +187,7 @@ def test_another_network_of_the_same_weights_has_other_features(labelled, tmp_pa
     assert np.abs(kept[0] - kept[1]).max() > 0.01
 
 
-def test_files_are_known_by_path_size_and_time(tmp_path):
+def test_files_are_known_by_path_size_time_and_some_bytes(tmp_path):
     paths = [tmp_path / f"val/a/{name}.jpg" for name in range(2000)]
     paths[0].parent.mkdir(parents=True)
     for path in paths:
@@ -205,16 +205,28 @@ def test_files_are_known_by_path_size_and_time(tmp_path):
     finally:
         moved.rename(tmp_path)
     state = paths[1500].stat()
-    for text, time in (("21", state.st_mtime_ns + 1), ("123", state.st_mtime_ns)):
+    for text, time in (("12", state.st_mtime_ns + 1), ("123", state.st_mtime_ns), ("13", state.st_mtime_ns)):
         paths[1500].write_text(text)
         os.utime(paths[1500], ns=(state.st_atime_ns, time))
         assert digest() != first
     paths[1500].write_text("12")
     os.utime(paths[1500], ns=(state.st_atime_ns, state.st_mtime_ns))
     assert digest() == first
+    # Of a large file its start, middle and end; of an image in a shard the same of its own bytes.
     shard = tmp_path / "shard.tar"
-    shard.write_text("123")
-    assert state_of(os.fsencode(f"{shard}?512+1=a.jpg")) == (3, shard.stat().st_mtime_ns)
+    state, hashes = None, []
+    for place in (None, 0, 4095, 50_000, 99_999, 5000):
+        content = bytearray(100_000)
+        if place is not None:
+            content[place] = 1
+        shard.write_bytes(content)
+        state = state or shard.stat()
+        os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+        size, time, whole = state_of(os.fsencode(shard))
+        assert (size, time) == (100_000, state.st_mtime_ns)
+        hashes.append((whole, state_of(os.fsencode(f"{shard}?4000+200=a.jpg"))[2]))
+    assert len({whole for whole, _ in hashes}) == 5 and hashes[0][0] == hashes[5][0], "byte 5000 is in no sample"
+    assert [part != hashes[0][1] for _, part in hashes] == [False, False, True, False, False, False]
     paths[3].unlink()
     with pytest.raises(UserError, match="cannot read image .*3.jpg: No such file"):
         digest()

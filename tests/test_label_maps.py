@@ -31,6 +31,20 @@ def broken(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def checksum(path):
+    """The checksum of a PNG's pixels, of which decoding takes no notice."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IEND") - 5] ^= 1
+    path.write_bytes(data)
+
+
+def deep(path):
+    """32 bits, whose values cannot be counted in a table."""
+    values = np.ones((SIZE, SIZE), np.int32)
+    values[0, 0] = 2**31 - 1
+    Image.fromarray(values).save(path, "TIFF")
+
+
 def fine(report):
     """No warning, but that few small scenes have not all classes."""
     return report.warnings.keys() <= {"classes that never occur", "validated on, but never trained"}
@@ -51,6 +65,8 @@ def filled(value, dtype=np.uint8):
         ("annotations", Path.unlink, "image without label map", "training/000003.jpg"),
         ("images", broken, "broken image", "training/000003.jpg: image file is truncated"),
         ("annotations", broken, "broken label map", "training/000003.png"),
+        ("annotations", checksum, "broken label map", "training/000003.png: broken PNG file"),
+        ("annotations", deep, "value beyond the classes", "training/000003.png: 2147483647; of 21 classes"),
         ("annotations", filled(22), "value beyond the classes", "training/000003.png: 22; of 21 classes"),
         ("annotations", filled(300, np.uint16), "value beyond the classes", "training/000003.png: 300; of 21"),
         (

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semaim.data.decoding import MOST_PIXELS
 from semaim.data.findings import SPLITS, Note, Report, StrPath, image_size, parallel, shortened, size_text
 from semaim.data.label_rules import Labels, errors, limits, warnings
+from semaim.data.shards import printable
 from semaim.errors import UserError
 
 LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's modes of PNGs with one channel of 8 or 16 bits
@@ -24,20 +26,33 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
     image, label = pair
     try:
         size = image_size(image, whole)
-    except Exception as error:
-        return (BROKEN_IMAGE, f"{image.name}: {error}"), {}
+    except Exception as error:  # Pillow raises many types for the many ways a file can be broken
+        return (BROKEN_IMAGE, f"{printable(image.name)}: {_reason(error)}"), {}
+    if size[0] * size[1] > MOST_PIXELS:
+        return (BROKEN_IMAGE, f"{printable(image.name)}: {size_text(size)}, more than {MOST_PIXELS:,} pixels"), {}
+    name = printable(label.name)
     try:
+        with Image.open(label) as file:  # the header; nothing of another size or mode is decoded
+            mode, found = file.mode, file.size
+            if mode not in LABEL_MODES:
+                return ("label map that is not one channel of 8 or 16 bits", f"{name}: mode {mode}"), {}
+            if found != size:
+                text = f"{name}: {size_text(found)}, its image {size_text(size)}"
+                return ("label map and image differ in size", text), {}
+            values = np.asarray(file)
         with Image.open(label) as file:
-            mode, values = file.mode, np.asarray(file)
+            file.verify()  # a PNG's checksums, which decoding leaves out
     except Exception as error:
-        return ("broken label map", f"{label.name}: {error}"), {}
-    if mode not in LABEL_MODES:
-        return ("label map that is not one channel of 8 or 16 bits", f"{label.name}: mode {mode}"), {}
-    if values.shape != size[::-1]:
-        text = f"{label.name}: {size_text(values.shape[::-1])}, its image {size_text(size)}"
-        return ("label map and image differ in size", text), {}
-    counts = np.bincount(values.ravel())
-    return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+        return ("broken label map", f"{name}: {_reason(error)}"), {}
+    if values.dtype == np.uint8:  # faster than sorting them
+        counts = np.bincount(values.ravel())
+        return None, {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    kept, counts = np.unique(values, return_counts=True)
+    return None, dict(zip(kept.tolist(), counts.tolist(), strict=True))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def count_values(pairs: list[tuple[str, str]]) -> dict[str, dict[int, int]]:

@@ -5,6 +5,7 @@ Shapes: N images, D channels, T tokens. Stored features are fp16.
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -68,7 +69,7 @@ def extract_features(
         cache: folder of `NAME.npy`, `labels.npy` and `done.json`, on a file system that all processes share; None
             keeps the features in memory, for one process only.
         key: what the features depend on, such as weights, files and transform, in words or hashes; read on the main
-            process. Complete files with the same key are reused; what is missing is added to them.
+            process. Complete files with the same key and whole contents are reused; what is missing is added to them.
         log: called with lines of progress.
 
     Returns:
@@ -85,7 +86,7 @@ def extract_features(
         if rank == 0 and not key:
             raise ValueError("a cache needs a key that names what is in it")
         cache = Path(cache)
-        stored = _stored(cache, dict(key or {}), length, log) if rank == 0 else {}
+        stored = _stored(cache, dict(key or {}), length, shapes, log) if rank == 0 else {}
         # Rank 0 decides for all; and no other process opens the files before they are there.
         found = reduce_sum(torch.tensor([int(stored.get(name) == shape) for name, shape in shapes.items()])).tolist()
         made = {name: shape for (name, shape), there in zip(shapes.items(), found, strict=True) if not there}
@@ -144,27 +145,49 @@ def extract_features(
         raise UserError(f"{cache} does not hold what the processes wrote: name a folder that all nodes share")
     if rank == 0:
         partial = cache / f".done.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps({"key": dict(key or {}), "length": length, "shapes": kept | made}))
+        sums = {path.name: _crc(path) for name in (*kept, *made, LABELS) for path in [cache / f"{name}.npy"]}
+        complete = {"key": dict(key or {}), "length": length, "shapes": kept | made, "crc32": sums}
+        partial.write_text(json.dumps(complete))
         os.replace(partial, cache / "done.json")
     if log:
         log(f"{length} features written to {cache}")
     return arrays
 
 
-def _stored(cache: Path, key: dict[str, str], length: int, log: Callable[[str], None] | None) -> dict[str, tuple]:
-    """Shapes of the complete features in a folder, by name; none if their key is another, which the log then says."""
+def _stored(
+    cache: Path, key: dict[str, str], length: int, wanted: Iterable[str], log: Callable[[str], None] | None
+) -> dict[str, tuple]:
+    """Shapes of the complete features in a folder, by name; none if their key is another or those wanted are damaged.
+
+    The log then says so.
+    """
+    if not (cache / "done.json").exists():
+        return {}
     try:
         done = json.loads((cache / "done.json").read_text())
         before, shapes = dict(done["key"]), {name: tuple(shape) for name, shape in done["shapes"].items()}
-        if changed := [name for name in key | before if before.get(name) != key.get(name)]:
-            if log:
-                log(f"features in {cache} are extracted anew: {', '.join(changed)} changed")
-            return {}
-        arrays = _open(cache, shapes, "r")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        return {}
-    right = [arrays[name].shape == (length, *shape) for name, shape in shapes.items()]
-    return shapes if done.get("length") == length and all(right) and len(arrays[LABELS]) == length else {}
+        changed = [f"{name} changed" for name in key | before if before.get(name) != key.get(name)]
+        if not changed:
+            arrays, sums = _open(cache, shapes, "r"), done["crc32"]
+            right = [arrays[name].shape == (length, *shape) for name, shape in shapes.items()]
+            if done["length"] != length or not all(right) or len(arrays[LABELS]) != length:
+                changed = ["their number changed"]
+            files = [f"{name}.npy" for name in (*(name for name in wanted if name in shapes), LABELS)]
+            changed = changed or [f"{name} is damaged" for name in files if _crc(cache / name) != sums[name]]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+        changed = ["done.json or an array is damaged, or of an older version"]
+    if changed and log:
+        log(f"features in {cache} are extracted anew: {', '.join(changed)}")
+    return {} if changed else shapes
+
+
+def _crc(path: Path) -> int:
+    """CRC-32 of a file: zlib's, about 1 s for a GB that is in memory."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def _allocate(cache: Path, length: int, shapes: Shapes, kept: Iterable[str]) -> None:

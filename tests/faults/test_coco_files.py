@@ -250,9 +250,9 @@ def attack(folder, count):
 
 
 def test_some_mutated_files(tmp_path):
-    outcomes, _, crashes = attack(tmp_path, 60)
+    outcomes, _, crashes = attack(tmp_path, 30)
     assert not crashes, crashes
-    assert outcomes["refused"] > 10 and outcomes["trained on"] > 5, outcomes
+    assert outcomes["refused"] > 10 and outcomes["trained on"] > 2, outcomes
 
 
 @pytest.mark.faults

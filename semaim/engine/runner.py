@@ -192,6 +192,7 @@ class SeededRunner(Runner):
 
     model: BaseModel  #: or its wrapper
     _has_loaded: bool  #: mmengine's
+    _timestamp: str  #: mmengine's
     data_identity: dict[str, str] | None = None  #: of a training, see `semaim.engine.resuming.check_data`
 
     def setup_env(self, env_cfg: dict) -> None:

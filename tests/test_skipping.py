@@ -43,7 +43,7 @@ BROKEN = {
     "infinite": (results('{"metrics": {"top1": 1}, "val_images": Infinity}'), "val_images is inf"),
     "surrogate": (results('{"metrics": {"top1": 1}, "data": "\\ud800"}'), r"has text with '\\ud800'"),
     "escape": (results('{"metrics": {"top1": 1}, "data": "\\u001b[2J"}'), r"has text with '\\x1b'"),
-    "metric": (results('{"metrics": {"a": 1}, "task": "x", "reported": {"a": {"label": "a", "unit": 3}}}'), "unit is 3"),
+    "metric": (results('{"metrics": {"a": 1}, "task": "x", "reported": {"a": {"label": 3}}}'), "label is 3"),
     "no metric": (results('{"metrics": {"a": 1}, "task": "x", "reported": {"a": 3}}'), "reported is 3"),
     "folder": (lambda path: path.mkdir(), "is no regular file"),
     "fifo": (os.mkfifo, "is no regular file"),

@@ -1,10 +1,11 @@
 """The config.json next to a weights file, of timm and of the Hugging Face hub."""
 
-import json
 import os
 from pathlib import Path
 
+from semaim.checkpoints.sanity import check_sizes
 from semaim.errors import UserError
+from semaim.reading import read_json
 
 #: Names without extension of the files that a folder's config.json belongs to, as in timm.
 WEIGHTS = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
@@ -31,10 +32,10 @@ def find(path: str | os.PathLike) -> dict | None:
         if not file.is_file() or (path.stem not in WEIGHTS and _others(path)):
             return None
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:  # ValueError also for bytes that are not text
+        config = read_json(file)
+    except UserError as error:
         raise UserError(f"cannot read {file}, next to {path.name}: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    if not isinstance(config.get("architecture"), str):
         return None
     if "pretrained_cfg" not in config:
         kept = ("architecture", "num_features", "num_classes", "model_args")
@@ -44,7 +45,8 @@ def find(path: str | os.PathLike) -> dict | None:
         if config.get(name) is None:
             config[name] = {}
         if not isinstance(config[name], dict):
-            raise UserError(f"{file}: {name} is no mapping but {config[name]!r}")
+            raise UserError(f"{file}: {name} is no mapping but {config[name]!r:.60}")
+    check_sizes(f"{file}: model_args", config["model_args"])
     return config
 
 

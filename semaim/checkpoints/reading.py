@@ -15,6 +15,7 @@ from semaim.checkpoints import hub_config, same_network
 from semaim.checkpoints.dialects import RECOGNISED, find_weights, from_mmpretrain
 from semaim.checkpoints.normalisation import Statistics, of_content
 from semaim.checkpoints.safe_reading import read_file
+from semaim.checkpoints.sanity import check_config, check_state
 from semaim.checkpoints.sizes import preset_of, sizes_of
 from semaim.errors import UserError
 
@@ -103,9 +104,11 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
     for name, dimensions in (("patch_embed.proj", 4), ("blocks.0.attn.qkv", 2), ("blocks.0.mlp.fc1", 2)):
         if f"{name}.weight" not in state or state[f"{name}.weight"].ndim != dimensions:
             raise UserError(f"no plain ViT encoder in {path}: it has patches but no {name} of {dimensions} dimensions")
+    check_state(path, state)
     native = content if dialect == "semaim" else {}
+    check_config(path, native.get("config"))
     holders = [holder for holder in (content, content.get("meta")) if isinstance(holder, Mapping)]
-    epoch = next((holder["epoch"] for holder in holders if isinstance(holder.get("epoch"), int)), None)
+    epoch = next((holder["epoch"] for holder in holders if type(holder.get("epoch")) is int), None)
     statistics = of_content(content, path)
     if recorded is None and isinstance(content.get("arch"), str) and timm.is_model(content["arch"]):
         recorded = {"architecture": content["arch"]}  # of timm's own training
@@ -116,7 +119,7 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
         skipped,
         epoch,
         native.get("config"),
-        native.get("classes"),
+        native["classes"] if isinstance(native.get("classes"), list) else None,
         statistics,
         unsupported,
         recorded,

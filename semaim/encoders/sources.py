@@ -8,7 +8,6 @@
 No code from a file is run. What is not determined by the file, its config or `arch` is asked for, not guessed.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -37,7 +36,7 @@ from semaim.encoders.own import OwnEncoder
 from semaim.encoders.timm_vit import MODULES, TimmEncoder, in_modules
 from semaim.errors import UserError
 from semaim.places import is_name
-from semaim.reading import once
+from semaim.reading import once, read_json
 
 #: Files of weights in a repository or folder, the first that exists.
 WEIGHTS = tuple(f"{name}{ending}" for name in hub_config.WEIGHTS for ending in (".safetensors", ".bin"))
@@ -329,8 +328,8 @@ def foreign_config(path: Path) -> dict | None:
         file = path.with_name(name)
         if path.name in WEIGHTS and file.is_file():
             try:
-                config = json.loads(file.read_text())
-            except (OSError, ValueError) as error:
+                config = read_json(file)
+            except UserError as error:
                 raise UserError(f"cannot read {file}, next to {path.name}: {error}") from None
             if isinstance(config, dict) and ("model_type" in config or "model_cfg" in config):
                 return config

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from semaim.errors import UserError
 
+#: Errors of reading: strangers' files can be wrong in ways that no check foresees.
+WRONG = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError)
+
 
 class Skipped:
     """What was left out, each as one line that names the file and the reason."""
@@ -28,7 +31,7 @@ class Skipped:
             yield
         except UserError as error:
             self.add(str(error))
-        except Exception as error:  # strangers' files can be wrong in ways that no check foresees
+        except WRONG as error:
             self.add(f"{path} cannot be read: {type(error).__name__}: {str(error)[:150]}")
 
     def nothing(self, what: str) -> UserError:

@@ -1,6 +1,7 @@
 """Checkpoints by strangers: forged, damaged and oversized ones are refused in one line, before memory is taken."""
 
 import io
+import json
 import struct
 import tracemalloc
 import zipfile
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from commands import one_line, tool
+from dialect_files import SIZES, random_states
+from safetensors.torch import save_file
 
+from semaim import checkpoints
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.checkpoints.safe_reading import read_file
+from semaim.cli.checkpoint import inspected
 from semaim.errors import UserError
 
 P = b"\x80\x02"
@@ -220,3 +225,67 @@ def test_arrays_that_are_made_again_and_again_are_refused(tmp_path):
     assert read_file(tmp_path / "x.pkl").nbytes == 10**6
     (tmp_path / "x.pkl").write_bytes(code + b"](" + call * 100 + b"e.")
     refused(tmp_path / "x.pkl", "16 times as large")
+
+
+# What is in a readable file
+
+
+def ours(folder, **config):
+    """A checkpoint of ours with a changed config."""
+    network = {**SIZES, **config.pop("network", {})}
+    content = {"format": "semaim", "model": random_states()["encoder"], "epoch": 3, "classes": 3}
+    content["config"] = {"model": {"type": "Pretraining", "network": network}, **config}
+    torch.save(content, folder / "x.pth")
+    return folder / "x.pth"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"network": {"depth": 10**9}}, "network.depth is '1000000000': give whole numbers from 1 to 1,000"),
+        ({"network": {"num_heads": 0}}, "num_heads is '0'"),
+        ({"network": {"num_heads": "x\x1b[2J"}}, "num_heads is"),
+        ({"network": {"img_size": [0, 0]}}, "img_size is"),
+        ({"network": {"img_size": float("nan")}}, "img_size is"),
+        ({"model": 3}, "config.model is no mapping but '3'"),
+        ({"model": {"network": [1]}}, "config.model.network is no mapping"),
+        ({"dataset": "x"}, "config.dataset is no mapping"),
+    ],
+    ids=str,
+)
+def test_forged_settings_are_refused(config, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        inspected(ours(tmp_path, **config))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blocks.999999999.norm1.weight", torch.ones(3), "block 999999999 of 31 tensors"),
+        (f"blocks.{'9' * 5000}.norm1.weight", torch.ones(3), "block 99999999999999999999 of"),
+        ("pos_embed", torch.ones(()), r"pos_embed has the shape \(\)"),
+        ("pos_embed", torch.ones(3), r"pos_embed has the shape \(3,\)"),
+        ("patch_embed.proj.weight", torch.empty(0, 3, 8, 8), r"has the shape \(0, 3, 8, 8\)"),
+        ("head.weight", torch.ones(()), r"head.weight has the shape \(\)"),
+        ("cls_token", torch.empty(0), r"cls_token has the shape \(0,\)"),
+    ],
+)
+def test_forged_shapes_are_refused(name, tensor, message, tmp_path):
+    torch.save({"model": {**random_states()["encoder"], name: tensor}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        checkpoints.inspect(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{" * 100_000, "config.json is broken"),
+        (json.dumps({"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**9}}), "model_args.depth is"),
+    ],
+)
+def test_forged_configs_next_to_weights_are_refused(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    save_file(random_states()["encoder"], tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        checkpoints.read(tmp_path / "model.safetensors")

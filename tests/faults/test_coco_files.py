@@ -3,6 +3,7 @@
 The files that pass go through mmdet's data sets, our pipelines and COCO's metric, as in a training and its validation.
 """
 
+import gc
 import json
 import random
 from collections import Counter
@@ -222,6 +223,7 @@ def attack(folder, count):
     cfg.val_dataset.ann_file, cfg.val_dataset.data_prefix.img = cfg.train_dataset.ann_file, "train2017/"
     cfg.val_evaluator.classwise = False
     dense.enter(cfg)
+    gc.freeze()  # mmengine collects garbage for every data set, slow with all that was imported
     file.write_text(text)
     read_all(cfg)  # the valid one
     outcomes, kinds, crashes = Counter(), Counter(), []

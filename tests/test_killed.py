@@ -115,7 +115,7 @@ def test_the_launcher_gives_the_status_of_the_one_that_failed(tmp_path, capsys):
     assert failed(Failures(1, -11), None) == 139 and "starts it again" in capsys.readouterr().err
     assert failed(Failures(-15, 3), None) == 3 and failed(Failures(1, 1), None) == 1
     assert capsys.readouterr().err == ""  # the process has said why
-    assert failed(Failures(-9, 124), str(tmp_path)) == 124 and "nothing has been saved" in capsys.readouterr().err
+    assert failed(Failures(-9, 124), str(tmp_path)) == 124 and "nothing is saved" in capsys.readouterr().err
     with pytest.raises(Stopped) as stopped:
         failed(Failures(138, -15), None)
     assert stopped.value.status == 138

@@ -80,9 +80,10 @@ class Resumable(BaseLoop):
                 signal.raise_signal(signal.SIGTERM)  # the launcher has sent it after another process had failed
             raise
         finally:
-            if not leaving:  # else the first that ends may have a scheduler signal the others
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+            # After the first has left, a scheduler may end the others, whose status must not change by that. At its end
+            # Python restores defaults, but not of what is ignored.
+            for number, handler in handlers.items():
+                signal.signal(number, signal.SIG_IGN if leaving else handler)
 
     def saver(self) -> SaveCheckpoints | None:
         """The hook that saves the run's checkpoints."""

@@ -84,7 +84,8 @@ def run(main: Callable[[], int | None]) -> int:
     """
     try:
         code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout:  # none with `>&-`
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_output()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from semaim.checkpoints.files import CannotSave, write_checkpoint
-from semaim.errors import REFUSALS
 
 _Logger = TypeVar("_Logger", bound=logging.Logger)
 
@@ -19,6 +18,8 @@ def write_or_rescue(state: dict, path: Path, rescue_dir: str | os.PathLike | Non
         CannotSave: in both cases, since the run cannot go on; the message names the file that was written.
     """
     try:
+        if not path.parent.is_dir():
+            raise CannotSave(f"cannot save {path}: the work folder was removed or renamed")
         write_checkpoint(state, path)
     except CannotSave as error:
         if rescue_dir is None:
@@ -75,8 +76,8 @@ class Tolerant:
 
 def _quiet_threads(arguments: threading.ExceptHookArgs) -> None:
     """`threading.excepthook`, without the traceback of a TensorBoard thread: its error also comes to `Tolerant`."""
-    full = isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in REFUSALS
-    if not (full and type(arguments.thread).__module__.startswith("tensorboard")):
+    written = isinstance(arguments.exc_value, OSError)
+    if not (written and type(arguments.thread).__module__.startswith("tensorboard")):
         threading.__excepthook__(arguments)
 
 

@@ -7,12 +7,14 @@ import math
 import re
 import resource
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook
+from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook, iter_timer_hook
 from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from semaim.engine.sharding import gathered, is_sharded
 from semaim.errors import Diverged
 from semaim.models.targets import ema_decay
+
+# mmengine's timer takes differences of the wall clock: images/s and ETA were wrong whenever it was set.
+iter_timer_hook.time = SimpleNamespace(time=time.monotonic)
 
 
 @HOOKS.register_module()
@@ -142,7 +147,7 @@ class ProgressBar(Hook):
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
         self.progress = None
-        if not (is_main_process() and sys.stdout and sys.stdout.isatty()):  # none with `>&-`
+        if not (is_main_process() and sys.stdout and sys.stdout.isatty()):
             return
         self.progress = Progress(
             TextColumn("{task.description}"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from semaim.errors import FULL, UserError
+from semaim.errors import REFUSALS, UserError
 
 TIMEOUT = 1800  #: s, the default of --timeout
 #: Signals that stop a run: Ctrl-C, a scheduler's, a closed terminal's, and the one that announces the end of a job.
@@ -69,10 +69,10 @@ def explained(error: Exception) -> UserError | None:
         if f"is killed by signal: {signal.strsignal(number)}" in text:
             return ended_by("a data loader's worker", number)
     batch = any(part in text for part in _SHARED_MEMORY) and ("No space left" in text or "Cannot allocate" in text)
-    if batch or isinstance(error, OSError) and error.errno in FULL and _of_loader(error):
+    if batch or isinstance(error, OSError) and error.errno in REFUSALS and _of_loader(error):
         return UserError(
-            "the shared memory (/dev/shm), through which workers hand over images, is full: lower num_workers, or"
-            " enlarge it (docker run --shm-size=16g)"
+            "the shared memory (/dev/shm), through which workers hand over images, is full or read-only: lower"
+            " num_workers (--cfg-options num_workers=0 needs none), or enlarge it (docker run --shm-size=16g)"
         )
     return None
 

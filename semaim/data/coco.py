@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,10 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
 
     def column(key: str, name: str, right: Callable[[Any], bool], what: str) -> list:
         """A key's values in all records of a list."""
-        try:
+        with suppress(KeyError, TypeError, IndexError):
             values = [record[name] for record in document[key]]
             if all(map(right, values)):
                 return values
-        except (KeyError, TypeError, IndexError):
-            pass
         for place, record in enumerate(document[key], 1):
             who = f"number {place} of its list '{key}'"
             if not isinstance(record, dict):

@@ -37,7 +37,8 @@ def tables(contents: list[dict]) -> str:
     """All tables: kills, leaks, and whatever else was counted."""
     kills = [content for content in contents if content["attack"].startswith("kills_")]
     leaks = [content for content in contents if content["attack"].startswith("leaks_")]
-    others = [content for content in contents if content not in kills and content not in leaks]
+    noticed = [content for content in contents if "noticed" in content]
+    others = [content for content in contents if content not in [*kills, *leaks, *noticed]]
     spots = [spot for spot in KILLS if any(spot in content["spots"] for content in kills)]
     total = {spot: sum(content["spots"].get(spot, 0) for content in kills) for spot in spots}
     parts = []
@@ -66,6 +67,10 @@ def tables(contents: list[dict]) -> str:
                 rows.append([name, f"{numbers['slope']:+.1f}", f"{low:+.1f} to {high:+.1f}", numbers["largest"]])
         unit = "1,000 steps" if "steps" in content else over
         parts.append(markdown([f"over {over}", f"growth in {unit}", "95 % interval", "largest"], rows))
+    for content in noticed:
+        by = list(next(iter(content["noticed"].values())))
+        rows = [[damage, *(found[reader] for reader in by)] for damage, found in content["noticed"].items()]
+        parts.append(markdown([f"damage of {content['photographs']} photographs, noticed by", *by], rows))
     if others:
         rows = [[content["attack"].replace("_", " "), plain(content)] for content in others]
         parts.append(markdown(["attack", "counted"], rows))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import flags, losses, one_line, tool
+from mmengine.logging import MMLogger
 from PIL import Image
 
 from semaim.data import decoding
@@ -177,6 +178,7 @@ def test_a_skipped_image_is_replaced_whatever_the_workers(folder, capfd):
         PretrainImages(str(folder), on_error="ignore")
     batches = [[(epoch, index) for index in range(120)] for epoch in (0, 1)]
     runs = []
+    MMLogger.get_instance(str(folder))  # now the current one, which prints to what is captured here
     for workers in (0, 1, 3):
         images = PretrainImages(str(folder), img_size=32, seed=3, on_error="skip")
         loader = torch.utils.data.DataLoader(images, num_workers=workers, batch_sampler=batches)

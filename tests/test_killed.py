@@ -15,7 +15,10 @@ from commands import CPU, ROOT
 
 from semaim.checkpoints.files import read_checkpoint
 from semaim.engine import stopping, watching
+from semaim.engine.extraction import extract_features
+from semaim.engine.features import knn_hits, probe_batches
 from semaim.engine.launcher import cannot_meet, continues, failed, join
+from semaim.engine.logistic import fit_logistic
 from semaim.engine.training import train
 from semaim.engine.watching import Heard, Watch, ended_by, explained
 from semaim.errors import Stopped, UserError
@@ -81,6 +84,22 @@ def test_reports_go_through_the_store(monkeypatch):
     finally:
         first.closed.set()
         second.closed.set()
+
+
+def test_batches_of_features_and_steps_of_probes_are_progress(monkeypatch):
+    watch = SimpleNamespace(place="", position=0, moves=0)
+    monkeypatch.setattr(watching, "_watch", watch)
+    numbers = [torch.tensor([number]) for number in range(4)]
+    batches = [{"image": torch.zeros(1, 3), "label": number % 2, "index": number} for number in numbers]
+    found = extract_features(lambda images: {"f": torch.ones(1, 2)}, batches, 4, {"f": (2,)}, "cpu")
+    assert watch.moves == 4 and watch.place == "features of batch 4"
+    rows, labels = torch.from_numpy(found["f"]), torch.from_numpy(found["labels"])
+    assert len([*probe_batches(torch.arange(4), 3, 2, 0)]) == 6
+    assert watch.moves == 10 and watch.place == "epoch 3 of a probe"
+    knn_hits(rows, labels, rows, labels, 2, [1])
+    assert watch.place == "searching neighbours"
+    fit_logistic(rows.float(), labels, 2, 1.0)
+    assert watch.place == "a logistic regression"
 
 
 # What is said.

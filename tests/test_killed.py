@@ -259,3 +259,35 @@ def test_a_killed_rank_is_named_and_rank_0_saves(tiny_config):
     assert lines[0].startswith(f"error: rank 1 (process {pid}) was ended by SIGKILL: most likely")
     assert lines[0].endswith("interrupted.pth with --resume")
     assert goes_on(parts, whole) >= 1
+
+
+@linux
+@pytest.mark.slow
+def test_what_another_process_than_the_first_saves_belongs_to_the_same_run(tiny_config, tmp_path):
+    options = {"train_cfg.max_epochs": 6, "default_hooks.checkpoint.keep": 3, "model.network.order": "raster"}
+    cfg = tiny_config("parts", **options)
+    cfg.dump(tmp_path / "config.py")
+    code = (
+        "import os, sys; from mmengine.config import Config; from semaim.engine import launcher, stopping\n"
+        "from semaim.engine.training import train; from semaim.errors import UserError, run\n"
+        "def bad(self, index, batch, before=stopping.Resumable.run_iter):\n"
+        "    if os.environ['RANK'] == '1' and self._iter == 17: raise UserError('a bad image')\n"
+        "    before(self, index, batch)\n"
+        "stopping.Resumable.run_iter = bad\n"
+        "work = lambda _: train(Config.fromfile(sys.argv[1]))\n"
+        "sys.exit(run(lambda: launcher.command(lambda _: None, work, 1, 100.0)))\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    line += [sys.executable, "-c", code, tmp_path / "config.py"]
+    env = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=120)
+    assert "error: a bad image" in done.stderr, done.stderr
+    folder = Path(cfg.work_dir)
+    assert os.readlink(folder / "latest.pth") == "interrupted.pth"
+    first, last = (read_checkpoint(folder / name) for name in ("epoch_3.pth", "interrupted.pth"))
+    assert last["step"] == 17 and last["data"] == first["data"] and last["data"]
+    assert last["config"]["origin"] == first["config"]["origin"] and last["saving"]["run"] == first["saving"]["run"]
+    times = {name: (folder / name).stat().st_mtime_ns for name in ("epoch_1.pth", "epoch_2.pth", "epoch_3.pth")}
+    assert last["saving"]["written"] == times
+    train(tiny_config("parts", **options), str(folder / "latest.pth"), strict_data=True)
+    assert {path.name for path in folder.glob("epoch_*.pth")} == {"epoch_4.pth", "epoch_5.pth", "epoch_6.pth"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
@@ -151,7 +151,10 @@ class SaveCheckpoints(Hook):
         self.saving = Saving(uuid.uuid4().hex)
 
     def before_train(self, runner) -> None:
-        """Note how large the weights are at the start of the run."""
+        """Note how large the weights are at the start of the run; all processes give it the same name."""
+        shared = [self.saving.run]
+        broadcast_object_list(shared)
+        self.saving.run = shared[0]
         if self.saving.norm is None and not is_sharded(runner.model):
             self.saving.norm = norm_of(saved_module(runner).parameters())
 
@@ -192,15 +195,17 @@ class SaveCheckpoints(Hook):
         # Every process of DDP has the whole state: all stop if it has exploded.
         weights = [name for name, _ in saved_module(runner).named_parameters()]
         found = self.saving.judge(state, weights, runner.message_hub.log_scalars.get("train/loss"), name)
-        if not (is_main_process() or alone):
-            return
-        folder = Path(runner.work_dir)
-        if found:
-            runner.logger.warning(f"{name}: {found}")
-        written = self.saving.written
+        folder, written = Path(runner.work_dir), self.saving.written
         if NUMBERED.fullmatch(name):
             written.pop(name, None)
             written[name] = 0  # now the newest; its time is not known before it is there
+        if not (is_main_process() or alone):
+            return
+        if not is_main_process():  # which has written the files, and deleted old ones
+            times = {name: time or modified(folder / name) for name, time in written.items()}
+            written = self.saving.written = {name: time for name, time in times.items() if time}
+        if found:
+            runner.logger.warning(f"{name}: {found}")
         state = plain(state | {"saving": asdict(self.saving)})
         write_or_rescue(state | for_mm(runner, state), folder / name, self.rescue_dir)
         link = folder / ".latest.partial"

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, one_line, tool
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from test_pretraining import SCENES
 
+from semaim import reading
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.data.identity import identity_of
 from semaim.engine.locking import work_folder
@@ -107,6 +109,36 @@ def test_another_runs_checkpoint_does_not_continue_in_this_folder(finished, tiny
     train(cfg)
     with pytest.raises(UserError, match="holds another run than .*epoch_3.pth: choose another --work-dir"):
         choose_checkpoint(cfg, str(finished[0] / "epoch_3.pth"))
+
+
+def test_a_damaged_latest_checkpoint_is_no_obstacle_to_an_earlier_one(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    for damage in (lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: os.truncate(path, 0)):
+        damage(run / "epoch_4.pth")
+        done = tool("train.py", *finished[1], "--work-dir", run, "--resume")
+        one_line(done, f"continue from an earlier one with --resume {run / 'epoch_3.pth'}")
+    done = tool("train.py", *finished[1], "--work-dir", run, "--resume", run / "epoch_3.pth")
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(run) == {"epoch_3.pth", "epoch_4.pth", "latest.pth"}
+
+
+def test_another_runs_checkpoint_does_not_overwrite_those_whose_link_is_lost(finished, tiny_config, tmp_path):
+    run = copied(finished, tmp_path)
+    (run / "latest.pth").unlink()
+    cfg = tiny_config("other")
+    train(cfg)
+    other = Path(cfg.work_dir) / "epoch_1.pth"
+    cfg.work_dir = str(run)
+    with pytest.raises(UserError, match="holds another run than .*epoch_1.pth: choose another --work-dir"):
+        choose_checkpoint(cfg, str(other))
+
+
+def test_only_the_checkpoint_that_a_run_resumes_from_is_kept_in_memory(finished, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(reading, "_kept", kept)
+    with reading.read_once():
+        choose_checkpoint(Config({"work_dir": str(finished[0])}), str(finished[0] / "epoch_3.pth"))
+        assert [Path(key[1]).name for key in kept] == ["epoch_3.pth"]
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(finished, tmp_path):

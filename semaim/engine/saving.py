@@ -17,7 +17,7 @@ from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, plain, read_checkpoint
+from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, numbered, plain, read_checkpoint, run_in
 from semaim.engine.full_disk import write_or_rescue
 from semaim.engine.hooks import read_outputs
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
@@ -36,8 +36,9 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
     """
     if resume not in (None, "auto"):
         run = read_checkpoint(resume, mmap=True).get("saving", {}).get("run")
-        latest = Path(cfg.work_dir) / "latest.pth"
-        there = read_checkpoint(latest, mmap=True).get("saving", {}).get("run") if latest.exists() else None
+        latest, others = Path(cfg.work_dir) / "latest.pth", numbered(cfg.work_dir)
+        # It may be damaged, which is why another is named, or lost; the others are the same run's.
+        there = next(filter(None, map(run_in, [latest, *reversed(others)])), None)
         if run and there and run != there:
             raise UserError(f"{cfg.work_dir} holds another run than {resume}: choose another --work-dir")
         return resume
@@ -45,7 +46,13 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
     if resume is None and newest:
         raise UserError(f"{newest} is there already: continue with --resume, or choose another --work-dir")
     if newest:
-        read_checkpoint(newest, mmap=True)
+        try:
+            read_checkpoint(newest, mmap=True)
+        except UserError as error:
+            others = [path for path in numbered(cfg.work_dir) if not path.samefile(newest)]
+            if not others:
+                raise
+            raise UserError(f"{error}; continue from an earlier one with --resume {others[-1]}") from None
     return str(newest) if newest else None
 
 

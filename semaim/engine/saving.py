@@ -286,12 +286,17 @@ class Saving:
             name: of the file.
 
         Raises:
-            Diverged: a number of the model or the optimizer is not finite, or the weights have exploded.
+            Diverged: a weight or the optimizer is not finite, a buffer holds NaN, or the weights have exploded.
         """
         model, moments = state["model"], [held.values() for held in state["optimizer"]["state"].values()]
-        norm = norm_of(model[key] for key in weights)
-        for what, values in (("model", model.values()), ("optimizer", chain.from_iterable(moments))):
-            if not math.isfinite(norm_of(values)):
+        trained = dict.fromkeys(weights)
+        norm = norm_of(model[key] for key in trained)
+        buffers = norm_of(value for key, value in model.items() if key not in trained)
+        # A buffer may be a mask of -inf.
+        finite = {"model": math.isfinite(norm) and not math.isnan(buffers)}
+        finite["optimizer"] = math.isfinite(norm_of(chain.from_iterable(moments)))
+        for what, is_finite in finite.items():
+            if not is_finite:
                 raise Diverged(f"the {what} holds infinite numbers or NaN: the run diverged, and {name} was not saved")
         self.norm = self.norm or norm  # of a sharded model, from its first checkpoint
         if norm > EXPLODED * self.norm:

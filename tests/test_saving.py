@@ -1,5 +1,6 @@
 """What a run keeps in its work folder: never another's files, never a state that is lost, one run at a time."""
 
+import errno
 import json
 import os
 import shutil
@@ -191,6 +192,16 @@ with work_folder(sys.argv[1]):
 """
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE])
+def test_a_file_system_without_locks_is_not_a_folder_in_use(tmp_path, monkeypatch, capsys, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with work_folder(tmp_path):
+        assert "on a file system without locks" in capsys.readouterr().err
+
+
 def test_only_the_first_process_of_a_launch_holds_the_folder(tmp_path, monkeypatch):
     for name in ("RANK", "NODE_RANK"):
         monkeypatch.setenv(name, "1")
@@ -285,6 +296,12 @@ def test_a_state_that_is_worse_is_saved_but_the_last_good_one_is_kept_and_named(
         with pytest.raises(Diverged, match=message):
             saving.judge(state, ["weight"], losses_of(1.9), "epoch_6.pth")
     assert saving.good == "epoch_5.pth"
+    masked = a_state()
+    masked["model"]["mask"] = torch.full((2, 2), -torch.inf).triu(1)
+    assert saving.judge(masked, ["weight"], losses_of(1.9), "epoch_6.pth") == ""
+    masked["model"]["mean"] = torch.tensor(torch.nan)
+    with pytest.raises(Diverged, match="the model holds infinite numbers or NaN"):
+        saving.judge(masked, ["weight"], losses_of(1.9), "epoch_7.pth")
     assert norm_of([torch.tensor([3.0]), torch.tensor([4], dtype=torch.bfloat16), torch.tensor(7), None]) == 5
 
 

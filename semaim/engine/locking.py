@@ -21,8 +21,8 @@ LOCK = ".lock"  #: in a work folder in use
 #: What a killed run may leave of a file that it was writing; the parts are those of `write_checkpoint` and others.
 PARTIAL = re.compile(r"\.(.+\.(pth|json)\.\d+|latest|results|outcomes)\.partial")
 
-#: File systems without locks, such as some of clusters, answer with these.
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+#: The answers if another process holds a lock. File systems without locks, such as some of clusters, give others.
+HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> int:
             # POSIX's: unlike flock's, a forked worker does not hold it too, and it works over NFS.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno in HELD:
                 held = os.read(file, 4096)
                 os.close(file)
                 raise UserError(

@@ -1,5 +1,6 @@
 """What a run keeps in its work folder: never another's files, never a state that is lost, one run at a time."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,38 @@ with work_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_folder_is_in_use_until_the_last_process_of_a_killed_launch_has_ended(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", LAUNCH, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        child = int(run.stdout.readline())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        try:
+            with pytest.raises(UserError, match="is in use by process"), work_folder(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+    for _ in range(100):
+        with contextlib.suppress(UserError), work_folder(tmp_path):
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("still in use")
+
+
+LAUNCH = """
+import os, subprocess, sys, time
+from semaim.engine.launcher import SPAWNED
+from semaim.engine.locking import work_folder
+with work_folder(sys.argv[1]):
+    if SPAWNED in os.environ:
+        print(os.getpid(), flush=True)
+        time.sleep(100)
+    code = "import sys; exec(sys.argv.pop())"
+    subprocess.run([sys.executable, "-c", code, sys.argv[1], CODE], env={**os.environ, SPAWNED: "1"})
+"""
+LAUNCH = f"CODE = {LAUNCH!r}\n{LAUNCH}"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE])

@@ -17,7 +17,7 @@ from test_pretraining import SCENES, flags, losses
 from semaim.checkpoints.files import CannotSave, read_checkpoint
 from semaim.engine import results
 from semaim.engine.config import load_config
-from semaim.engine.full_disk import Tolerant, go_on
+from semaim.engine.full_disk import Tolerant, go_on, write_or_rescue
 from semaim.engine.saving import choose_checkpoint
 from semaim.engine.training import train
 from semaim.errors import UserError, run
@@ -37,6 +37,15 @@ def test_the_state_is_rescued_and_the_run_goes_on_from_it(tiny_config, tmp_path)
     assert losses(other) == {i: loss for i, loss in losses(whole).items() if i > 5}
     ours, theirs = (read_checkpoint(Path(cfg.work_dir) / "epoch_2.pth")["model"] for cfg in (other, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_rescued_state_replaces_none_of_another_run(tmp_path):
+    for name, value in (("a", 1), ("a", 2), ("b", 3)):
+        state = {"format": "semaim", "saving": {"run": name * 32}, "value": value}
+        with pytest.raises(CannotSave, match="the run's state is in"):
+            write_or_rescue(state, tmp_path / name / "run" / "epoch_1.pth", tmp_path / "rescue")
+    held = {path.name: read_checkpoint(path)["value"] for path in (tmp_path / "rescue").iterdir()}
+    assert held == {"run_epoch_1.pth": 2, "run_epoch_1_bbbbbbbb.pth": 3}
 
 
 def test_without_a_place_to_rescue_to_nothing_is_claimed(tiny_config, tmp_path):

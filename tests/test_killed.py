@@ -15,7 +15,10 @@ from commands import CPU, ROOT
 
 from semaim.checkpoints.files import read_checkpoint
 from semaim.engine import stopping, watching
+from semaim.engine.extraction import extract_features
+from semaim.engine.features import knn_hits, probe_batches
 from semaim.engine.launcher import cannot_meet, continues, failed, join
+from semaim.engine.logistic import fit_logistic
 from semaim.engine.training import train
 from semaim.engine.watching import Heard, Watch, ended_by, explained
 from semaim.errors import Stopped, UserError
@@ -81,6 +84,22 @@ def test_reports_go_through_the_store(monkeypatch):
     finally:
         first.closed.set()
         second.closed.set()
+
+
+def test_batches_of_features_and_steps_of_probes_are_progress(monkeypatch):
+    watch = SimpleNamespace(place="", position=0, moves=0)
+    monkeypatch.setattr(watching, "_watch", watch)
+    numbers = [torch.tensor([number]) for number in range(4)]
+    batches = [{"image": torch.zeros(1, 3), "label": number % 2, "index": number} for number in numbers]
+    found = extract_features(lambda images: {"f": torch.ones(1, 2)}, batches, 4, {"f": (2,)}, "cpu")
+    assert watch.moves == 4 and watch.place == "features of batch 4"
+    rows, labels = torch.from_numpy(found["f"]), torch.from_numpy(found["labels"])
+    assert len([*probe_batches(torch.arange(4), 3, 2, 0)]) == 6
+    assert watch.moves == 10 and watch.place == "epoch 3 of a probe"
+    knn_hits(rows, labels, rows, labels, 2, [1])
+    assert watch.place == "searching neighbours"
+    fit_logistic(rows.float(), labels, 2, 1.0)
+    assert watch.place == "a logistic regression"
 
 
 # What is said.
@@ -240,3 +259,35 @@ def test_a_killed_rank_is_named_and_rank_0_saves(tiny_config):
     assert lines[0].startswith(f"error: rank 1 (process {pid}) was ended by SIGKILL: most likely")
     assert lines[0].endswith("interrupted.pth with --resume")
     assert goes_on(parts, whole) >= 1
+
+
+@linux
+@pytest.mark.slow
+def test_what_another_process_than_the_first_saves_belongs_to_the_same_run(tiny_config, tmp_path):
+    options = {"train_cfg.max_epochs": 6, "default_hooks.checkpoint.keep": 3, "model.network.order": "raster"}
+    cfg = tiny_config("parts", **options)
+    cfg.dump(tmp_path / "config.py")
+    code = (
+        "import os, sys; from mmengine.config import Config; from semaim.engine import launcher, stopping\n"
+        "from semaim.engine.training import train; from semaim.errors import UserError, run\n"
+        "def bad(self, index, batch, before=stopping.Resumable.run_iter):\n"
+        "    if os.environ['RANK'] == '1' and self._iter == 17: raise UserError('a bad image')\n"
+        "    before(self, index, batch)\n"
+        "stopping.Resumable.run_iter = bad\n"
+        "work = lambda _: train(Config.fromfile(sys.argv[1]))\n"
+        "sys.exit(run(lambda: launcher.command(lambda _: None, work, 1, 100.0)))\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    line += [sys.executable, "-c", code, tmp_path / "config.py"]
+    env = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=120)
+    assert "error: a bad image" in done.stderr, done.stderr
+    folder = Path(cfg.work_dir)
+    assert os.readlink(folder / "latest.pth") == "interrupted.pth"
+    first, last = (read_checkpoint(folder / name) for name in ("epoch_3.pth", "interrupted.pth"))
+    assert last["step"] == 17 and last["data"] == first["data"] and last["data"]
+    assert last["config"]["origin"] == first["config"]["origin"] and last["saving"]["run"] == first["saving"]["run"]
+    times = {name: (folder / name).stat().st_mtime_ns for name in ("epoch_1.pth", "epoch_2.pth", "epoch_3.pth")}
+    assert last["saving"]["written"] == times
+    train(tiny_config("parts", **options), str(folder / "latest.pth"), strict_data=True)
+    assert {path.name for path in folder.glob("epoch_*.pth")} == {"epoch_4.pth", "epoch_5.pth", "epoch_6.pth"}

@@ -1,19 +1,24 @@
 """What a run keeps in its work folder: never another's files, never a state that is lost, one run at a time."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import ROOT, one_line, tool
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from test_pretraining import SCENES
 
+from semaim import reading
 from semaim.checkpoints.files import read_checkpoint, write_checkpoint
 from semaim.data.identity import identity_of
 from semaim.engine.locking import work_folder
@@ -109,6 +114,36 @@ def test_another_runs_checkpoint_does_not_continue_in_this_folder(finished, tiny
         choose_checkpoint(cfg, str(finished[0] / "epoch_3.pth"))
 
 
+def test_a_damaged_latest_checkpoint_is_no_obstacle_to_an_earlier_one(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    for damage in (lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: os.truncate(path, 0)):
+        damage(run / "epoch_4.pth")
+        done = tool("train.py", *finished[1], "--work-dir", run, "--resume")
+        one_line(done, f"continue from an earlier one with --resume {run / 'epoch_3.pth'}")
+    done = tool("train.py", *finished[1], "--work-dir", run, "--resume", run / "epoch_3.pth")
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(run) == {"epoch_3.pth", "epoch_4.pth", "latest.pth"}
+
+
+def test_another_runs_checkpoint_does_not_overwrite_those_whose_link_is_lost(finished, tiny_config, tmp_path):
+    run = copied(finished, tmp_path)
+    (run / "latest.pth").unlink()
+    cfg = tiny_config("other")
+    train(cfg)
+    other = Path(cfg.work_dir) / "epoch_1.pth"
+    cfg.work_dir = str(run)
+    with pytest.raises(UserError, match="holds another run than .*epoch_1.pth: choose another --work-dir"):
+        choose_checkpoint(cfg, str(other))
+
+
+def test_only_the_checkpoint_that_a_run_resumes_from_is_kept_in_memory(finished, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(reading, "_kept", kept)
+    with reading.read_once():
+        choose_checkpoint(Config({"work_dir": str(finished[0])}), str(finished[0] / "epoch_3.pth"))
+        assert [Path(key[1]).name for key in kept] == ["epoch_3.pth"]
+
+
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(finished, tmp_path):
     run = tmp_path / "run"
     endless = [*finished[1], "train_cfg.max_epochs=100000", "--work-dir", run]
@@ -157,6 +192,48 @@ with work_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(100)
 """
+
+
+def test_a_folder_is_in_use_until_the_last_process_of_a_killed_launch_has_ended(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", LAUNCH, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT) as run:
+        child = int(run.stdout.readline())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        try:
+            with pytest.raises(UserError, match="is in use by process"), work_folder(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+    for _ in range(100):
+        with contextlib.suppress(UserError), work_folder(tmp_path):
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("still in use")
+
+
+LAUNCH = """
+import os, subprocess, sys, time
+from semaim.engine.launcher import SPAWNED
+from semaim.engine.locking import work_folder
+with work_folder(sys.argv[1]):
+    if SPAWNED in os.environ:
+        print(os.getpid(), flush=True)
+        time.sleep(100)
+    code = "import sys; exec(sys.argv.pop())"
+    subprocess.run([sys.executable, "-c", code, sys.argv[1], CODE], env={**os.environ, SPAWNED: "1"})
+"""
+LAUNCH = f"CODE = {LAUNCH!r}\n{LAUNCH}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO, errno.ESTALE])
+def test_a_file_system_without_locks_is_not_a_folder_in_use(tmp_path, monkeypatch, capsys, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with work_folder(tmp_path):
+        assert "on a file system without locks" in capsys.readouterr().err
 
 
 def test_only_the_first_process_of_a_launch_holds_the_folder(tmp_path, monkeypatch):
@@ -253,6 +330,12 @@ def test_a_state_that_is_worse_is_saved_but_the_last_good_one_is_kept_and_named(
         with pytest.raises(Diverged, match=message):
             saving.judge(state, ["weight"], losses_of(1.9), "epoch_6.pth")
     assert saving.good == "epoch_5.pth"
+    masked = a_state()
+    masked["model"]["mask"] = torch.full((2, 2), -torch.inf).triu(1)
+    assert saving.judge(masked, ["weight"], losses_of(1.9), "epoch_6.pth") == ""
+    masked["model"]["mean"] = torch.tensor(torch.nan)
+    with pytest.raises(Diverged, match="the model holds infinite numbers or NaN"):
+        saving.judge(masked, ["weight"], losses_of(1.9), "epoch_7.pth")
     assert norm_of([torch.tensor([3.0]), torch.tensor([4], dtype=torch.bfloat16), torch.tensor(7), None]) == 5
 
 

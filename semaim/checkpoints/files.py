@@ -82,6 +82,13 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = False) -> dict:
     return checkpoint
 
 
+def run_in(path: str | os.PathLike) -> str | None:
+    """The name of the run in one of our checkpoints, which is not kept; None if it has none, or cannot be read."""
+    with suppress(Exception):  # of many types, as above
+        return load_torch(Path(path), _plain_only, mapped=True)["saving"]["run"]
+    return None
+
+
 def _plain_only(name: str) -> type:
     raise Broken(f"no file of tensors and plain containers, it holds {name}")
 
@@ -92,7 +99,7 @@ def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
     latest = folder / "latest.pth"
     if latest.exists():
         return latest
-    left = [path for path in folder.glob("*_*.pth") if NUMBERED.fullmatch(path.name)]
+    left = numbered(folder)
     if not left and not latest.is_symlink():
         return None
     lost = (
@@ -102,5 +109,10 @@ def newest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
     )
     if not left:
         raise UserError(f"{lost} not there, and no other checkpoint: put it back, or choose another --work-dir")
-    newest = max(left, key=lambda path: path.stat().st_mtime_ns)
-    raise UserError(f"{lost} not there: name the checkpoint to continue from, such as --resume {newest}")
+    raise UserError(f"{lost} not there: name the checkpoint to continue from, such as --resume {left[-1]}")
+
+
+def numbered(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints that a run has saved at intervals in its folder, the newest last."""
+    found = [path for path in Path(folder).glob("*_*.pth") if NUMBERED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from semaim.engine.watching import progress
 from semaim.errors import UserError
 
 Arrays = dict[str, np.ndarray]  #: by name, one row per image; `LABELS` among them
@@ -104,6 +105,7 @@ def extract_features(
 
     count, broken, written, done = torch.zeros(length, dtype=torch.int32), 0, 0, 0
     for step, batch in enumerate(loader):
+        progress(f"features of batch {step + 1}")
         with torch.no_grad():
             encoded = encode(batch["image"].to(device, non_blocking=True))
         index = batch["index"].cpu()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from semaim.data.folder import seed_of
 from semaim.engine.extraction import gather_rows, processes
+from semaim.engine.watching import progress
 from semaim.errors import UserError
 
 NORM_EPS = 1e-6  #: of the probe's batch normalisation, as in MAE
@@ -124,6 +125,7 @@ def knn_hits(
     similarity = own.new_full((len(own), most), -torch.inf)
     votes = bank_labels.new_zeros(len(own), most)
     for start in range(0, len(bank), chunk):
+        progress("searching neighbours")
         part = F.normalize(_tensor(bank[start : start + chunk], device).float(), dim=1)
         for block in blocks:
             nearest, index = (own[block] @ part.T).topk(min(most, len(part)))
@@ -289,7 +291,9 @@ def probe_batches(rows: Tensor, epochs: int, batch: int, seed: int) -> Iterator[
     batch = min(batch, len(rows))
     for epoch in range(epochs):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-        yield from rows[order[: len(rows) // batch * batch]].split(batch)
+        for part in rows[order[: len(rows) // batch * batch]].split(batch):
+            progress(f"epoch {epoch + 1} of a probe")
+            yield part
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semaim.checkpoints.files import CannotSave, write_checkpoint
+from semaim.checkpoints.files import CannotSave, run_in, write_checkpoint
 
 _Logger = TypeVar("_Logger", bound=logging.Logger)
 
@@ -25,6 +25,9 @@ def write_or_rescue(state: dict, path: Path, rescue_dir: str | os.PathLike | Non
         if rescue_dir is None:
             raise
         other = Path(rescue_dir).resolve() / f"{path.resolve().parent.name}_{path.name}"
+        run = state.get("saving", {}).get("run", "")
+        if other.exists() and run_in(other) != run:  # of another run in a folder of the same name
+            other = other.with_name(f"{other.stem}_{run[:8]}.pth")
         write_checkpoint(state, other)
         raise CannotSave(
             f"{str(error).partition(';')[0]}; the run's state is in {other}: continue with --resume {other} when there"

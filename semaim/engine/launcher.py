@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from semaim.engine import watching
 from semaim.errors import Stopped, UserError
-from semaim.reading import read_once
+from semaim.reading import forget, read_once
 
 SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts
 LOST = "the connection to another process is lost: it, or its machine, has ended"
@@ -135,6 +135,7 @@ def run_command(
         nodes = int(os.environ.get("NNODES", 1))
         prepared = prepare(processes * nodes)
         if processes > 1 or nodes > 1:
+            forget()  # this process only waits
             return spawn(restart_command(), processes, saves_in)
     if SPAWNED in os.environ:
         end_with_parent()

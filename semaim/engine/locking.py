@@ -10,7 +10,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from semaim.engine.launcher import SPAWNED
@@ -21,8 +21,8 @@ LOCK = ".lock"  #: in a work folder in use
 #: What a killed run may leave of a file that it was writing; the parts are those of `write_checkpoint` and others.
 PARTIAL = re.compile(r"\.(.+\.(pth|json)\.\d+|latest|results|outcomes)\.partial")
 
-#: File systems without locks, such as some of clusters, answer with these.
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+#: The answers if another process holds a lock. File systems without locks, such as some of clusters, give others.
+HELD = (errno.EAGAIN, errno.EACCES)
 
 
 @contextmanager
@@ -36,8 +36,11 @@ def work_folder(name: str | os.PathLike) -> Iterator[None]:
     Raises:
         UserError: another run holds it; or the folder cannot be written.
     """
-    if SPAWNED in os.environ or any(os.environ.get(name, "0") != "0" for name in ("RANK", "NODE_RANK")):
-        yield
+    node, rank = (os.environ.get(name, "0") != "0" for name in ("NODE_RANK", "RANK"))
+    if SPAWNED in os.environ or node or rank:
+        # What this run's first process has started may outlive it, and save: until then the folder is in use.
+        with _shared(Path(name) / LOCK) if SPAWNED in os.environ and not node else nullcontext():
+            yield
         return
     path = Path(name)
     made = [it for it in (path, *path.parents) if not it.exists()]
@@ -56,6 +59,20 @@ def work_folder(name: str | os.PathLike) -> Iterator[None]:
         os.close(file)
 
 
+@contextmanager
+def _shared(path: Path) -> Iterator[None]:
+    """Context in which this process holds the second byte of the lock file, together with others of its launch."""
+    file = None
+    with suppress(OSError):  # none, or on a file system without locks
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 1)
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
 def _locked(folder: Path) -> int:
     """The descriptor of the folder's lock file, which this process holds now."""
     path = folder / LOCK
@@ -63,9 +80,10 @@ def _locked(folder: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             # POSIX's: unlike flock's, a forked worker does not hold it too, and it works over NFS.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 2)
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)  # for `_shared`
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if error.errno in HELD:
                 held = os.read(file, 4096)
                 os.close(file)
                 raise UserError(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semaim.engine.watching import progress
+
 STEPS = 300  #: of L-BFGS at most, as MSN's epochs
 TOLERANCE = 1e-5  #: of the largest gradient
 
@@ -32,6 +34,7 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, penalty: float)
     )  # fmt: skip
 
     def closure() -> Tensor:
+        progress("a logistic regression")
         solver.zero_grad()
         loss = F.cross_entropy(features @ weight, labels, reduction="sum") + penalty / 2 * weight.square().sum()
         loss.backward()

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
 from semaim import __version__
 from semaim.checkpoints.divided import load_whole_state
-from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, plain, read_checkpoint
+from semaim.checkpoints.files import FORMAT, NUMBERED, newest_checkpoint, numbered, plain, read_checkpoint, run_in
 from semaim.engine.full_disk import write_or_rescue
 from semaim.engine.hooks import read_outputs
 from semaim.engine.sharding import gathered, is_sharded, load_whole_optimizer
@@ -36,8 +36,9 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
     """
     if resume not in (None, "auto"):
         run = read_checkpoint(resume, mmap=True).get("saving", {}).get("run")
-        latest = Path(cfg.work_dir) / "latest.pth"
-        there = read_checkpoint(latest, mmap=True).get("saving", {}).get("run") if latest.exists() else None
+        latest, others = Path(cfg.work_dir) / "latest.pth", numbered(cfg.work_dir)
+        # It may be damaged, which is why another is named, or lost; the others are the same run's.
+        there = next(filter(None, map(run_in, [latest, *reversed(others)])), None)
         if run and there and run != there:
             raise UserError(f"{cfg.work_dir} holds another run than {resume}: choose another --work-dir")
         return resume
@@ -45,7 +46,13 @@ def choose_checkpoint(cfg: Config, resume: str | None) -> str | None:
     if resume is None and newest:
         raise UserError(f"{newest} is there already: continue with --resume, or choose another --work-dir")
     if newest:
-        read_checkpoint(newest, mmap=True)
+        try:
+            read_checkpoint(newest, mmap=True)
+        except UserError as error:
+            others = [path for path in numbered(cfg.work_dir) if not path.samefile(newest)]
+            if not others:
+                raise
+            raise UserError(f"{error}; continue from an earlier one with --resume {others[-1]}") from None
     return str(newest) if newest else None
 
 
@@ -151,7 +158,10 @@ class SaveCheckpoints(Hook):
         self.saving = Saving(uuid.uuid4().hex)
 
     def before_train(self, runner) -> None:
-        """Note how large the weights are at the start of the run."""
+        """Note how large the weights are at the start of the run; all processes give it the same name."""
+        shared = [self.saving.run]
+        broadcast_object_list(shared)
+        self.saving.run = shared[0]
         if self.saving.norm is None and not is_sharded(runner.model):
             self.saving.norm = norm_of(saved_module(runner).parameters())
 
@@ -192,15 +202,17 @@ class SaveCheckpoints(Hook):
         # Every process of DDP has the whole state: all stop if it has exploded.
         weights = [name for name, _ in saved_module(runner).named_parameters()]
         found = self.saving.judge(state, weights, runner.message_hub.log_scalars.get("train/loss"), name)
-        if not (is_main_process() or alone):
-            return
-        folder = Path(runner.work_dir)
-        if found:
-            runner.logger.warning(f"{name}: {found}")
-        written = self.saving.written
+        folder, written = Path(runner.work_dir), self.saving.written
         if NUMBERED.fullmatch(name):
             written.pop(name, None)
             written[name] = 0  # now the newest; its time is not known before it is there
+        if not (is_main_process() or alone):
+            return
+        if not is_main_process():  # which has written the files, and deleted old ones
+            times = {name: time or modified(folder / name) for name, time in written.items()}
+            written = self.saving.written = {name: time for name, time in times.items() if time}
+        if found:
+            runner.logger.warning(f"{name}: {found}")
         state = plain(state | {"saving": asdict(self.saving)})
         write_or_rescue(state | for_mm(runner, state), folder / name, self.rescue_dir)
         link = folder / ".latest.partial"
@@ -274,12 +286,17 @@ class Saving:
             name: of the file.
 
         Raises:
-            Diverged: a number of the model or the optimizer is not finite, or the weights have exploded.
+            Diverged: a weight or the optimizer is not finite, a buffer holds NaN, or the weights have exploded.
         """
         model, moments = state["model"], [held.values() for held in state["optimizer"]["state"].values()]
-        norm = norm_of(model[key] for key in weights)
-        for what, values in (("model", model.values()), ("optimizer", chain.from_iterable(moments))):
-            if not math.isfinite(norm_of(values)):
+        trained = dict.fromkeys(weights)
+        norm = norm_of(model[key] for key in trained)
+        buffers = norm_of(value for key, value in model.items() if key not in trained)
+        # A buffer may be a mask of -inf.
+        finite = {"model": math.isfinite(norm) and not math.isnan(buffers)}
+        finite["optimizer"] = math.isfinite(norm_of(chain.from_iterable(moments)))
+        for what, is_finite in finite.items():
+            if not is_finite:
                 raise Diverged(f"the {what} holds infinite numbers or NaN: the run diverged, and {name} was not saved")
         self.norm = self.norm or norm  # of a sharded model, from its first checkpoint
         if norm > EXPLODED * self.norm:

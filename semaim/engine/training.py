@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from torch.utils.data import DataLoader
 
 import semaim.engine.hooks  # noqa: F401  registers what configs name
@@ -174,7 +174,6 @@ def train(
         **task.schedule(cfg, run, loader),
         **(task.validation(cfg, run, "val") if run.val is not None else {}),
     )
-    runner.data_identity = data
     for hook in runner.hooks:
         if isinstance(hook, SaveCheckpoints):
             hook.rescue_dir = rescue_dir
@@ -191,6 +190,12 @@ def train(
     for line in run.lines:
         log(line)
     forget()
+    # After an error of another process it is that one which saves: its files record the same.
+    shared = [data, runner.cfg.to_dict().get("origin")]
+    broadcast_object_list(shared)
+    runner.data_identity, origin = shared
+    for config in (cfg, runner.cfg) if origin else ():
+        config.origin = origin
     runner.train()
     if run.val is not None:
         metrics, more = task.trained_figures(cfg, runner)

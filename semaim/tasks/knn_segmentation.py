@@ -33,6 +33,7 @@ from semaim.engine.extraction import processes
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import prepare_worker
 from semaim.engine.training import Prepared
+from semaim.engine.watching import progress
 from semaim.errors import UserError
 from semaim.reading import forget
 from semaim.registry import TASKS, Metric
@@ -112,7 +113,8 @@ def encoded(images: dense.DenseImages, keys: list, model: Any, cfg: Config) -> I
         worker_init_fn=prepare_worker,
     )
     places = iter(key[-1] if isinstance(key, tuple) else key for key in keys)
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        progress(f"features of batch {number + 1}")
         inputs, samples = batch["inputs"], batch["data_samples"]
         same = len({image.shape for image in inputs}) == 1
         parts = [slice(None)] if same else [slice(place, place + 1) for place in range(len(inputs))]

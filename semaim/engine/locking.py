@@ -31,12 +31,13 @@ def work_folder(name: str | os.PathLike) -> Iterator[None]:
 
     The lock is the operating system's, on a file that says who holds it. It ends with the process that holds it,
     however that ends: after a kill there is none to remove. Loader workers do not hold it, and of the processes of a
-    launch only the first. On entry, unfinished files that a killed run has left are removed.
+    launch only the first. On entry, unfinished files that a killed run has left are removed. While it is held, this
+    process must not open the file again: closing any of its descriptors ends the lock.
 
     Raises:
         UserError: another run holds it; or the folder cannot be written.
     """
-    node, rank = (os.environ.get(name, "0") != "0" for name in ("NODE_RANK", "RANK"))
+    node, rank = (os.environ.get(key, "0") != "0" for key in ("NODE_RANK", "RANK"))
     if SPAWNED in os.environ or node or rank:
         # What this run's first process has started may outlive it, and save: until then the folder is in use.
         with _shared(Path(name) / LOCK) if SPAWNED in os.environ and not node else nullcontext():
@@ -76,7 +77,7 @@ def _shared(path: Path) -> Iterator[None]:
 def _locked(folder: Path) -> int:
     """The descriptor of the folder's lock file, which this process holds now."""
     path = folder / LOCK
-    while True:
+    for tries in range(100):  # some file systems never give a path and its descriptor the same number
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             # POSIX's: unlike flock's, a forked worker does not hold it too, and it works over NFS.
@@ -91,7 +92,7 @@ def _locked(folder: Path) -> int:
                 ) from None
             print(f"{folder} is on a file system without locks: start no second run in it", file=sys.stderr)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file)):
+            if os.path.samestat(os.stat(path), os.fstat(file)) or tries == 99:
                 break
         os.close(file)  # another run has just ended and removed it
     started = datetime.datetime.now().isoformat(" ", "seconds")

@@ -57,12 +57,14 @@ class Resumable(BaseLoop):
             raise
         except Diverged as error:
             self.is_first()
-            saver = self.saver()
-            raise Diverged(f"{error}; {saver.advice(self.runner)}" if saver else str(error)) from None
+            raise self.advised(error) from None
         except Stopped as error:  # all processes have agreed
             self.stop_signal = error.status - 128
             leaving = several
-            self.save()
+            try:
+                self.save()
+            except Diverged as found:
+                raise self.advised(found) from None
             if several:
                 torch.distributed.barrier()  # if one exited, the launcher would end the one that saves
             raise
@@ -88,6 +90,11 @@ class Resumable(BaseLoop):
     def saver(self) -> SaveCheckpoints | None:
         """The hook that saves the run's checkpoints."""
         return next((hook for hook in self.runner.hooks if isinstance(hook, SaveCheckpoints)), None)
+
+    def advised(self, error: Diverged) -> Diverged:
+        """The error, with where to continue from."""
+        saver = self.saver()
+        return Diverged(f"{error}; {saver.advice(self.runner)}") if saver else error
 
     def save(self, alone: bool = False) -> None:
         """Save the state after the last optimizer step as interrupted.pth; `alone` as for `SaveCheckpoints.save`."""

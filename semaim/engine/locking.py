@@ -92,9 +92,10 @@ def _locked(folder: Path) -> int:
                 ) from None
             print(f"{folder} is on a file system without locks: start no second run in it", file=sys.stderr)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file)) or tries == 99:
+            if os.path.samestat(os.stat(path), os.fstat(file)):
                 break
-        os.close(file)  # another run has just ended and removed it
+        if tries < 99:
+            os.close(file)  # another run has just ended and removed it
     started = datetime.datetime.now().isoformat(" ", "seconds")
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "command": shlex.join(sys.argv)}
     with suppress(OSError):  # a full disk: the message of a second run knows less then

@@ -63,8 +63,8 @@ class Resumable(BaseLoop):
             leaving = several
             try:
                 self.save()
-            except Diverged as found:
-                raise self.advised(found) from None
+            except Diverged as diverged:
+                raise self.advised(diverged) from None
             if several:
                 torch.distributed.barrier()  # if one exited, the launcher would end the one that saves
             raise

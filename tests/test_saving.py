@@ -339,6 +339,18 @@ def test_a_state_that_is_worse_is_saved_but_the_last_good_one_is_kept_and_named(
     assert norm_of([torch.tensor([3.0]), torch.tensor([4], dtype=torch.bfloat16), torch.tensor(7), None]) == 5
 
 
+def test_a_worse_state_is_named_in_the_log_unless_the_loss_may_have_another_scale(finished, tmp_path):
+    run = tmp_path / "run"
+    whole = torch.load(finished[0] / "epoch_3.pth")
+    write_checkpoint(whole | {"saving": whole["saving"] | {"loss": 1e-6}}, run / "epoch_3.pth")
+    again = [SCENES, "--data-root", finished[1][2], "--work-dir", run, "--resume", run / "epoch_3.pth"]
+    done = tool("train.py", *again, "--override", "--cfg-options", "base_lr=0.016")
+    assert done.returncode == 0 and "epoch_4.pth: the mean loss is" not in done.stdout, done.stderr
+    done = tool("train.py", *again)
+    assert done.returncode == 0 and "epoch_4.pth: the mean loss is" in done.stdout, done.stderr
+    assert "and was 1e-06 before; epoch_3.pth is kept" in done.stdout
+
+
 def test_a_checkpoints_record_of_files_to_delete_names_no_others(finished, tmp_path):
     whole = torch.load(finished[0] / "epoch_3.pth")
     for change in ({"written": {"../../photos.pth": 0}}, {"written": "epoch_1.pth"}, {"run": 3}, {"more": 1}):

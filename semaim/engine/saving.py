@@ -129,6 +129,8 @@ def restore_training_state(runner, checkpoint: dict, path: str | os.PathLike) ->
     for hook in runner.hooks:
         if isinstance(hook, SaveCheckpoints):
             hook.restore(checkpoint.get("saving"), path, runner.work_dir)
+            if runner.cfg.get("overrides") != checkpoint["config"].get("overrides"):
+                hook.saving.loss = None  # it may be of another scale from here on
     for name, (values, counts) in checkpoint["history"].items():
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             runner.message_hub.update_scalar(name, value, int(count))

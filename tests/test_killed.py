@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attacks import LONG, begin, ended, goes_on, ranks, workers
-from commands import CPU, ROOT
+from commands import CPU, ROOT, one_line, tool
+from test_pretraining import SCENES, flags
 
 from semaim.checkpoints.files import read_checkpoint
 from semaim.engine import stopping, watching
 from semaim.engine.extraction import extract_features
 from semaim.engine.features import knn_hits, probe_batches
-from semaim.engine.launcher import cannot_meet, continues, failed, join
+from semaim.engine.launcher import SPAWNED, cannot_meet, continues, failed, join, run_command
 from semaim.engine.logistic import fit_logistic
+from semaim.engine.stopping import has_own_statistics
 from semaim.engine.training import train
 from semaim.engine.watching import Heard, Watch, ended_by, explained
 from semaim.errors import Stopped, UserError
@@ -291,3 +293,24 @@ def test_what_another_process_than_the_first_saves_belongs_to_the_same_run(tiny_
     assert last["saving"]["written"] == times
     train(tiny_config("parts", **options), str(folder / "latest.pth"), strict_data=True)
     assert {path.name for path in folder.glob("epoch_*.pth")} == {"epoch_4.pth", "epoch_5.pth", "epoch_6.pth"}
+
+
+def test_only_the_first_process_saves_running_statistics_of_its_own():
+    norms = {"own": torch.nn.BatchNorm2d(2), "shared": torch.nn.SyncBatchNorm(2), "none": torch.nn.LayerNorm(2)}
+    norms["batch"] = torch.nn.BatchNorm2d(2, track_running_stats=False)
+    assert [name for name, norm in norms.items() if has_own_statistics(torch.nn.Sequential(norm))] == ["own"]
+
+
+def test_a_process_whose_launcher_ended_while_it_started_ends_too(monkeypatch):
+    monkeypatch.setattr("semaim.engine.launcher.join", lambda timeout: pytest.fail("it waits for the others"))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), (SPAWNED, "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("semaim.engine.launcher.end_with_parent", lambda: True)
+    assert run_command(None, None, 2, 10, None) == 1
+
+
+def test_workers_that_could_not_hand_over_a_batch_are_refused(tiny_config, tmp_path):
+    folder = tmp_path / ("t" * 100)
+    folder.mkdir()
+    line = ["train.py", SCENES, *flags(tiny_config(num_workers=1))]
+    one_line(tool(*line, TMPDIR=str(folder)), "set it to a shorter path, or --cfg-options num_workers=0")

@@ -221,7 +221,7 @@ with work_folder(sys.argv[1]):
         print(os.getpid(), flush=True)
         time.sleep(100)
     code = "import sys; exec(sys.argv.pop())"
-    subprocess.run([sys.executable, "-c", code, sys.argv[1], CODE], env={**os.environ, SPAWNED: "1"})
+    subprocess.run([sys.executable, "-c", code, sys.argv[1], CODE], env={**os.environ, SPAWNED: str(os.getpid())})
 """
 LAUNCH = f"CODE = {LAUNCH!r}\n{LAUNCH}"
 

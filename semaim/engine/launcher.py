@@ -20,7 +20,7 @@ from semaim.engine import watching
 from semaim.errors import Stopped, UserError
 from semaim.reading import forget, read_once
 
-SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts
+SPAWNED = "SEMAIM_SPAWNED"  #: environment variable of the processes that `spawn` starts: its own number
 LOST = "the connection to another process is lost: it, or its machine, has ended"
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -141,6 +141,8 @@ def run_command(
             return spawn(restart_command(), processes, saves_in)
     if SPAWNED in os.environ:
         end_with_parent()
+        if os.getppid() != int(os.environ[SPAWNED]):
+            return 1  # it ended before that, while this process was starting
     world = join(timeout)
     try:
         try:
@@ -223,7 +225,7 @@ def spawn(arguments: list[str], processes: int, saves_in: str | None = None) -> 
     # SIGTERM itself ends the remaining processes after one has failed. With nohup, SIGHUP stays ignored.
     passed_on = ["SIGINT", "SIGUSR1"] + ["SIGHUP"] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
     config.signals_to_handle, config.shutdown_timeout = ",".join(passed_on), 120  # s; older torch ignores these
-    os.environ[SPAWNED] = "1"
+    os.environ[SPAWNED] = str(os.getpid())
     terminated: list[int] = []
 
     def on_sigterm(number: int, frame: object) -> None:

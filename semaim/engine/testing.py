@@ -6,7 +6,7 @@ from mmengine.config import Config
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
 from semaim.engine.launcher import join
-from semaim.engine.training import Prepared, runnable_task
+from semaim.engine.training import Prepared, check_sockets, runnable_task
 from semaim.errors import UserError
 from semaim.reading import forget
 
@@ -22,6 +22,7 @@ def prepare_test(cfg: Config, weights: str | None, check: bool = True) -> Prepar
     Raises:
         UserError: something is wrong that would end the test, or give a wrong figure.
     """
+    check_sockets(cfg)
     task = runnable_task(cfg)
     if cfg.get("tta") and not getattr(task, "averages", False):
         raise UserError("--tta is for segmentors")

@@ -1,5 +1,7 @@
 """Training, for every task: from a config to a finished run."""
 
+import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,20 @@ def runnable_task(cfg: Config) -> RunnableTask:
     return task
 
 
+def check_sockets(cfg: Config) -> None:
+    """`UserError` if a loader's workers could not hand over a batch; they would drop it, and the run wait for ever.
+
+    They do so through sockets in Python's folder for temporary files, whose path Linux limits to 107 bytes.
+    """
+    folder = tempfile.gettempdir()
+    longest = os.path.join(folder, "pymp-12345678", "listener-12345678")  # as multiprocessing names it
+    if cfg.get("num_workers") and (over := len(os.fsencode(longest)) - 107) > 0:
+        raise UserError(
+            f"TMPDIR, {folder}, is too long by {over} bytes for the sockets of data loaders' workers: set it to a"
+            " shorter path, or --cfg-options num_workers=0"
+        )
+
+
 def prepare_training(
     cfg: Config, processes: int, resume_from: str | None = None, check: bool = True
 ) -> PreparedTraining:
@@ -129,6 +145,7 @@ def prepare_training(
     Raises:
         UserError: something is wrong that would end the run, or silently spoil it.
     """
+    check_sockets(cfg)
     task = runnable_task(cfg)
     if not task.trains:
         raise UserError(f"{cfg.filename} measures a checkpoint ({task.title}): tools/test.py {cfg.filename} FILE")

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -57,7 +58,10 @@ class Attempt:
         self.begun, self.names = time.monotonic(), set(self.listed())
         temporary.mkdir(parents=True, exist_ok=True)
         self.temporary = temporary
-        environment = {**os.environ, **CPU, MARK: self.mark, "TMPDIR": str(temporary)}
+        # pytest's folders are too long for the sockets of loaders' workers.
+        self.short = Path(tempfile.gettempdir()) / f"attempt-{self.mark[:8]}"
+        self.short.symlink_to(temporary)
+        environment = {**os.environ, **CPU, MARK: self.mark, "TMPDIR": str(self.short)}
         self.process = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
             env=environment, start_new_session=True,
@@ -112,6 +116,7 @@ class Attempt:
             raise AssertionError(f"hangs after {PATIENCE} s:\n{self.tail()}") from None
         finally:
             self.left = self.processes_left()
+            self.short.unlink(missing_ok=True)
             for number in self.left:
                 with suppress(ProcessLookupError):
                     os.kill(number, signal.SIGKILL)

@@ -20,7 +20,7 @@ from semaim.engine.extraction import extract_features
 from semaim.engine.features import knn_hits, probe_batches
 from semaim.engine.launcher import SPAWNED, cannot_meet, continues, failed, join, run_command
 from semaim.engine.logistic import fit_logistic
-from semaim.engine.stopping import has_own_statistics
+from semaim.engine.stopping import has_running_statistics
 from semaim.engine.training import train
 from semaim.engine.watching import Heard, Watch, ended_by, explained
 from semaim.errors import Stopped, UserError
@@ -295,10 +295,11 @@ def test_what_another_process_than_the_first_saves_belongs_to_the_same_run(tiny_
     assert {path.name for path in folder.glob("epoch_*.pth")} == {"epoch_4.pth", "epoch_5.pth", "epoch_6.pth"}
 
 
-def test_only_the_first_process_saves_running_statistics_of_its_own():
+def test_what_a_forward_pass_changes_is_not_saved_in_the_middle_of_an_iteration():
     norms = {"own": torch.nn.BatchNorm2d(2), "shared": torch.nn.SyncBatchNorm(2), "none": torch.nn.LayerNorm(2)}
     norms["batch"] = torch.nn.BatchNorm2d(2, track_running_stats=False)
-    assert [name for name, norm in norms.items() if has_own_statistics(torch.nn.Sequential(norm))] == ["own"]
+    changed = [name for name, norm in norms.items() if has_running_statistics(torch.nn.Sequential(norm))]
+    assert changed == ["own", "shared"]
 
 
 def test_a_process_whose_launcher_ended_while_it_started_ends_too(monkeypatch):

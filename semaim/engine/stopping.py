@@ -106,16 +106,17 @@ class Resumable(BaseLoop):
     def save_failed(self) -> None:
         """Save after an error; of several processes only one, without the others, which cannot be reached.
 
-        Each has the same weights, unless they are sharded; the running statistics that count are rank 0's. A collective
-        that fails in the backward pass does so before the optimizer's step; after it, `whole` is false until the
-        iteration is done. On NCCL the other processes hang, and only the one with the error comes here.
+        Each has the same weights, unless they are sharded. A collective that fails in the backward pass does so before
+        the optimizer's step, but after running statistics have taken in the batch, so with these nothing is saved; after
+        the step, `whole` is false until the iteration is done. On NCCL the other processes hang, and only the one with
+        the error comes here.
         """
         if not self.whole:
             return
         if get_world_size() == 1:
             self.save()
             return
-        if is_sharded(self.runner.model) or get_rank() and has_own_statistics(self.runner.model):
+        if is_sharded(self.runner.model) or has_running_statistics(self.runner.model):
             return
         if self.is_first():
             self.save(alone=True)
@@ -178,10 +179,10 @@ class Resumable(BaseLoop):
             raise Stopped(self.stop_signal or signal.SIGTERM)
 
 
-def has_own_statistics(model: torch.nn.Module) -> bool:
-    """Whether a process has other running statistics of batch normalisation than the first one."""
+def has_running_statistics(model: torch.nn.Module) -> bool:
+    """Whether a forward pass changes the model: batch normalisation with running statistics."""
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    return any(norm.track_running_stats and not isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    return any(norm.track_running_stats for norm in norms)
 
 
 @HOOKS.register_module()

@@ -107,7 +107,7 @@ class Resumable(BaseLoop):
         """Save after an error; of several processes only one, without the others, which cannot be reached.
 
         Each has the same weights, unless they are sharded. A collective that fails in the backward pass does so before
-        the optimizer's step, but after running statistics have taken in the batch, so with these nothing is saved; after
+        the optimizer's step, but running statistics have then taken in the batch, so with these nothing is saved. After
         the step, `whole` is false until the iteration is done. On NCCL the other processes hang, and only the one with
         the error comes here.
         """

@@ -29,7 +29,9 @@ def mib(numbers: dict) -> list[str]:
 
 def plain(content: dict) -> str:
     """What an attack without a table of its own counted, in one cell."""
-    left = {key: value for key, value in content.items() if key not in ("attack", "python", "seconds", "problems")}
+    left = {
+        key: value for key, value in content.items() if key not in ("attack", "python", "seconds", "problems", "kinds")
+    }
     return "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in left.items()).replace("|", "\\|")
 
 

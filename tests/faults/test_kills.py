@@ -240,7 +240,8 @@ def run_case(name: str, images: Path, place: Path, lives: range, kills: int, **c
 @pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(name, images, tmp_path):
     if name in ("detection", "segmentation", "segmentation_two"):
-        pytest.importorskip("mmdet" if name == "detection" else "mmseg", reason="not installed: runs with --extras all")
+        needed = "mmdet" if name == "detection" else "mmseg"
+        pytest.importorskip(needed, reason=f"{needed} is not installed: runs after tools/setup.sh --extras all")
     case = CASES[name]
     lives = range(case.lives)
     if once := os.environ.get("SEMAIM_KILLS"):

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +200,39 @@ def test_empty_folder_is_filled_and_a_failure_leaves_nothing(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [target] and not list(target.iterdir())
     assert write_scenes(target, 4, 32)
     assert list(tmp_path.iterdir()) == [target]
+
+
+def drawing(target, *options):
+    """The command on many scenes, which has drawn some; and the folder that it fills."""
+    line = [sys.executable, "-m", "semaim.data.scenes", str(target), "--images", "20000", "--size", "64", *options]
+    child = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    while not any(folder := sorted(target.parent.glob(f".{target.name}.*.part"))) or not any(folder[-1].rglob("*.jpg")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    return child, folder[-1]
+
+
+def test_what_a_killed_command_leaves_is_removed_by_the_next_and_not_while_it_runs(tmp_path):
+    target = tmp_path / "data"
+    child, left = drawing(target)
+    assert write_scenes(target, 4, 32)
+    assert left.is_dir() and child.poll() is None
+    child.kill()
+    child.communicate()
+    shutil.rmtree(target)
+    assert left.is_dir() and write_scenes(target, 4, 32)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc: runs on Linux")
+def test_a_killed_process_of_several_ends_the_command_in_a_line(tmp_path):
+    child, _ = drawing(tmp_path / "data", "--workers", "2")
+    numbers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    lines = {int(number): Path(f"/proc/{number}/cmdline").read_text() for number in numbers}
+    os.kill(next(number for number, line in lines.items() if "spawn_main" in line), signal.SIGKILL)
+    _, said = child.communicate()
+    assert child.returncode == 2 and said.count("\n") == 1 and "out of memory" in said, said
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_line(tmp_path):

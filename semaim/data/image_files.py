@@ -9,7 +9,6 @@ import io
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from semaim.data.decoding import MOST_PIXELS, decode_pixels
 from semaim.data.findings import Report, StrPath, parallel
 from semaim.data.folder import files_below, find_images, name_of
+from semaim.data.pools import process_pool
 from semaim.data.shards import find_in_shards, printable, read_bytes
 from semaim.errors import UserError
 
@@ -75,7 +75,7 @@ def verify_images(
                 report.problem("broken shard", str(error))
     if not paths and not report.problems:
         find_images(root)  # says what it has looked for
-    pool = ProcessPoolExecutor(max(1, workers), initializer=_listen, initargs=(smallest,))
+    pool = process_pool(max(1, workers), None, _listen, smallest)
     try:
         examined: list[Examined] = parallel(examine, paths, workers, progress, "images", pool)
     except BrokenProcessPool:

@@ -9,13 +9,16 @@ number of workers.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from semaim.data.pools import process_pool
 from semaim.data.scene_drawing import (
     BACKGROUND,
     CLASSES,
@@ -102,9 +106,14 @@ def _write_all(root: Path, counts: dict[str, int], request: dict, workers: int) 
         results = [write(task) for task in tasks]
     else:
         # Not fork: the caller may hold threads (PyTorch does), and those do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            results = list(pool.map(write, tasks, chunksize=max(1, min(16, len(tasks) // workers))))
+        try:
+            with process_pool(workers, "spawn") as pool:
+                results = list(pool.map(write, tasks, chunksize=max(1, min(16, len(tasks) // workers))))
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that draws scenes was ended, most likely because the machine ran out of memory: nothing is"
+                " written; give a smaller --workers"
+            ) from None
     for split in SPLITS:
         done = (items for task, items in zip(tasks, results, strict=True) if task[0] == split)
         found = enumerate(chain.from_iterable(done), 1)
@@ -200,10 +209,7 @@ def write_scenes(
     if _already_there(target, request):
         return False
     load_font(GLYPH_PX)  # a missing package is an error before anything is written
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial_folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    partial_folder.mkdir()
-    try:
+    with _unfinished(target) as partial_folder:
         _write_all(partial_folder, {"train": images - val, "val": val}, request, workers)
         classes = LEVELS[level].classes
         listing = {"last": len(classes), "background": LEVELS[level].background, "classes": ", ".join(classes)}
@@ -216,8 +222,39 @@ def write_scenes(
             return False
         partial_folder.rename(target)
         return True
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """Context with a folder beside `target` for what is to become it; at its end the folder is removed, if still there.
+
+    What killed processes have left of such folders is removed first. Each is locked by the process that fills it, so
+    that several may fill one each.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    folder.mkdir()
+    try:
+        with ExitStack() as stack:
+            with suppress(OSError):  # on a file system without locks, where none is removed either
+                stack.enter_context(_locked(folder))
+            yield folder
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Context in which this process holds a folder's lock; OSError if another does, or the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:

@@ -35,8 +35,8 @@ def alive(mark: str) -> list[int]:
 
 
 def partials(folder: Path) -> list[str]:
-    """Names of the half-written files in a folder and all folders in it."""
-    return sorted(path.name for path in folder.rglob("*partial*"))
+    """Names of the half-written files and folders in a folder and all folders in it."""
+    return sorted(path.name for pattern in ("*partial*", ".*.part") for path in folder.rglob(pattern))
 
 
 def tool_line(name: str, *arguments: object) -> list[str]:
@@ -128,6 +128,16 @@ class Attempt:
         while (numbers := alive(self.mark)) and time.monotonic() < end:
             time.sleep(0.05)
         return numbers
+
+    def tracebacks(self) -> int:
+        """Number of tracebacks printed, without those of Python's resource tracker.
+
+        That process has no part in the work. If it is killed, Python starts another, which complains of each semaphore
+        that it has not seen made; what the tool does is not affected.
+        """
+        begun = [number for number, row in enumerate(self.rows) if "Traceback" in row]
+        frames = ["".join(self.rows[number + 1 : number + 2]) for number in begun]
+        return sum("multiprocessing/resource_tracker.py" not in frame for frame in frames)
 
     def tail(self, rows: int = 15) -> str:
         """The last lines printed."""

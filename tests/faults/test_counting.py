@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 
 import torch
+from attempts import Attempt
 from table import tables
 from test_kills import compared, figures
 
@@ -28,6 +30,25 @@ def test_every_difference_to_the_uninterrupted_run_is_noticed(pretrained, tmp_pa
     found = " ".join(compared(work, whole))
     for part in ("not computed to the same bits", "final weights", "results are different", "half-written files"):
         assert part in found, found
+
+
+def test_tracebacks_are_counted_without_those_of_pythons_resource_tracker(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys, time, multiprocessing\n"
+        "from multiprocessing import resource_tracker\n"
+        "context = multiprocessing.get_context('spawn')\n"
+        "lock = context.Lock()\n"
+        "if 'tracker' in sys.argv: os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)\n"
+        "time.sleep(0.5)\n"
+        "other = context.Lock()\n"
+        "if 'fail' in sys.argv: raise ValueError\n"
+    )
+    for words, printed, counted in (([], 0, 0), (["tracker"], 1, 0), (["fail"], 1, 1), (["tracker", "fail"], 2, 1)):
+        attempt = Attempt([sys.executable, str(script), *words], tmp_path, tmp_path / "-".join(["t", *words]))
+        attempt.wait()
+        found = sum("Traceback" in row for row in attempt.rows)
+        assert (found, attempt.tracebacks()) == (printed, counted), attempt.tail()
 
 
 def test_figures_do_not_depend_on_the_folder_or_the_time(tmp_path):

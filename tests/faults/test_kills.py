@@ -205,7 +205,7 @@ def attack(case: Case, images: Path, place: Path, whole: Path, start: float, see
         if not hit:
             problems.append(f"{here}: exit status {status}\n{attempt.tail()}")
             return done, problems, 0
-        if any("Traceback" in row for row in attempt.rows):
+        if attempt.tracebacks():
             problems.append(f"{here}: a traceback\n{attempt.tail(6)}")
         now, said = kill["step"], [found[1] for row in attempt.rows if (found := SAVED.search(row))]
         step = max([step, *(read_checkpoint(path)["step"] for path in said[-1:])])
@@ -321,7 +321,7 @@ def test_a_killed_tool_that_starts_others_goes_on_by_the_same_command(name, live
             here = f"life {life}, start {number}, {spot.__name__ if hit else 'to its end'} {victim if hit else ''}"
             if attempt.left:
                 problems.append(f"{here}: {len(attempt.left)} processes are left")
-            if any("Traceback" in row for row in attempt.rows):
+            if attempt.tracebacks():
                 problems.append(f"{here}: a traceback\n{attempt.tail(6)}")
             different = [key for key in had if "json" in key and had[key] != expected.get(key)]
             problems += [f"{here}: {key} is different" for key in different]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from attacks import LONG, begin, children, ended, goes_on, mounts, on_small_disk, ranks, workers
+from attempts import Attempt, alive
 from commands import ROOT
 from counts import record
 from test_pretraining import SCENES, flags
@@ -94,3 +95,23 @@ def test_a_disk_without_space_at_the_start(tiny_config):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert last == f"error: cannot write to the work folder {cfg.work_dir}: No space left on device"
+
+
+@linux
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_no_process_of_a_killed_command_with_a_pool_stays(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from semaim.data.pools import process_pool\n"
+        "if __name__ == '__main__':\n"
+        f"    with process_pool(3, {method!r}, int, '1') as pool:\n"
+        "        list(pool.map(time.sleep, [0.1] * 30))\n"
+        "        print('all done', flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    run = Attempt([sys.executable, str(script)], tmp_path, tmp_path / "tmp")
+    assert run.until(lambda it: "all done\n" in it.rows, 0), run.tail()
+    assert len(alive(run.mark)) >= 4
+    run.kill("tool", random.Random(0))
+    assert run.wait() == -signal.SIGKILL and not run.left

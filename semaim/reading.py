@@ -1,4 +1,4 @@
-"""Reading files: once, as a command checks its checkpoint and annotations for several things; and strangers' files."""
+"""Reading files once, as a command checks its checkpoint and annotations for several things; JSON of runs' folders."""
 
 import json
 import os
@@ -100,6 +100,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is broken: it holds no object but a {type(found).__name__}")
     return found
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file of a run's folder so that after a kill it has its earlier content or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
+    os.replace(partial, path)
 
 
 def strange(value: Any, depth: int = 0) -> str:

@@ -1,8 +1,6 @@
 """`results.json`: what a run measured, and what the figures depend on. The engine writes it; all else reads it."""
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from semaim.errors import UserError
-from semaim.reading import read_json
+from semaim.reading import read_json, write_json
 
 FILE = "results.json"  #: in a run's work folder
 
@@ -96,9 +94,7 @@ class Record:
         values |= values.pop("more")
         del values["given"]
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".results.partial"
-        partial.write_text(json.dumps(values, indent=2, default=str) + "\n")
-        os.replace(partial, folder / FILE)
+        write_json(folder / FILE, values)
 
 
 def _kind(annotation: Any) -> type | UnionType:

@@ -96,7 +96,7 @@ def test_a_failure_ends_the_one_beside_it_and_gives_its_status(tmp_path, carried
     assert carried(silent)[0] == 1
 
 
-@pytest.mark.parametrize(("name", "trapped"), [("INT", "INT"), ("TERM", "TERM"), ("HUP", "TERM")])
+@pytest.mark.parametrize(("name", "trapped"), [("INT", "INT"), ("TERM", "TERM"), ("HUP", "TERM"), ("USR1", "TERM")])
 def test_a_signal_ends_both_once(tmp_path, carried, name, trapped):
     ends = SAVES.replace("INT TERM", trapped)
     beside = stage(tmp_path, "other", ends)
@@ -106,7 +106,11 @@ def test_a_signal_ends_both_once(tmp_path, carried, name, trapped):
     waits = stage(tmp_path, "two", SOON)
     before = signal.getsignal(signal.SIGINT)
     status, output, error = carried(beside, asks, waits)
-    assert status == 130 and not waits.folder.exists() and signal.getsignal(signal.SIGINT) is before
+    assert (
+        status == 128 + signal.Signals[f"SIG{name}"]
+        and not waits.folder.exists()
+        and signal.getsignal(signal.SIGINT) is before
+    )
     for it in (beside, asks):
         assert (it.folder / "saved").read_text() == "saved\n"
         assert f"interrupted in {it.title}: the same command continues from there\n" in error

@@ -34,7 +34,7 @@ from semaim.drawing.objects import (  # noqa: E402
 from semaim.engine.config import load_config  # noqa: E402
 from semaim.engine.dense import build, enter  # noqa: E402
 from semaim.engine.predicting import category_ids, class_names, class_results  # noqa: E402
-from semaim.errors import run  # noqa: E402
+from semaim.errors import UserError, run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "mmdet_configs/semaim_mask_rcnn_scenes.py"
@@ -279,6 +279,10 @@ def test_category_ids(data, tmp_path):
     file.write_text(json.dumps({"categories": [{"id": 7, "name": "b"}, {"id": 3, "name": "a"}]}))
     assert category_ids(cfg, ["a", "b"]) == ([3, 7], f"as in {file}")
     assert category_ids(cfg, ["a", "c"]) == ([1, 2], "label + 1")
+    for content in ("[]", '{"categories": 7}', '{"categories": [{"id": 7}]}', '{"categories": [[]]}', "{", "\0"):
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"{file} is no "):
+            category_ids(cfg, ["a", "b"])
 
 
 # Drawing

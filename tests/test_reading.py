@@ -1,13 +1,37 @@
 """A command reads its checkpoint, annotations and folders of images once, counted in the process that trains."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import ROOT
 
-from semaim.reading import forget, once, read_once
+from semaim.engine.locking import PARTIAL
+from semaim.reading import forget, once, read_json, read_once, write_json
+
+
+@pytest.mark.parametrize("fails", ["write_text", "replace"])
+def test_a_json_file_is_the_earlier_one_or_whole(fails, tmp_path, monkeypatch):
+    file = tmp_path / "stage.json"
+    write_json(file, {"settings": 1})
+    write_json(file, {"settings": 2})
+    assert read_json(file) == {"settings": 2} and list(tmp_path.iterdir()) == [file]
+
+    def killed(*arguments):
+        if fails == "write_text":
+            arguments[0].write_bytes(b'{"sett')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((Path, "write_text") if fails == "write_text" else (os, "replace")), killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(file, {"settings": 3})
+    assert read_json(file) == {"settings": 2}
+    (left,) = set(tmp_path.iterdir()) - {file}
+    assert PARTIAL.fullmatch(left.name)  # the next run in the folder removes it
+
 
 #: Runs a command and counts, by file: parsed JSON and unpickled checkpoints until the training starts, and listings.
 COUNTING = """

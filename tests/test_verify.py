@@ -1,5 +1,7 @@
 """Checks of data sets: the scenes are clean, and each kind of damage is found alone and named."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -162,6 +164,7 @@ def test_damage_in_coco_annotations_is_named(folder, name):
     [
         (first(bbox=[4, 6, 10, 0], area=0, segmentation=[POLYGON]), "object under a pixel, training leaves it out"),
         (first(**SQUARE, segmentation=[]), "no segmentation, so that masks cannot be learned"),
+        (first(id=0), "id 0, with which validation is refused: COCO's metric takes it for no match"),
         (first(**{**SQUARE, "area": 300}, segmentation=[POLYGON]), "area larger than the box"),
         (first(bbox=[0, 0, 3, 3], area=9), "mask and box differ"),
     ],
@@ -171,6 +174,33 @@ def test_what_a_training_survives_is_a_warning(folder, change, kind):
     report = verify_coco(*pair(folder), workers=1)
     assert set(report.warnings) == {kind} and not report.problems, str(report)
     check_coco_file(*pair(folder))
+
+
+def test_the_id_0_is_refused_where_predictions_are_measured(folder):
+    """COCO's metric counts a prediction that matches it as wrong; any other id is fine."""
+    ann, images = pair(folder)
+    found = {}
+    for number in (0, -1, 7000):
+        edit(folder, first(id=number))
+        with contextlib.redirect_stdout(io.StringIO()):
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            truth = COCO(str(ann))
+            wanted = ("image_id", "category_id", "bbox")
+            same = [{"score": 1.0, **{key: it[key] for key in wanted}} for it in truth.dataset["annotations"]]
+            evaluation = COCOeval(truth, truth.loadRes(same), "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        found[number] = evaluation.stats[0]
+        check_coco_file(ann, images)
+        if number == 0:
+            with pytest.raises(UserError, match="the id 0, which COCO's metric .*: number"):
+                check_coco_file(ann, images, measured=True)
+        else:
+            check_coco_file(ann, images, measured=True)
+    assert found[-1] == found[7000] == pytest.approx(1) and found[0] < 0.999
 
 
 def test_a_pixel_over_the_edge_and_compressed_masks_are_fine(folder):

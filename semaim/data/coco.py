@@ -86,7 +86,7 @@ def outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return ~((corner >= -SLACK) & (corner + boxes[:, 2:] <= sizes + SLACK)).all(axis=1)
 
 
-def check_coco_file(ann: StrPath, images: StrPath, masks: bool = False) -> Categories:
+def check_coco_file(ann: StrPath, images: StrPath, masks: bool = False, measured: bool = False) -> Categories:
     """The categories of an annotation file; `UserError` for what would break a training on it.
 
     COCO's 118,000 images and 860,000 annotations take half a minute; of an image only the header is read.
@@ -95,13 +95,14 @@ def check_coco_file(ann: StrPath, images: StrPath, masks: bool = False) -> Categ
         ann: COCO's annotation file.
         images: folder that its file names are relative to.
         masks: whether masks are learned or measured; if so, every annotation needs one that can be decoded.
+        measured: whether predictions are compared with it; if so, no annotation may have the id 0.
     """
-    kind = f"checked with {images}, masks {masks}"
-    return once(ann, lambda it: _check(it, images, masks), kind)
+    kind = f"checked with {images}, masks {masks}, measured {measured}"
+    return once(ann, lambda it: _check(it, images, masks, measured), kind)
 
 
 @_uncollected()
-def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
+def _check(ann: StrPath, images: StrPath, masks: bool, measured: bool) -> Categories:
     document = read_coco(ann, images)
     hint = f"tools/verify_dataset.py coco --ann {ann} --images {images} lists all problems"
 
@@ -154,6 +155,8 @@ def _check(ann: StrPath, images: StrPath, masks: bool) -> Categories:
             if record["id"] in seen:
                 raise refuse(f"more than one of its {key} has the same id, {record['id']!r}")
             seen.add(record["id"])
+    if measured and any(record["id"] == 0 for record in records):
+        raise refuse("one of its annotations has the id 0, which COCO's metric takes for no match: number them from 1")
     if unknown := [record for record in records if record["category_id"] not in categories]:
         text = f"annotation {unknown[0]['id']} names category {unknown[0]['category_id']}, which is not listed"
         raise refuse(text, len(unknown))

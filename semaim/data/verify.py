@@ -58,6 +58,8 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
     seen = set()
     for number, record in annotations.items():
         where = f"annotation {number}"
+        if number == 0:
+            report.warning("id 0, with which validation is refused: COCO's metric takes it for no match", where)
         image, category = listed.get(record["image_id"]), categories.get(record["category_id"])
         if image is None:
             report.problem("annotation of an unknown image", f"{where} names image {record['image_id']}")

@@ -82,9 +82,10 @@ def read_categories(cfg: Config, split: str) -> Categories | None:
     if not reads_coco(registered(cfg, DATASETS, data.type, split)):
         return None
     root = Path(data.get("data_root") or "")
-    measured = cfg.val_evaluator.get("metric", ()) if split == "val_dataset" else ()
-    masks = "segm" in measured or any(step.get("with_mask") for step in data.pipeline)
-    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"], masks)
+    measured = split == "val_dataset"
+    masks = measured and "segm" in cfg.val_evaluator.get("metric", ())
+    masks = masks or any(step.get("with_mask") for step in data.pipeline)
+    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"], masks, measured)
 
 
 def left_out(cfg: Config, *splits: str) -> dict[str, dict]:

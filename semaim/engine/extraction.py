@@ -17,6 +17,7 @@ from torch import Tensor
 
 from semaim.engine.watching import progress
 from semaim.errors import UserError
+from semaim.reading import write_json
 
 Arrays = dict[str, np.ndarray]  #: by name, one row per image; `LABELS` among them
 Shapes = Mapping[str, tuple[int, ...]]  #: name -> shape of an image's row
@@ -146,11 +147,9 @@ def extract_features(
     if reduce_sum(torch.tensor(int(sum(_checksum(arrays[name]) for name in made) != written))):
         raise UserError(f"{cache} does not hold what the processes wrote: name a folder that all nodes share")
     if rank == 0:
-        partial = cache / f".done.json.{os.getpid()}.partial"
         sums = {path.name: _crc(path) for name in (*kept, *made, LABELS) for path in [cache / f"{name}.npy"]}
         complete = {"key": dict(key or {}), "length": length, "shapes": kept | made, "crc32": sums}
-        partial.write_text(json.dumps(complete))
-        os.replace(partial, cache / "done.json")
+        write_json(cache / "done.json", complete)
     if log:
         log(f"{length} features written to {cache}")
     return arrays

@@ -19,7 +19,7 @@ from semaim.errors import UserError, check_work_dir
 LOCK = ".lock"  #: in a work folder in use
 
 #: What a killed run may leave of a file that it was writing; the parts are those of `write_checkpoint` and others.
-PARTIAL = re.compile(r"\.(.+\.(pth|json)\.\d+|latest|results|outcomes)\.partial")
+PARTIAL = re.compile(r"\.(.+\.(pth|json)\.\d+|latest|outcomes)\.partial")
 
 #: The answers if another process holds a lock. File systems without locks, such as some of clusters, give others.
 HELD = (errno.EAGAIN, errno.EACCES)

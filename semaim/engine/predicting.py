@@ -1,6 +1,5 @@
 """Running a trained detector or segmentor on images: COCO results, and comparison with annotations."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from mmengine.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 from semaim import checkpoints
+from semaim.data.coco import read_json
 from semaim.data.decoding import load_image
 from semaim.drawing.objects import (
     READABLE,
@@ -63,7 +63,10 @@ def category_ids(cfg: Config, names: Sequence[str]) -> tuple[list[int], str]:
     data = cfg.val_dataset
     file = Path(data.get("data_root") or "") / (data.get("ann_file") or "")
     if file.is_file() and file.suffix == ".json":
-        ids = {category["name"]: category["id"] for category in json.loads(file.read_text())["categories"]}
+        try:
+            ids = {category["name"]: category["id"] for category in read_json(file)["categories"]}
+        except (KeyError, TypeError):
+            raise UserError(f"{file} is no COCO annotation file: its list 'categories' has no names and ids") from None
         if names and all(name in ids for name in names):
             return [ids[name] for name in names], f"as in {file}"
     coco = _dataset_class(cfg, "CocoDataset")

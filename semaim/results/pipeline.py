@@ -1,7 +1,6 @@
 """Runs stages, each by its command, optionally several at a time; then writes the table and the report."""
 
 import importlib.util
-import json
 import os
 import queue
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from semaim.errors import UserError
 from semaim.places import here, to_install
+from semaim.reading import write_json
 from semaim.results import load_published
 from semaim.results.costs import cost_of, totals
 from semaim.results.formats import FORMATS, glance
@@ -145,7 +145,7 @@ def work_through(chosen: list[Stage], jobs: int = 1) -> int:
                 code = failed
                 children.stop(signal.SIGTERM)  # the other running stages save and end
         if not code and children.stopped:
-            return 130
+            return 128 + children.stopped[0]
         if not code and left:
             raise UserError(f"{left[0].title} waits for {left[0].needs}, which waits too")
         return code
@@ -169,7 +169,7 @@ def carry_out(stage: Stage, children: Children, jobs: int) -> int:
         if stage.method:
             stage.folder.mkdir(parents=True, exist_ok=True)
             record = {"settings": stage.settings, "processes": stage.gpus}
-            (stage.folder / "stage.json").write_text(json.dumps(record, indent=2) + "\n")
+            write_json(stage.folder / "stage.json", record)
         print(typed(stage), flush=True)
         begun = time.monotonic()
         code = children.follow(stage.command(), title, shared)

@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from semaim.engine.launcher import end_with_parent
+from semaim.engine.watching import STOPS
 from semaim.errors import UserError
 from semaim.places import IN_CHECKOUT, ROOT, here
 from semaim.reading import read_json
@@ -78,9 +79,8 @@ class Children:
         self.lock = threading.RLock()  # a signal handler runs in the main thread, which may hold the lock
 
     def __enter__(self) -> "Children":
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # Ignored signals stay ignored, as with nohup.
-        self.before = {n: signal.signal(n, self.stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        self.before = {n: signal.signal(n, self.stop) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
         return self
 
     def __exit__(self, kind: type | None, *error) -> None:
@@ -143,11 +143,11 @@ class Children:
         return code if code >= 0 else 128 - code
 
 
-def follow(line: list[str]) -> tuple[int, bool]:
-    """Run a command to its end; returns its exit status, and whether a signal came, which is passed on to it."""
+def follow(line: list[str]) -> tuple[int, int]:
+    """Run a command to its end; returns its exit status, and the first signal that came, which is passed on, or 0."""
     with Children() as children:
         code = children.follow(line)
-    return code, bool(children.stopped)
+    return code, next(iter(children.stopped), 0)
 
 
 def shortened(cfg: Config, iters: int | None = None, epochs: int | None = None) -> dict[str, object]:

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import itertools
-import json
 import math
 import os
 import shlex
@@ -18,6 +17,7 @@ from semaim.engine.config import load_config
 from semaim.engine.locking import work_folder
 from semaim.errors import Diverged, UserError
 from semaim.places import is_name
+from semaim.reading import write_json
 from semaim.record import Record, read_record
 from semaim.registry import Metric, task_titled, tasks
 from semaim.results.running import as_words, follow, read, refuse_changes, settings_in, shortened, tool
@@ -127,15 +127,15 @@ def _train(args: argparse.Namespace, work: Path, runs: dict[str, dict], broken: 
             print(title, "has diverged", flush=True)
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(folder / "sweep.json", record)
         line = command(args, folder, record)
         print(f"{title}\n{shlex.join(line)}", flush=True)
         code, stopped = follow(line)
         if stopped:
             print(f"interrupted in {name}: the same command continues from there", file=sys.stderr)
-            return 130
+            return 128 + stopped
         if code == Diverged.status:
-            (folder / "sweep.json").write_text(json.dumps({**record, "diverged": True}, indent=2) + "\n")
+            write_json(folder / "sweep.json", {**record, "diverged": True})
         elif code:
             print(f"{name} failed with exit status {code}; what has finished stays", file=sys.stderr)
             return code

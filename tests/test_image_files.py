@@ -212,6 +212,9 @@ def test_a_run_skips_and_resumes_and_stops_at_too_many(folder, tmp_path):
     again = train("parts", "--resume", "--override", **{"num_workers": 2})
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    two = train("two", "--gpus", 2)  # either process may meet it, or both
+    assert two.returncode == 0 and "image skipped, 1 of 120 so far" in two.stdout + two.stderr, two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     for name in ("a/012.jpg", "b/001.jpg"):
         (folder / name).write_text("text")
     one_line_at_end = train("many")

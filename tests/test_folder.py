@@ -1,6 +1,7 @@
 """Finding and reading images, repeatable crops, batches that resume and split."""
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -69,6 +70,31 @@ def test_bad_roots_are_named(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(UserError, match="no text file"):
         find_images(tmp_path / "binary.txt")
+
+
+def test_links_that_lead_back_are_refused_and_others_followed(tmp_path):
+    for name in ("data/a", "data/b", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    (tmp_path / "data/a/more").symlink_to(tmp_path / "elsewhere")
+    found = [path[len(str(tmp_path)) + 1 :] for path in find_images(tmp_path / "data")]
+    assert found == ["data/a/more/x.png", "data/a/x.png", "data/b/x.png"]
+    for target in ("data", "data/a", "."):
+        (tmp_path / "elsewhere/back").symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match="/back is a link to .*, a folder that it is in"):
+            find_images(tmp_path / "data")
+        (tmp_path / "elsewhere/back").unlink()
+    # Two links, each into the other's folder.
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data/b")
+    (tmp_path / "data/b/back").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="/back is a link to .*, a folder that it is in"):
+        find_images(tmp_path / "data")
+
+
+def test_a_named_pipe_is_no_image_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"cannot read image .*x\.png: broken or no image"):
+        load_image(str(tmp_path / "x.png"))
 
 
 def test_label_maps_are_no_images(tmp_path):

@@ -55,17 +55,25 @@ def find_images(root: str | os.PathLike) -> list[str]:
 
 
 def files_below(root: Path) -> list[str]:
-    """Paths of the files below a folder that training reads, sorted; `UserError` if there is no such folder."""
+    """Paths of the files below a folder that training reads, sorted.
+
+    `UserError` if there is no such folder, or a link in it leads back to a folder that the link is in.
+    """
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
     if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
         root = root / "train"
-    return sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
+    found = []
+    for folder, inner, names in os.walk(root, followlinks=True):
+        for name in inner:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and any(os.path.samefile(path, above) for above in Path(path).parents):
+                raise UserError(
+                    f"{path} is a link to {os.path.realpath(path)}, a folder that it is in, so images would be read"
+                    " many times, and in other classes: remove the link"
+                )
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def name_of(path: str, root: str | os.PathLike) -> str:

@@ -32,7 +32,17 @@ def plain(content: dict) -> str:
     left = {
         key: value for key, value in content.items() if key not in ("attack", "python", "seconds", "problems", "kinds")
     }
-    return "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in left.items()).replace("|", "\\|")
+    return "; ".join(f"{key.replace('_', ' ')}: {in_words(value)}" for key, value in left.items()).replace("|", "\\|")
+
+
+def in_words(value: object) -> str:
+    """A count, or counts by name: {"read": 3, "refused": {"a": 1}} -> read 3, refused (a 1); an empty list is 0."""
+    if isinstance(value, dict):
+        inner = ((name, in_words(part), isinstance(part, dict)) for name, part in value.items())
+        return ", ".join(f"{name} ({text})" if deep else f"{name} {text}" for name, text, deep in inner)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "0"
+    return str(value)
 
 
 def tables(contents: list[dict]) -> str:

@@ -67,7 +67,20 @@ def test_counts_become_tables():
     slope = {"first": 1, "last": 1, "largest": 2**20, "samples": 3, "slope": 2**19, "slope_95": [0, 2**20]}
     leaks = {"attack": "leaks_training", "steps": 1000, "found": {"memory of main": slope, "files of main": slope}}
     text = tables(
-        [kills, {**kills, "attack": "kills_sweep"}, leaks, {"attack": "label_maps", "files": 7, "python": "3"}]
+        [
+            kills,
+            {**kills, "attack": "kills_sweep"},
+            leaks,
+            {
+                "attack": "label_maps",
+                "files": 7,
+                "python": "3",
+                "crashes": [],
+                "by_format": {"a": {"read": 1, "refused": 2}, "b": 3},
+            },
+        ]  # fmt: skip
     )
     assert "| linear | 3 | 1 | 1 | 2 | 2 | 1 | 0 | 9 |" in text and "| all | 6 | 2 | 2 | 4 | 4 | 2 | 0 | 18 |" in text
-    assert "| memory of main, MiB | +0.50 | +0.00 to +1.00 | 1 |" in text and "| label maps | files: 7 |" in text
+    assert "| memory of main, MiB | +0.50 | +0.00 to +1.00 | 1 |" in text and (
+        "| label maps | files: 7; crashes: 0; by format: a (read 1, refused 2), b 3 |" in text
+    )

@@ -155,6 +155,15 @@ def test_the_tool(pretrained, tmp_path):
         "model.safetensors",
     ]
     assert "guess" not in done.stdout
+    killed = [tmp_path / "x.pth", tmp_path / "x.safetensors", tmp_path / "out/model.safetensors"]
+    for file in killed:  # as kill -9 leaves it
+        file.with_name(f".{file.name}.123.partial").write_bytes(b"half")
+    (tmp_path / ".xx.pth.123.partial").touch()
+    for line in (["convert", pretrained, killed[0], "--to", "mae"], ["convert", pretrained, killed[1], "--to", "timm"],
+                 ["export", pretrained, tmp_path / "out"]):  # fmt: skip
+        done = tool("checkpoint.py", *line)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*.partial")] == [".xx.pth.123.partial"]
     done = tool("checkpoint.py", "export", tmp_path / "x.safetensors", tmp_path / "bare")
     assert done.returncode == 0 and "1 head, a guess" in done.stdout, done.stdout
     torch.save({"x": Call(os.system, f"touch {tmp_path / 'made'}")}, tmp_path / "evil.pth")

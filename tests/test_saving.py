@@ -152,14 +152,16 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(fin
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
     with first:
-        assert any("saved" in line for line in first.stdout)
-        (run / ".epoch_7.pth.123.partial").write_bytes(b"half")
-        for command in (["train.py", *endless], ["train.py", *endless, "--resume"], ["test.py", *probe(run)]):
-            done = tool(*command)
-            one_line(done, f"{run} is in use by process {first.pid} on ")
-            assert "choose another --work-dir" in done.stderr
-        assert (run / ".epoch_7.pth.123.partial").exists()
-        first.send_signal(signal.SIGKILL)
+        try:
+            assert any("saved" in line for line in first.stdout)
+            (run / ".epoch_99999.pth.123.partial").write_bytes(b"half")
+            for command in (["train.py", *endless], ["train.py", *endless, "--resume"], ["test.py", *probe(run)]):
+                done = tool(*command)
+                one_line(done, f"{run} is in use by process {first.pid} on ")
+                assert "choose another --work-dir" in done.stderr
+            assert (run / ".epoch_99999.pth.123.partial").exists()
+        finally:
+            first.kill()
     assert (run / ".lock").exists()
     done = tool(
         "train.py", *finished[1], "--work-dir", run, "--resume", "--override", "--cfg-options", "train_cfg.max_epochs=1"

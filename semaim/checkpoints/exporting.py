@@ -13,7 +13,7 @@ from torch import Tensor
 from semaim import __version__
 from semaim.checkpoints import same_network
 from semaim.checkpoints.dialects import MMPRETRAIN_BLOCK, from_mmpretrain, to_mmpretrain
-from semaim.checkpoints.files import FORMAT, CannotSave, write_checkpoint
+from semaim.checkpoints.files import FORMAT, CannotSave, remove_partials, write_checkpoint
 from semaim.checkpoints.loading import LoadReport, differences_of
 from semaim.checkpoints.normalisation import Statistics
 from semaim.checkpoints.reading import Checkpoint, read
@@ -114,6 +114,7 @@ def _save_tensors(state: dict[str, Tensor], out: Path) -> None:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(out)
         # Copies: safetensors refuses tensors that share memory.
         save_file({name: tensor.clone() for name, tensor in state.items()}, partial, metadata={"format": "pt"})
         os.replace(partial, out)

@@ -1,6 +1,7 @@
 """Checkpoint files that contain only tensors and plain containers, and are written atomically."""
 
 import errno
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -37,12 +38,19 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a checkpoint holds no {type(value).__name__}: {value!r}")
 
 
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes have left that were writing this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def write_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint atomically: after a kill or on a full disk the previous file is intact."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path)
         with open(partial, "wb") as file:
             torch.save(plain(checkpoint), file)
             file.flush()

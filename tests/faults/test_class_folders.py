@@ -75,8 +75,9 @@ def broken(root: Path, rng: random.Random) -> str:
         for path in folder.iterdir():
             path.unlink()
     elif kind == "one split":
-        (folder.parent / rng.choice(["fox", "Cat", "cat "])).mkdir()
-        shutil.copy(file, sorted(folder.parent.iterdir())[-1] / "0.png")
+        other = folder.parent / rng.choice(["fox", "Cat", "cat "])
+        other.mkdir()
+        shutil.copy(file, other / "0.png")
     elif kind == "loose":
         shutil.copy(file, folder.parent / "0.png")
     elif kind == "nested":

@@ -17,7 +17,7 @@ def test_every_difference_to_the_uninterrupted_run_is_noticed(pretrained, tmp_pa
     shutil.copytree(whole, work, symlinks=True)
     assert compared(work, whole) == []
 
-    (work / ".epoch_1.pth.7.partial").touch()
+    (work / ".epoch_9.pth.7.partial").touch()
     (file,) = work.glob("*/vis_data/scalars.json")
     first, *rest = file.read_text().splitlines()
     row = json.loads(first)

@@ -111,8 +111,8 @@ def _write_all(root: Path, counts: dict[str, int], request: dict, workers: int) 
                 results = list(pool.map(write, tasks, chunksize=max(1, min(16, len(tasks) // workers))))
         except BrokenProcessPool:
             raise UserError(
-                "a process that draws scenes has ended, most likely because the machine ran out of memory, unless it says"
-                " otherwise above: nothing is written; give a smaller --workers"
+                "a process that draws scenes has ended, most likely because the machine ran out of memory, unless it"
+                " says otherwise above: nothing is written; give a smaller --workers"
             ) from None
     for split in SPLITS:
         done = (items for task, items in zip(tasks, results, strict=True) if task[0] == split)

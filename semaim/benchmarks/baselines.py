@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 
 from semaim.data.folder import find_images
 from semaim.models.ordering import make_order
+from semaim.models.segvit import BiasedAttention
 from semaim.models.semaim import SemAIM
 from semaim.models.vit import LAYER_NORM_EPS
 from semaim.models.vitdet import MapAttention, relative_vectors
@@ -203,6 +204,12 @@ def plain_map_attention(attention: MapAttention, maps: Tensor) -> Tensor:
     scores = scores.unflatten(2, grid).unflatten(4, grid) + along_h[..., :, None] + along_w[..., None, :]
     out = scores.flatten(4, 5).flatten(2, 3).softmax(dim=-1) @ value
     return plain_linear(out.transpose(1, 2).flatten(2).unflatten(1, grid), attention.proj)
+
+
+def plain_biased_attention(attention: BiasedAttention, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """UperNet's attention with our weights, each step a separate operation: (B, 1 + L, D) -> (B, 1 + L, D)."""
+    query, key, value = plain_linear(x, attention.qkv).chunk(3, dim=-1)
+    return plain_linear(unfused_attention(query, key, value, attention.num_heads, attention.bias(grid)), attention.proj)
 
 
 class PlainImages(Dataset):

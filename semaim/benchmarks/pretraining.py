@@ -55,20 +55,21 @@ class Setting:
         try:
             patch = (self.patch_size, self.patch_size)
             depth = self.depth or SIZES[self.model]["depth"]
-            model = SemAIM(
-                PixelTarget(patch),
-                size=self.model,
-                img_size=self.img_size,
-                patch_size=patch,
-                order=self.order,
-                depth=self.depth,
-                decoder_depth=None if depth % 12 else 12,  # the official default, where it divides the depth
-            )
+            with torch.device(self.device):
+                model = SemAIM(
+                    PixelTarget(patch),
+                    size=self.model,
+                    img_size=self.img_size,
+                    patch_size=patch,
+                    order=self.order,
+                    depth=self.depth,
+                    decoder_depth=None if depth % 12 else 12,  # the official default, where it divides the depth
+                )
         except ValueError as error:
             raise UserError(str(error)) from None
         images = torch.randn(self.batch, 3, self.img_size, self.img_size, device=self.device)
         draw = torch.rand(self.batch, math.prod(model.grid), device=self.device)
-        return model.to(self.device), images, draw
+        return model, images, draw
 
 
 def recipe() -> Config:

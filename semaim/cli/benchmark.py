@@ -84,6 +84,22 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="images at 14 x 14 patches (default: %(default)s)",
     )  # fmt: skip
     scaling.add_argument("--plot", type=Path, metavar="FILE.png", help="default: next to the JSON")
+    roofline = commands.add_parser(
+        "roofline", help="a step's operations, counted: its ideal time on a card, and what it keeps; no GPU is used",
+        description="Counts the operations of a training step, and from them its ideal time on a card. Runs anywhere.",
+    )  # fmt: skip
+    roofline.add_argument(
+        "step", nargs="?", default="pretrain", choices=("pretrain", "vitdet", "upernet"), help="default: %(default)s"
+    )
+    roofline.add_argument("--model", choices=("tiny", "small", "base", "large"), default="base", help="default: base")
+    roofline.add_argument(
+        "--batch", type=number(1), metavar="N", help="images (default: 256, 1, 2 for the three steps)"
+    )
+    roofline.add_argument("--img-size", type=number(16), metavar="N", help="pixels (default: 224, 1024, 512)")
+    roofline.add_argument("--card", choices=("h200", "h100", "a100", "4090"), default="h200", help="default: h200")
+    roofline.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="default: work_dirs/benchmarks/roofline_STEP.json"
+    )
     return parser.parse_args(argv)
 
 
@@ -143,13 +159,22 @@ def measure(args: argparse.Namespace) -> tuple[list, dict]:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
-    args.out = args.out or Path("work_dirs/benchmarks") / f"{args.command}.json"
+    name = f"roofline_{args.step}" if args.command == "roofline" else args.command
+    args.out = args.out or Path("work_dirs/benchmarks") / f"{name}.json"
     if args.out.suffix != ".json":
         raise UserError(f"--out {args.out}: name a .json file")
     from semaim.benchmarks import rows as results  # takes a second to import
 
-    rows, more = measure(args)
-    results.show(rows)
-    results.write(args.out, args.command, rows, **more)
+    if args.command == "roofline":
+        from semaim.benchmarks import roofline
+
+        counted = roofline.roofline(args.step, args.model, args.batch, args.img_size, args.card)
+        rows = roofline.summary(counted)
+        roofline.show(rows)
+        results.write(args.out, name, [], card=args.card, forms=rows)
+    else:
+        rows, more = measure(args)
+        results.show(rows)
+        results.write(args.out, name, rows, **more)
     print(f"wrote {args.out}")
     return 0

@@ -94,7 +94,7 @@ def test_the_base_config_is_the_papers_recipe():
     assert cfg.total_batch_size == 2048 and cfg.base_lr * 2048 / 256 == pytest.approx(1.6e-3)
     assert cfg.optim_wrapper.optimizer.to_dict() == {"type": "AdamW", "betas": (0.9, 0.95), "weight_decay": 0.05}
     assert cfg.optim_wrapper.clip_grad.max_norm == 3 and cfg.param_scheduler.warmup * cfg.train_cfg.max_epochs == 30
-    assert cfg.dataset.min_scale == 0.2 and not cfg.compile
+    assert cfg.dataset.min_scale == 0.2 and cfg.compile == "auto"
     assert cfg.model.network.target == {
         "type": "PixelTarget", "blur_kernel": 9, "blur_sigma": 1.0, "norm_pix": True, "loss": "l2"
     }  # fmt: skip

@@ -79,7 +79,7 @@ def refused(done, *messages):
         (SEMAIM, "base_lr=nan", "base_lr is nan: give a number"),
         (SEMAIM, "total_batch_size=0", "total_batch_size is 0: give a whole number, 1 or more"),
         (SEMAIM, "train_cfg.max_epochs=1.5", "train_cfg.max_epochs is 1.5: give a whole number"),
-        (SEMAIM, "compile=yes", "compile is True or False"),
+        (SEMAIM, "compile=yes", "compile is 'yes': give True, False or auto"),
         (SEMAIM, "images_per_gpu=None", "images_per_gpu is None: give a whole number, 1 or more"),
         (SEMAIM, "model.network=abc", "model.network=abc: model.network has keys: set model.network.type or another"),
         (SEMAIM, "dataset=None", "dataset has keys: set dataset.type or another"),

@@ -125,7 +125,7 @@ CODE = {
     "pretraining: flip": lambda f: part(pretraining_transforms(f), "RandomHorizontalFlip").p,
     "pretraining: blur, side and sum": lambda _: [
         PixelTarget((16, 16)).kernel.shape[-1],
-        round(PixelTarget((16, 16)).kernel[0].sum().item(), 5),
+        round(PixelTarget((16, 16)).kernel.sum().item(), 5),
     ],
     "EMA: decay in epochs 0, 50, 100 and 799": lambda _: [round(ema_decay(e), 6) for e in (0, 50, 100, 799)],
     "encoder: width, depth and heads of ViT-S, B, L and H": lambda _: [

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from semaim.engine.network import KEPT_SHARE
+from semaim.engine.compiling import KEPT_SHARE
 from semaim.models import cpu_products, segvit
 
 aten = torch.ops.aten
@@ -223,7 +223,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted_compile(blocks: list[nn.Module], count: Count) -> Iterator[None]:
-    """Context manager in which blocks are compiled as `engine.network.compile_blocks` does, by a compiler that counts."""
+    """Context manager in which blocks are compiled as `compile_blocks` does, by a compiler that counts."""
     import torch._functorch.config as partitioner
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition

@@ -22,7 +22,7 @@ from semaim.benchmarks.baselines import ExplicitMasks, plain_biased_attention
 from semaim.benchmarks.counting import Count, CudaAutocast, Work, as_on_a_gpu, counted_compile
 from semaim.benchmarks.detection import plain_blocks
 from semaim.benchmarks.pretraining import Setting, groups_of
-from semaim.engine.network import blocks_of
+from semaim.engine.compiling import blocks_of
 from semaim.errors import UserError
 from semaim.models import segvit
 from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet

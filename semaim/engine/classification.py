@@ -43,7 +43,7 @@ class Classification(NetworkModel):
 
     Args:
         network: config of the `Classifier`.
-        precision, compile: as for `NetworkModel`.
+        precision: as for `NetworkModel`.
         mixup, cutmix: parameters of the beta distributions of timm's Mixup; if both are above 0, each is used in half
             of the batches.
         label_smoothing: share of the target that all classes divide equally.
@@ -55,12 +55,11 @@ class Classification(NetworkModel):
         self,
         network: dict,
         precision: str = "bf16",
-        compile: bool = False,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
     ):
-        super().__init__(build_model(network), precision, compile)
+        super().__init__(build_model(network), precision)
         self.label_smoothing = label_smoothing
         classes = self.network.num_classes
         mixes = mixup > 0 or cutmix > 0

@@ -35,6 +35,7 @@ KEYS = {
     "log_processor": "the log line",
     "visualizer": "where scalars and pictures go",
     "seed": "random seed",
+    "compile": "compile the transformer blocks: True, False, or auto for training runs of many steps on a GPU",
     "fsdp": "divide weights, gradients and optimizer state among the processes",
     "work_dir": "where the run writes",
     "cfg_options": "changes made on the command line, as recorded in results.json",

@@ -387,6 +387,8 @@ def check_numbers(cfg: Config) -> None:
     rate = cfg.get("base_lr")
     if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < math.inf):
         raise UserError(f"base_lr is {rate!r}: give a number, 0 or more")
+    if cfg.get("compile", False) not in (True, False, "auto"):
+        raise UserError(f"compile is {cfg.compile!r}: give True, False or auto")
     share = cfg.get("most_ignored")
     if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
         raise UserError(f"most_ignored is {share!r}: give a share, from 0 to 1")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from semaim.data.contents import digest_of_files
 from semaim.data.labelled import LabelledImages
 from semaim.engine.classification import Classification
+from semaim.engine.compiling import compile_for
 from semaim.engine.encoders import settle_images
 from semaim.engine.extraction import LABELS, extract_features, processes
 from semaim.engine.features import ProbeResult, Split
@@ -205,11 +206,12 @@ class FeatureTask(ImageTask):
         log = logger_of(cfg).info
         path = None if weights == RANDOM else weights
         record_origin(cfg, path)
-        model: Classification = build_model({**cfg.model, "compile": cfg.compile})
+        model: Classification = build_model(cfg.model)
         if path is None:
             log("random weights: the encoder as initialised")
         else:
             log(str(record_load(self.load_encoder(cfg, model, path), cfg)))
+        compile_for(cfg, model, 0, device, logger_of(cfg))
         log(f"images normalised with {run.statistics}; {cfg.model.network.img_size} pixels")
         forget()
         found = extract_sets(cfg, run, model.to(device).eval(), device, log)

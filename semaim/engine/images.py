@@ -38,7 +38,6 @@ class ImageTask(Task):
 
     keys = {
         "dataset": "the images and their augmentation",
-        "compile": "compile the blocks with torch.compile",
     }
     instead = ""
     labelled = True
@@ -76,7 +75,7 @@ class ImageTask(Task):
 
     def model_config(self, cfg: Config) -> dict:
         """The config from which the runner builds the model."""
-        return {**cfg.model, "compile": cfg.compile}
+        return cfg.model
 
     def schedule(self, cfg: Config, run: PreparedTraining, loader: DataLoader) -> dict:
         """mmengine's arguments for length and learning rate."""

@@ -1,4 +1,4 @@
-"""Shared by all our models under mmengine's runner: precision, compilation, normalisation on the device."""
+"""Shared by all our models under mmengine's runner: precision, normalisation on the device."""
 
 import torch
 from mmengine.model import BaseDataPreprocessor, BaseModel
@@ -6,9 +6,7 @@ from mmengine.registry import MODELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from semaim.encoders.contract import Encoder
 from semaim.errors import UserError
-from semaim.models.vit import Block
 
 
 @MODELS.register_module()
@@ -34,38 +32,12 @@ class NormaliseImages(BaseDataPreprocessor):
         return {"images": self.normalise(data["image"]), "draw": data["draw"]}
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks inside a model: those of an encoder of any family, else our own."""
-    encoders = [module for module in model.modules() if isinstance(module, Encoder)]
-    found = [block for encoder in encoders for block in encoder.blocks]
-    return found or [module for module in model.modules() if isinstance(module, Block)]
-
-
-#: Compiled blocks keep less than this share of what the compiler would keep by itself: all that follows from kept
-#: values without a product or attention is computed again in the backward pass. 0.6 to 0.9 give the same. For ViT-B it
-#: is 0.64 of the memory for 5 % more of the ideal time, by `semaim bench roofline`.
-KEPT_SHARE = 0.7
-
-
-def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile each transformer block of a network, in place; the first step then takes a while."""
-    import torch._functorch.config as partitioner
-
-    partitioner.activation_memory_budget = KEPT_SHARE
-    blocks = blocks_of(network)
-    # Blocks share their code, of which torch keeps 8 variants; each drop path rate adds one for training, one for eval.
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 4 * len(blocks))
-    for block in blocks:
-        block.compile(backend=backend)
-
-
 class NetworkModel(BaseModel):
     """A network as mmengine trains it. Checkpoints hold the state of `network`, so its parameter names have no prefix.
 
     Args:
         network: what is trained.
         precision: "bf16" (autocast on a GPU; a CPU always computes in fp32) or "fp32".
-        compile: compile the blocks with torch.compile; takes minutes on a CPU.
         data_preprocessor: config of what moves a batch to the device.
     """
 
@@ -73,7 +45,6 @@ class NetworkModel(BaseModel):
         self,
         network: nn.Module,
         precision: str = "bf16",
-        compile: bool = False,
         data_preprocessor: dict | None = None,
     ):
         super().__init__(data_preprocessor=data_preprocessor)
@@ -81,8 +52,6 @@ class NetworkModel(BaseModel):
             raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
         self.network = network
         self.precision = precision
-        if compile:
-            compile_blocks(self.network)
 
     def init_weights(self) -> None:
         """The network initialises itself when it is built."""

@@ -50,7 +50,7 @@ class Pretraining(NetworkModel):
 
     Args:
         network: config of the network; its `type` names the method.
-        precision, compile: as for `NetworkModel`.
+        precision: as for `NetworkModel`.
         mean, std: for normalising images, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
@@ -58,7 +58,6 @@ class Pretraining(NetworkModel):
         self,
         network: dict,
         precision: str = "bf16",
-        compile: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
@@ -66,7 +65,7 @@ class Pretraining(NetworkModel):
         if isinstance(network.get("guide"), dict):  # it sees the same images
             network = {**network, "guide": {**network["guide"], **statistics}}
         preprocessor = {"type": "NormaliseImages", **statistics}
-        super().__init__(build_network(network), precision, compile, data_preprocessor=preprocessor)
+        super().__init__(build_network(network), precision, data_preprocessor=preprocessor)
         method = method_of(network)
         assert method is not None  # `build_network` has refused others
         self.method = method
@@ -103,7 +102,7 @@ def model_from_checkpoint(checkpoint: dict, options: dict | None = None) -> Pret
         raise UserError(f"the checkpoint's config builds {kind} of {network.get('type')}, not pretraining by {known}")
     statistics = of_run(checkpoint["config"]) or Statistics()
     try:
-        built = Pretraining(**{**model, "compile": False, "mean": statistics.mean, "std": statistics.std})
+        built = Pretraining(**{**model, "mean": statistics.mean, "std": statistics.std})
         built.network.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from semaim.checkpoints.divided import divided_like
-from semaim.engine.network import blocks_of
+from semaim.engine.compiling import blocks_of
 
 
 def shard(model: nn.Module) -> nn.Module:

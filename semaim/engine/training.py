@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, is_main_process
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,7 @@ import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
 from semaim.checkpoints import LoadReport
 from semaim.checkpoints.normalisation import Statistics
+from semaim.engine.compiling import CompileTime, compile_for
 from semaim.engine.launcher import join
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.resuming import check_data
@@ -196,6 +198,8 @@ def train(
             hook.rescue_dir = rescue_dir
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
+    if compile_for(cfg, model, runner.train_loop.max_iters, torch.device(get_device()), runner.logger):
+        runner.register_hook(CompileTime())
     for line in (*notes, str(plan), *task.describe(cfg, run, loader, model)):
         log(line)
     for line in (*task.cautions(run, model), *([changed] if changed else [])):

@@ -97,7 +97,7 @@ def build_model(case: Case) -> SemAIM:
     parameters = case.parameters()
     kernel = parameters.pop("gaussian_blur.weight", None)
     if kernel is not None and isinstance(target, PixelTarget) and target.kernel is not None:
-        target.kernel.copy_(kernel)
+        target.kernel.copy_(kernel[0, 0].sum(dim=0))  # of a product of two 1-D kernels
     parameters.pop("gaussian_blur.bias", None)
     if parameters:
         model.load_state_dict(parameters)
@@ -134,7 +134,7 @@ def check_model(case: Case, report: CaseReport) -> None:
     if "gaussian_blur.weight" in case.parameters() and not isinstance(model.target, FeatureTarget):
         fresh = PixelTarget((1, 1), cfg["in_chans"], cfg["gaussian_kernel_size"], cfg["gaussian_sigma"]).kernel
         if fresh is not None:
-            compare("param.gaussian_blur.weight", fresh)
+            compare("param.gaussian_blur.weight", torch.outer(fresh, fresh).expand(cfg["in_chans"], 1, -1, -1))
 
     # Look.
     tokens, similarity = model.look(images)

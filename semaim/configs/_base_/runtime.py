@@ -3,5 +3,5 @@
 _base_ = "common.py"
 
 default_scope = "semaim"
-compile = False
+compile = "auto"
 num_workers = 8

@@ -201,7 +201,9 @@ def test_compile_is_of_the_blocks_and_not_of_the_step(tiny_config, monkeypatch):
 def test_every_block_is_compiled(tiny_config, monkeypatch):
     counters = torch._dynamo.utils.counters
     compile_it = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compile_it(module, backend="eager"))  # soon done
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **_: compile_it(module, backend="eager")
+    )  # soon done
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
     torch._dynamo.reset()
     counters.clear()

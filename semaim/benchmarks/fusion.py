@@ -70,7 +70,7 @@ class Fusion:
 
     @cached_property
     def stage(self) -> dict[Node, int]:
-        """The number of products before each node; a node that needs nothing earlier waits until its result is needed."""
+        """The number of products before each node. What needs nothing earlier waits until its result is needed."""
         stage: dict[Node, int] = {}
 
         def earliest(node: Node) -> int:
@@ -119,7 +119,7 @@ class Fusion:
             if made:
                 total = sum(size(t) for node in read_by[id(nodes)] for t in tensors(value(node))) + sum(map(size, made))
                 largest = max(made, key=Tensor.numel)
-                name = "+".join(dict.fromkeys(node.target.overloadpacket.__name__ for node in nodes))
+                name = "+".join(dict.fromkeys(name_of(node) for node in nodes))
                 works.append(Work(name, "fused", tuple(largest.shape), largest.dtype, 0, total))
         return works
 
@@ -137,6 +137,11 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, Node) else node
 
 
+def name_of(node: Node) -> str:
+    """The operation of a node, without its overload."""
+    return getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
+
+
 def is_view(node: Node) -> bool:
     """Whether a node copies nothing."""
     return bool(getattr(node.target, "is_view", False)) or getattr(node.target, "__name__", "") == "getitem"
@@ -145,7 +150,7 @@ def is_view(node: Node) -> bool:
 def is_alone(node: Node) -> bool:
     """Whether a node is a kernel that is not fused."""
     packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", "")
+    name = name_of(node)
     return packet in flop_registry or kind_of(name) == "attention" or name.startswith(ALONE)
 
 
@@ -154,8 +159,8 @@ def over_rows(node: Node) -> bool:
     if getattr(node.target, "overloadpacket", None) not in (torch.ops.aten.sum, torch.ops.aten.mean):
         return False
     given = value(node.all_input_nodes[0])
-    axes = [axis % given.ndim for axis in (node.args[1] if len(node.args) > 1 else range(given.ndim))]
-    return given.ndim - 1 not in axes
+    axes: Any = node.args[1] if len(node.args) > 1 else range(given.ndim)
+    return given.ndim - 1 not in [axis % given.ndim for axis in axes]
 
 
 def reduces(node: Node) -> bool:

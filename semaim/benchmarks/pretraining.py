@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from semaim.benchmarks.baselines import ExplicitMasks, published_step, unfused_attention
 from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak, matmul_rate
 from semaim.benchmarks.rows import Row, without_gpu
-from semaim.engine.config import CONFIGS
 from semaim.engine.compiling import compile_blocks
+from semaim.engine.config import CONFIGS
 from semaim.engine.optim import fuse, group_parameters
 from semaim.errors import UserError
 from semaim.models import PixelTarget, SemAIM, cpu_products

@@ -205,11 +205,14 @@ def roofline(step: str, model: str, batch: int | None, img_size: int | None, car
     if img_size % 16:
         raise UserError(f"--img-size {img_size}: give a multiple of 16")
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
-        return [count(*given, CARDS[card]) for given in forms(model, batch, img_size)]
+        return [
+            count(network, inputs, groups, form, CARDS[card])
+            for network, inputs, groups, form in forms(model, batch, img_size)
+        ]
 
 
 def summary(counted: list[Counted]) -> list[dict[str, Any]]:
-    """A row for each form, as plain values: TFLOP, GB, ms, images/s, ms by kind, GB kept and their share of the first's."""
+    """A row for each form, as plain values: TFLOP, GB, ms, images/s, ms by kind, GB kept and their share of the first."""
     return [
         {
             "form": one.form,

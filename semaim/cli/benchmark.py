@@ -169,9 +169,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         from semaim.benchmarks import roofline
 
         counted = roofline.roofline(args.step, args.model, args.batch, args.img_size, args.card)
-        rows = roofline.summary(counted)
-        roofline.show(rows)
-        results.write(args.out, name, [], card=args.card, forms=rows)
+        forms = roofline.summary(counted)
+        roofline.show(forms)
+        results.write(args.out, name, [], card=args.card, forms=forms)
     else:
         rows, more = measure(args)
         results.show(rows)

@@ -81,7 +81,9 @@ def compile_for(cfg: Config, model: nn.Module, steps: int, device: torch.device,
         return False
     if reason := obstacle(device):
         if not auto:
-            raise UserError(f"compile=True: the compiler does not work here ({reason}): mend that, or set compile=False")
+            raise UserError(
+                f"compile=True: the compiler does not work here ({reason}): mend that, or set compile=False"
+            )
         log.warning(f"blocks are not compiled: {reason}; training is slower")
         return False
     log.info(f"compiling {compile_blocks(model)} blocks: the first step takes about a minute")

@@ -212,7 +212,7 @@ def roofline(step: str, model: str, batch: int | None, img_size: int | None, car
 
 
 def summary(counted: list[Counted]) -> list[dict[str, Any]]:
-    """A row for each form, as plain values: TFLOP, GB, ms, images/s, ms by kind, GB kept and their share of the first."""
+    """A row for each form, as plain values: TFLOP, GB, ms, images a second, ms by kind, GB kept, share of the first."""
     return [
         {
             "form": one.form,

@@ -7,7 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from semaim.encoders.contract import Encoder
-from semaim.errors import UserError
+from semaim.engine.precision import autocast, check_precision, computed_in
 from semaim.models.vit import Block
 
 
@@ -55,7 +55,8 @@ class NetworkModel(BaseModel):
 
     Args:
         network: what is trained.
-        precision: "bf16" (autocast on a GPU; a CPU always computes in fp32) or "fp32".
+        precision: on a GPU, "bf16" (by autocast) or "fp32".
+        cpu_precision: the same on a CPU; "bf16" only where the processor has instructions for it.
         compile: compile the blocks with torch.compile; takes minutes on a CPU.
         data_preprocessor: config of what moves a batch to the device.
     """
@@ -66,12 +67,12 @@ class NetworkModel(BaseModel):
         precision: str = "bf16",
         compile: bool = False,
         data_preprocessor: dict | None = None,
+        cpu_precision: str = "fp32",
     ):
         super().__init__(data_preprocessor=data_preprocessor)
-        if precision not in ("bf16", "fp32"):
-            raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
+        check_precision("model", precision, cpu_precision)
         self.network = network
-        self.precision = precision
+        self.precision, self.cpu_precision = precision, cpu_precision
         if compile:
             compile_blocks(self.network)
 
@@ -79,5 +80,9 @@ class NetworkModel(BaseModel):
         """The network initialises itself when it is built."""
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """bf16 autocast on a GPU if `precision` is "bf16"; else disabled."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16" and device.type == "cuda")
+        """The context of a forward pass."""
+        return autocast(device, self.computed_in(device))
+
+    def computed_in(self, device: torch.device | str) -> str:
+        """ "bf16" or "fp32": what a forward pass on this device computes in."""
+        return computed_in(device, self.precision, self.cpu_precision)

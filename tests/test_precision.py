@@ -1,5 +1,6 @@
 """bf16 on a CPU: asked for, refused where the processor has no instructions for it, recorded, and as good as fp32."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from semaim.engine import precision
 from semaim.engine.config import load_config
 from semaim.engine.saving import choose_checkpoint
 from semaim.engine.training import train
+from semaim.results.stages import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, KNN = "semaim/configs/pretrain/semaim_vit_tiny_scenes.py", "semaim/configs/knn/vit_tiny_scenes.py"
@@ -106,18 +108,41 @@ def test_a_detectors_training_takes_the_same_setting(processor):
         computed(cpu_precision="bf16")
 
 
+def test_the_quick_scale_pretrains_in_bf16_where_the_processor_has_it(processor, tmp_path):
+    for has in (True, False):
+        processor(has)
+        pretraining, *others = [stage for stage in plan("quick", tmp_path, ["semaim"]) if stage.method]
+        assert pretraining.name == "pretrain" and pretraining.options == (BF16 if has else {})
+        assert not any(key.endswith("precision") for stage in others for key in stage.options)
+
+
+def test_the_benchmark_measures_bf16_where_the_processor_has_it(here, processor, tmp_path):
+    arguments = ["pretrain", "--precision", "bf16", "--model", "tiny", "--depth", 1, "--img-size", 32, "--batch", 1]
+    processor(False)
+    one_line(here("benchmark.py", *arguments), "--precision bf16: this processor has no instructions for it")
+    processor(True)
+    done = here("benchmark.py", *arguments, "--repeats", 1, "--out", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["details"]["precision"] == "bf16"
+
+
 @pytest.mark.slow
 def test_pretraining_in_bf16_is_as_good_as_in_fp32(here, tmp_path, one_thread):
-    """Loss and k-NN of the same three seeds: bf16 changes their means by less than another seed changes them."""
+    """Three seeds: bf16 moves the means of loss and k-NN by less than two standard deviations of fp32's seeds.
+
+    As three seeds may happen to agree: or by less than 1 % of the loss, and 4 points (the k-NN of 400 images, of which
+    one in six is right, has a standard error of 1.9, a difference of two means of three seeds 1.5).
+    """
     if not precision.cpu_has_bf16():
         pytest.skip("this processor has no instructions for bf16: runs on one with AVX-512 BF16, such as AMD Zen 4")
-    write_scenes(tmp_path / "scenes", 500, 32, seed=0, level="easy", unlabelled=1000)
+    write_scenes(tmp_path / "scenes", 800, 32, seed=0, level="easy", val_fraction=0.5, unlabelled=1000)
     found: dict[str, list[tuple[float, float]]] = {"fp32": [], "bf16": []}
     for seed in range(3):
         for name, runs in found.items():
             folder = tmp_path / f"{name}{seed}"
             cfg = load_config(ROOT / "semaim/configs/pretrain/semaim_vit_tiny_scenes_easy.py", {
                 "dataset.root": str(tmp_path / "scenes/unlabelled"), "model.network.img_size": 32, "num_workers": 0,
+                "train_cfg.max_epochs": 4,
                 "seed": seed, "default_hooks.logger.interval": 1, "default_hooks.pictures.interval": 0,
                 "model.cpu_precision": name, "log_processor.window_size": 1,
             })  # fmt: skip
@@ -133,6 +158,6 @@ def test_pretraining_in_bf16_is_as_good_as_in_fp32(here, tmp_path, one_thread):
             runs.append((float(np.mean(last)), results(folder / "knn")["metrics"]["knn20_top1"]))
     full, low = (np.array(found[name]) for name in ("fp32", "bf16"))
     spread, change = full.std(axis=0, ddof=1), low.mean(axis=0) - full.mean(axis=0)
-    # In the k-NN of 100 images, too: one of another class among them is a point.
+    bound = np.maximum(2 * spread, [0.01 * full[:, 0].mean(), 4])
     print(full, low, spread, change)
-    assert change[0] < max(spread[0], 0.005) and change[1] > -max(2 * spread[1], 3), (full, low)
+    assert full[:, 0].max() < 0.9 and (np.abs(change) < bound).all(), (full, low)  # it starts at 1.1

@@ -34,6 +34,7 @@ class Record:
         seed: of the run.
         cfg_options: changes to the config. overrides: what --override changed in a resumed run.
         epochs, iterations: length of the training.
+        precision: what the network computed in, bf16 or fp32; of a detector's or segmentor's training.
         stage: of a test, what was done. features: which features of an encoder were measured.
         scales: image scales that predictions are averaged over, each also flipped.
         classes_evaluated, classes: number of classes in the mean, and of all classes.
@@ -68,6 +69,7 @@ class Record:
     overrides: dict[str, Any] | None = None
     epochs: float | None = None
     iterations: float | None = None
+    precision: str | None = None
     stage: str | None = None
     features: str | None = None
     scales: list[float] | None = None

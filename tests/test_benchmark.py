@@ -304,7 +304,6 @@ def test_the_tool_measures_startup(tmp_path):
         (["pretrain", "--batch", "0"], "give a whole number of 1 or more"),
         (["pretrain", "--img-size", "100"], "is no whole number of 16 x 16 patches"),
         (["pretrain", "--order", "semantik"], "did you mean semantic"),
-        (["pretrain", "--precision", "bf16"], "a CPU computes in fp32"),
         (["vitdet", "--img-size", "100"], "give a multiple of 16"),
         (["loader", "--data", "nowhere"], "no such folder"),
         (["startup", "--out", "rows.txt"], "name a .json file"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from semaim.benchmarks.baselines import plain_map_attention, plain_mlp, plain_norm
 from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_peak
 from semaim.benchmarks.rows import Row, without_gpu
+from semaim.engine.precision import autocast
 from semaim.errors import UserError
 from semaim.models.vit import SIZES, Block
 from semaim.models.vitdet import MapAttention
@@ -46,10 +47,9 @@ def block_pass(
     """Forward and backward of "ours" or the "baseline": returns the output and the gradients of maps and weights."""
     maps = maps.requires_grad_()
     weights = [maps, *block.parameters()]
-    low = precision == "bf16" and maps.device.type == "cuda"
 
     def work() -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.autocast(maps.device.type, torch.bfloat16, enabled=low):
+        with autocast(maps.device, precision):
             out = block(maps) if variant == "ours" else plain_block(block, maps)
         return out, torch.autograd.grad(out, weights, torch.ones_like(out))
 
@@ -180,15 +180,14 @@ def mask_rcnn(
         return missing
     detector = build_detector(model, img_size, device)
     data = noise_batch(img_size, batch)
-    low = precision == "bf16" and device == "cuda"
 
-    def losses(reduced: bool) -> dict[str, Tensor]:
+    def losses(precision: str) -> dict[str, Tensor]:
         torch.manual_seed(0)  # for the sampling of boxes
-        with torch.autocast(device, torch.bfloat16, enabled=reduced):
+        with autocast(device, precision):
             return detector(**detector.data_preprocessor(copy.deepcopy(data), True), mode="loss")
 
     def step(optimizer: torch.optim.Optimizer) -> None:
-        loss, _ = detector.parse_losses(losses(low))
+        loss, _ = detector.parse_losses(losses(precision))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -198,9 +197,9 @@ def mask_rcnn(
             step(optimizer)
 
     with torch.no_grad():
-        found = losses(False)
+        found = losses("fp32")
         with plain_blocks():
-            expected = losses(False)
+            expected = losses("fp32")
     # Only the losses of the proposals: the sampling for the heads may depend on rounding.
     of_proposals = [[t for k, v in one.items() if "rpn" in k for t in v] for one in (found, expected)]
     difference = check_equal("proposal losses", of_proposals[0], of_proposals[1], 1e-3)

@@ -21,6 +21,7 @@ from semaim.benchmarks.rows import Row, without_gpu
 from semaim.engine.compiling import compile_blocks
 from semaim.engine.config import CONFIGS
 from semaim.engine.optim import fuse, group_parameters
+from semaim.engine.precision import autocast
 from semaim.errors import UserError
 from semaim.models import PixelTarget, SemAIM, cpu_products
 from semaim.models.vit import SIZES
@@ -95,10 +96,9 @@ def our_step(
     network: Any = getattr(model, "module", model)
     optimizer = OPTIMIZERS.build(fuse({"lr": 1e-4, **wrapper.pop("optimizer"), "params": groups_of(network)}))
     wrapper = OPTIM_WRAPPERS.build({**wrapper, "optimizer": optimizer})
-    low = precision == "bf16" and images.device.type == "cuda"
 
     def step() -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        with autocast(images.device, precision):
             loss = model(images, draw).loss
         wrapper.update_params(loss)
         return loss.detach()
@@ -199,7 +199,7 @@ def attention(setting: Setting, repeats: int = 5) -> list[Row]:
     """Attention alone, forward and backward: fused, causal against separate operations; on a GPU also each kernel."""
     device = torch.device(setting.device)
     where = "GPU" if device.type == "cuda" else "CPU"
-    dtype = torch.bfloat16 if setting.precision == "bf16" and where == "GPU" else torch.float32
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     dim, heads = (SIZES[setting.model][name] for name in ("embed_dim", "num_heads"))
     rows = []
 

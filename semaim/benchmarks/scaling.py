@@ -28,8 +28,7 @@ def measure(setting: Setting, repeats: int) -> dict[str, float]:
     device = torch.device(setting.device)
     model, images, draw = setting.build()
     step = our_step(model, images, draw, setting.precision)
-    low = setting.precision == "bf16" and device.type == "cuda"
-    dtype = torch.bfloat16 if low else torch.float32
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     fused, _ = attention_pair(setting.batch, draw.shape[1], model.embed_dim, model.num_heads, device, dtype)
 
     def attention() -> None:  # of one layer: order pass, content and query stream

@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         if name in ON_CPU:
             command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
             command.add_argument("--model", choices=("tiny", "small", "base", "large"), help=default(name, "model"))
-            command.add_argument("--precision", choices=("bf16", "fp32"), help="of ours on a GPU (default: bf16)")
+            command.add_argument("--precision", choices=("bf16", "fp32"), help="of ours (default: bf16 on a GPU)")
             if name != "scaling":
                 command.add_argument("--batch", type=number(1), metavar="N", help=f"images, {default(name, 'batch')}")
                 command.add_argument(
@@ -113,12 +113,13 @@ def complete(args: argparse.Namespace) -> None:
     import torch
 
     from semaim.benchmarks.measuring import check_device
+    from semaim.engine.precision import cpu_has_bf16
 
     args.device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     on_gpu = args.device == "cuda"
     args.precision = args.precision or ("bf16" if on_gpu else "fp32")
-    if args.precision == "bf16" and not on_gpu:
-        raise UserError("--precision bf16: a CPU computes in fp32")
+    if args.precision == "bf16" and not on_gpu and not cpu_has_bf16():
+        raise UserError("--precision bf16: this processor has no instructions for it (AVX-512 BF16)")
     for name, value in (ON_GPU if on_gpu else ON_CPU)[args.command].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

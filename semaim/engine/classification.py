@@ -43,7 +43,7 @@ class Classification(NetworkModel):
 
     Args:
         network: config of the `Classifier`.
-        precision: as for `NetworkModel`.
+        precision, cpu_precision: as for `NetworkModel`.
         mixup, cutmix: parameters of the beta distributions of timm's Mixup; if both are above 0, each is used in half
             of the batches.
         label_smoothing: share of the target that all classes divide equally.
@@ -58,8 +58,9 @@ class Classification(NetworkModel):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
+        cpu_precision: str = "fp32",
     ):
-        super().__init__(build_model(network), precision)
+        super().__init__(build_model(network), precision, cpu_precision=cpu_precision)
         self.label_smoothing = label_smoothing
         classes = self.network.num_classes
         mixes = mixup > 0 or cutmix > 0

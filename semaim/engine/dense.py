@@ -21,6 +21,7 @@ from semaim.data.decoding import check_whole, load_image
 from semaim.data.seeding import seeded
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import DeferredOptimWrapper
+from semaim.engine.precision import autocast, check_precision, computed_in
 from semaim.errors import UserError
 from semaim.places import to_install
 from semaim.registry import SCOPE, task_for, task_of, tasks
@@ -31,13 +32,23 @@ UNLIMITED = 10**6
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(DeferredOptimWrapper):
-    """Autocast to bf16 on a GPU, without loss scaling; fp32 on a CPU, where mmengine's AmpOptimWrapper refuses."""
+    """Autocast to bf16, without loss scaling, on a GPU, and if asked on a CPU, where mmengine's AmpOptimWrapper fails.
+
+    Args:
+        cpu_precision: of the training on a CPU, "fp32" or, where the processor has instructions for it, "bf16".
+    """
+
+    def __init__(self, *args, cpu_precision: str = "fp32", **kwargs):
+        super().__init__(*args, **kwargs)
+        check_precision("optim_wrapper", "bf16", cpu_precision)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.precision = computed_in(self.device, "bf16", cpu_precision)
 
     @contextmanager
     def optim_context(self, model: nn.Module):
         """The context of a forward pass."""
         with super().optim_context(model):
-            with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            with autocast(self.device, self.precision):
                 yield
 
 

@@ -18,6 +18,7 @@ from semaim.data.identity import identity_of
 from semaim.engine import dense
 from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.encoders import load_encoder, settle_images
+from semaim.engine.precision import check_precision
 from semaim.engine.results import record_load, record_origin, write_results
 from semaim.engine.runner import SeededRunner, endless_loader, prepare_worker
 from semaim.engine.schedule import BatchPlan, describe, plan_batch, schedule_of
@@ -78,6 +79,7 @@ class DenseTask(Task):
         statistics = settle_images(cfg, cfg.get("pretrained"), resume_from)
         if check:
             self.check_plan(cfg, plan, processes)
+            check_precision("optim_wrapper", "bf16", cfg.optim_wrapper.get("cpu_precision", "fp32"))
         (train, val), described = self.data(cfg, SPLITS, check)
         if check:
             dense.check_fit(cfg, val)
@@ -157,7 +159,9 @@ class DenseTask(Task):
         """The figures of the last validation, and further values for results.json."""
         loop = runner.val_loop
         self.keep_outcomes(cfg, loop.dataloader.dataset.dataset, loop.evaluator.metrics[0])
-        return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop)
+        precision = getattr(runner.optim_wrapper, "precision", None)  # ours has it
+        recorded = {"precision": precision} if precision else {}
+        return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop) | recorded
 
     # Testing
 

@@ -228,7 +228,7 @@ class FeatureTask(ImageTask):
             measured = job.evaluation.run(data)
             own = config_of(cfg, job)
             words = model.network.pooling if reads == FEATURES else "all tokens"
-            recorded = {"stage": job.settings["type"], "features": words}
+            recorded = {"stage": job.settings["type"], "features": words, "precision": model.computed_in(device)}
             write_results(own, measured.metrics, len(run.train), len(run.val), path, **recorded)
             if measured.scores and is_main_process():
                 write_outcomes(Path(own.work_dir), run.val.names(), measured.scores)
@@ -340,7 +340,7 @@ def extract_sets(
             "weights": digest,
             "network": str({name: value for name, value in sorted(cfg.model.network.items()) if name != "pool"}),
             "pooling": network.pooling,
-            "precision": model.precision if device.type == "cuda" else "fp32",
+            "precision": model.computed_in(device),
             "files": digest_of_files(part.paths.tolist(), part.root) if main else "",
             "labels": hashlib.sha256(part.labels.tobytes()).hexdigest(),
             "transform": part.preparation(),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import BaseLoop
@@ -98,7 +99,7 @@ class ImageTask(Task):
         return [
             f"schedule: {steps} steps/epoch x {epochs} epochs = {steps * epochs:,} steps;"
             f" {describe(cfg.param_scheduler, steps * epochs, epochs)}",
-            model.describe(),
+            f"{model.describe()}; computed in {model.computed_in(get_device())}",
             f"images normalised with {run.statistics}",
             f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"
             + (f", {len(run.val):,} for validation" if run.val is not None else ""),
@@ -120,7 +121,8 @@ class ImageTask(Task):
             write_hits(cfg, runner.val_loop)
         hub = runner.message_hub
         return {name: hub.get_scalar(f"val/{name}").current() for name in ("top1", "top5", "loss")}, {
-            "epochs": runner.epoch
+            "epochs": runner.epoch,
+            "precision": getattr(runner.model, "module", runner.model).computed_in(get_device()),
         }
 
     # Testing
@@ -163,7 +165,8 @@ class ImageTask(Task):
         metrics = runner.test()
         if is_main_process():
             write_hits(cfg, runner.test_loop)
-        write_results(cfg, metrics, None, len(run.val), weights, stage="Classification")
+        recorded = {"stage": "Classification", "precision": model.computed_in(get_device())}
+        write_results(cfg, metrics, None, len(run.val), weights, **recorded)
         return metrics
 
 

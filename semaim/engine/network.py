@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from semaim.errors import UserError
+from semaim.engine.precision import autocast, check_precision, computed_in
 
 
 @MODELS.register_module()
@@ -37,7 +37,8 @@ class NetworkModel(BaseModel):
 
     Args:
         network: what is trained.
-        precision: "bf16" (autocast on a GPU; a CPU always computes in fp32) or "fp32".
+        precision: on a GPU, "bf16" (by autocast) or "fp32".
+        cpu_precision: the same on a CPU; "bf16" only where the processor has instructions for it.
         data_preprocessor: config of what moves a batch to the device.
     """
 
@@ -46,16 +47,20 @@ class NetworkModel(BaseModel):
         network: nn.Module,
         precision: str = "bf16",
         data_preprocessor: dict | None = None,
+        cpu_precision: str = "fp32",
     ):
         super().__init__(data_preprocessor=data_preprocessor)
-        if precision not in ("bf16", "fp32"):
-            raise UserError(f"model.precision {precision!r} is unknown: choose bf16 or fp32")
+        check_precision("model", precision, cpu_precision)
         self.network = network
-        self.precision = precision
+        self.precision, self.cpu_precision = precision, cpu_precision
 
     def init_weights(self) -> None:
         """The network initialises itself when it is built."""
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """bf16 autocast on a GPU if `precision` is "bf16"; else disabled."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16" and device.type == "cuda")
+        """The context of a forward pass."""
+        return autocast(device, self.computed_in(device))
+
+    def computed_in(self, device: torch.device | str) -> str:
+        """ "bf16" or "fp32": what a forward pass on this device computes in."""
+        return computed_in(device, self.precision, self.cpu_precision)

@@ -50,7 +50,7 @@ class Pretraining(NetworkModel):
 
     Args:
         network: config of the network; its `type` names the method.
-        precision: as for `NetworkModel`.
+        precision, cpu_precision: as for `NetworkModel`.
         mean, std: for normalising images, of the three channels of pixels from 0 to 1; None for ImageNet's.
     """
 
@@ -60,12 +60,13 @@ class Pretraining(NetworkModel):
         precision: str = "bf16",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        cpu_precision: str = "fp32",
     ):
         statistics = {"mean": mean or IMAGENET_DEFAULT_MEAN, "std": std or IMAGENET_DEFAULT_STD}
         if isinstance(network.get("guide"), dict):  # it sees the same images
             network = {**network, "guide": {**network["guide"], **statistics}}
         preprocessor = {"type": "NormaliseImages", **statistics}
-        super().__init__(build_network(network), precision, data_preprocessor=preprocessor)
+        super().__init__(build_network(network), precision, preprocessor, cpu_precision=cpu_precision)
         method = method_of(network)
         assert method is not None  # `build_network` has refused others
         self.method = method

@@ -142,6 +142,10 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), keys, causal))
         return x + self.drop_path(self.mlp(x, self.norm2))
 
+    def class_attention(self, x: Tensor) -> Tensor:
+        """`Attention.class_attention` of this block's input (B, N, D): (B, N - 1)."""
+        return self.attn.class_attention(self.norm1(x))
+
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
         """(B, N, D) queries, optional (B, M, D) context -> (B, N, D)."""
         if self.with_cp and self.training and torch.is_grad_enabled():
@@ -294,7 +298,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         last = cast(Block, self.blocks[-1])
-        attention = last.attn.class_attention(last.norm1(tokens))
+        attention = last.class_attention(tokens)
         return self.norm(last(tokens)), attention
 
 

@@ -23,8 +23,7 @@ NETWORKS = {
     "features": lambda size: SemAIM(FeatureTarget(), guide="ema", **size),
     "mae": lambda size: MAE(PixelTarget((8, 8), blur_kernel=0), decoder_embed_dim=64, decoder_depth=1, **size),
 }
-COMPILED = [(name, False) for name in NETWORKS]
-COMPILED += [pytest.param(name, True, marks=pytest.mark.slow) for name in ("semantic", "mae")]
+COMPILED = [*((name, False) for name in NETWORKS), pytest.param("semantic", True, marks=pytest.mark.slow)]
 
 
 def step(model, images, draw):

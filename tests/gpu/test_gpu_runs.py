@@ -132,7 +132,9 @@ def test_dense_tasks_train_resume_are_measured_and_predict(task, run, tmp_path, 
     cut(whole_run, tmp_path / "parts", "iter_3.pth")
     on(device, "train.py", config, "--work-dir", tmp_path / "parts", "--resume")
     later = {step: loss for step, loss in whole.items() if step > 3}
-    assert losses(tmp_path / "parts") == pytest.approx(later, rel=0 if device == "cpu" else 0.1)
+    # On a GPU the last bits of scores decide which boxes a detector samples.
+    bound = 0 if device == "cpu" else {"detection": 0.3, "segmentation": 0.05}[task]
+    assert losses(tmp_path / "parts") == pytest.approx(later, rel=bound)
     trained, measured = whole_run / "latest.pth", []
     for number, place in enumerate(("cpu", device)):
         folder = tmp_path / f"test{number}"

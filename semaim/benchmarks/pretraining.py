@@ -200,7 +200,8 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
         peaks = {}
         for name in variants:
             step = build_step(name, setting)
-            step()  # optimizer state
+            for _ in range(3):  # optimizer state; loss scaling may leave out the first steps
+                step()
             peaks[name] = gpu_peak(step, device)
             del step
             torch.cuda.empty_cache()

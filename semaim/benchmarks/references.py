@@ -125,8 +125,11 @@ def load_detectron2(folder: str) -> ModuleType:
     }
     stand_ins["fvcore"].nn = stand_ins["fvcore.nn"]  # type: ignore[attr-defined]
     with importing(folder, DETECTRON2, stand_ins):
-        for name in ("shape_spec", "wrappers", "batch_norm", "blocks"):
-            vars(sys.modules["detectron2.layers"]).update(vars(importlib.import_module(f"detectron2.layers.{name}")))
+        layers = sys.modules["detectron2.layers"]
+        for file, name in (
+            ("shape_spec", "ShapeSpec"), ("wrappers", "Conv2d"), ("batch_norm", "get_norm"), ("blocks", "CNNBlockBase")
+        ):  # fmt: skip
+            setattr(layers, name, getattr(importlib.import_module(f"detectron2.layers.{file}"), name))
         return importlib.import_module("detectron2.modeling.backbone.vit")
 
 

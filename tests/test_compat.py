@@ -316,21 +316,3 @@ def test_boxes_of_no_image_are_refused(index, fails):
             mmcv.ops.roi_align(features, rois, 2)
     else:
         assert mmcv.ops.roi_align(features, rois, 2).shape == (1, 1, 2, 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: runs where torch sees one")
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_gpu_agrees_with_the_cpu(dtype):
-    rng = np.random.default_rng(0)
-    features = torch.from_numpy(rng.standard_normal((2, 3, 9, 9))).to(dtype)
-    rois = draw_rois(rng, 50, 2, 9, 0.25).to(dtype)
-    results = []
-    for device in ("cpu", "cuda"):
-        leaf = features.detach().to(device).requires_grad_()
-        output = mmcv.ops.roi_align(leaf, rois.to(device), 3, 0.25)
-        output.float().square().sum().backward()
-        kept = [ext.nms(rois[:, 1:].to(device), torch.arange(50).to(device, dtype), 0.3, offset) for offset in (0, 1)]
-        results.append((output.detach().cpu(), leaf.grad.cpu(), *(k.cpu() for k in kept)))
-    tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(results[1], results[0], atol=tolerance, rtol=tolerance)

@@ -5,7 +5,7 @@ import contextlib
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,35 @@ def seconds(work: Callable[[], object], device: torch.device, inner: int = 1) ->
     return (time.perf_counter() - start) / inner
 
 
+def take_turns(
+    works: Sequence[Callable[[], object]], device: torch.device, repeats: int = 5, warmup: int = 1, inner: int = 1
+) -> list[tuple[float, ...]]:
+    """Seconds of each variant, turn by turn; alternately, so that other load on the machine affects all of them.
+
+    Args:
+        works: functions; one call is one step.
+        device: that they run on.
+        repeats: turns that are measured; every second one is in reverse order.
+        warmup: calls of each before the first turn.
+        inner: calls per turn.
+    """
+    for _ in range(warmup):
+        for work in works:
+            work()
+    turns = []
+    for turn in range(repeats):
+        direction = 1 if turn % 2 == 0 else -1
+        turns.append(tuple([seconds(work, device, inner) for work in works[::direction]][::direction]))
+    return turns
+
+
+def ratio_of(ours: Sequence[float], baseline: Sequence[float]) -> Timing:
+    """Medians and ratios of two variants' seconds in the same turns."""
+    ratios = [b / a for a, b in zip(ours, baseline, strict=True)]
+    a, b, ratio = (statistics.median(values) for values in (ours, baseline, ratios))
+    return Timing(a, b, ratio, (min(ratios), max(ratios)))
+
+
 def alternate(
     ours: Callable[[], object],
     baseline: Callable[[], object],
@@ -47,26 +76,9 @@ def alternate(
     warmup: int = 1,
     inner: int = 1,
 ) -> Timing:
-    """Time two variants alternately, so that other load on the machine affects both.
-
-    Args:
-        ours, baseline: functions; one call is one step.
-        device: that they run on.
-        repeats: turns that are measured; every second one begins with the baseline.
-        warmup: calls of each before the first turn.
-        inner: calls per turn.
-    """
-    for _ in range(warmup):
-        ours()
-        baseline()
-    turns = []
-    for turn in range(repeats):
-        first, second = (ours, baseline) if turn % 2 == 0 else (baseline, ours)
-        times = seconds(first, device, inner), seconds(second, device, inner)
-        turns.append(times if turn % 2 == 0 else times[::-1])
-    ratios = [b / a for a, b in turns]
-    a, b = (statistics.median(column) for column in zip(*turns, strict=True))
-    return Timing(a, b, statistics.median(ratios), (min(ratios), max(ratios)))
+    """`take_turns` of two variants."""
+    columns = zip(*take_turns((ours, baseline), device, repeats, warmup, inner), strict=True)
+    return ratio_of(*columns)
 
 
 def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> float:
@@ -81,12 +93,14 @@ def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> f
     return max(difference / max(scale, least) for difference, scale in zip(differences, scales, strict=True))
 
 
-def check_equal(what: str, ours: Iterable[Tensor], baseline: Iterable[Tensor], tolerance: float) -> float:
+def check_equal(
+    what: str, ours: Iterable[Tensor], baseline: Iterable[Tensor], tolerance: float, name: str = "the baseline"
+) -> float:
     """The `relative_difference`; `UserError` above the tolerance, as only equal results are timed."""
     difference = relative_difference(ours, baseline)
     if not difference <= tolerance:
         raise UserError(
-            f"{what} of ours and of the baseline differ by {difference:.1e}, more than {tolerance:.0e}: not timed"
+            f"{what} of ours and of {name} differ by {difference:.1e}, more than {tolerance:.0e}: not timed"
         )
     return difference
 

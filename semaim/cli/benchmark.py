@@ -10,12 +10,14 @@ ON_CPU = {
     "pretrain": {"model": "small", "batch": 16, "img_size": 224},
     "attention": {"model": "small", "batch": 8, "img_size": 224},
     "vitdet": {"model": "base", "batch": 1, "img_size": 512},
+    "upernet": {"model": "base", "batch": 1, "img_size": 512},
     "scaling": {"model": "tiny", "batch": 16, "img_size": 224},
 }
 ON_GPU = {
     "pretrain": {"model": "base", "batch": 256, "img_size": 224},
     "attention": {"model": "base", "batch": 256, "img_size": 224},
     "vitdet": {"model": "base", "batch": 1, "img_size": 1024},
+    "upernet": {"model": "base", "batch": 2, "img_size": 512},
     "scaling": {"model": "base", "batch": 64, "img_size": 224},
 }
 
@@ -42,6 +44,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         "pretrain": "the pretraining step against explicit masks: images/s, memory",
         "attention": "attention alone, fused against scores, mask and softmax in steps",
         "vitdet": "ViTDet's global block against a bias built for all pairs; Mask R-CNN's step",
+        "upernet": "UperNet's encoder against that of mmseg, which has to be installed",
         "loader": "images/s of the loader against Pillow and torchvision's v1 transforms",
         "scaling": "cost against tokens, images and processes; a plot",
         "startup": "time until the first step",
@@ -65,6 +68,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     commands.choices["pretrain"].add_argument("--order", default="semantic", help="default: %(default)s")
     commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks (default: model's)")
     commands.choices["pretrain"].add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    for name, repository, what in (
+        ("pretrain", "skyoux/SemAIM", "the official step"),
+        ("vitdet", "facebookresearch/detectron2", "the whole backbone beside its own"),
+    ):
+        text = f"a clone of github.com/{repository}: also time {what}; runs the code in DIR"
+        commands.choices[name].add_argument("--reference", metavar="DIR", help=text)
     commands.choices["vitdet"].add_argument(
         "--mask-rcnn", action="store_true", help="also Mask R-CNN's step on a CPU, where it takes long; needs mmdet"
     )
@@ -136,14 +145,21 @@ def measure(args: argparse.Namespace) -> tuple[list, dict]:
 
         return startup(args.repeats), {}
     complete(args)
+    given = args.model, args.img_size, args.batch, args.device, args.precision, args.repeats
+    if args.command == "upernet":
+        from semaim.benchmarks.backbones import backbone
+
+        return backbone("mmseg", *given), {}
     if args.command == "vitdet":
+        from semaim.benchmarks.backbones import backbone
         from semaim.benchmarks.detection import mask_rcnn, vitdet
 
-        given = args.model, args.img_size, args.batch, args.device, args.precision, args.repeats
-        return vitdet(*given) + mask_rcnn(*given, anyway=args.mask_rcnn), {}
+        rows = backbone("detectron2", *given, args.reference) if args.reference else []
+        return vitdet(*given) + mask_rcnn(*given, anyway=args.mask_rcnn) + rows, {}
     from semaim.benchmarks.pretraining import Setting, attention, pretrain
 
-    more = {"order": args.order, "depth": args.depth, "compile": args.compile} if args.command == "pretrain" else {}
+    names = ("order", "depth", "compile", "reference") if args.command == "pretrain" else ()
+    more = {name: getattr(args, name) for name in names}
     setting = Setting(args.model, args.batch, args.img_size, device=args.device, precision=args.precision, **more)
     if args.command == "pretrain":
         return pretrain(setting, args.repeats), {}

@@ -9,7 +9,7 @@ runs are equal to the bit.
 Shapes: B images, n heads, N = H * W tokens row by row, d channels of a head. Statistics and sums are fp32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is an instruction, exp is not
+
+
+@triton.jit
+def _program(blocks, heads):
+    """What this program computes: the block, and the image, the head and the number of both, in int64 for offsets."""
+    number = tl.program_id(0)  # of one axis: a second one has 65,535 places at most
+    pair = (number // blocks).to(tl.int64)
+    return number % blocks, pair // heads, pair % heads, pair
 
 
 @triton.jit
@@ -82,9 +90,8 @@ def _forward(
     BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output (B, N, n, d), and the logarithm to base 2 of each query's sum of exponentials, (B, n, N)."""
-    pair = tl.program_id(1).to(tl.int64)
-    image, head = pair // heads, pair % heads
-    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, image, head, pair = _program(tl.cdiv(tokens, BLOCK_M), heads)
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < tokens
     query = _tile(q + image * q_image + head * q_head, place, inside, q_token, DIM, BLOCK_D)
     last = tl.minimum(place, tokens - 1)
@@ -120,9 +127,8 @@ def _backward_queries(
     BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries (B, N, n, d) and of both biases, and `delta`, the sum of output times its gradient."""
-    pair = tl.program_id(1).to(tl.int64)
-    image, head = pair // heads, pair % heads
-    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block, image, head, pair = _program(tl.cdiv(tokens, BLOCK_M), heads)
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < tokens
     query = _tile(q + image * q_image + head * q_head, place, inside, q_token, DIM, BLOCK_D)
     slope = _tile(grad + image * g_image + head * g_head, place, inside, g_token, DIM, BLOCK_D)
@@ -148,16 +154,16 @@ def _backward_queries(
         value = _tile(v, keys, exist, v_token, DIM, BLOCK_D)
         slopes = tl.dot(slope, tl.trans(value), input_precision=PRECISION)
         slopes = weights * (slopes - offset[:, None])  # of the logits
-        sums = tl.dot(slopes.to(key.dtype), key, sums, input_precision=PRECISION)
         if ROWS == 1:
             sums_w += slopes
             tl.store(grad_h + place * height + row, tl.sum(slopes, 1), mask=inside)
         else:
-            slopes = tl.reshape(slopes, (BLOCK_M, ROWS, BLOCK_W))
-            sums_w += tl.sum(slopes, 1)
+            by_row = tl.reshape(slopes, (BLOCK_M, ROWS, BLOCK_W))
+            sums_w += tl.sum(by_row, 1)
             line = row + tl.arange(0, ROWS)[None, :]
             mask = inside[:, None] & (line < height)
-            tl.store(grad_h + place[:, None] * height + line, tl.sum(slopes, 2), mask=mask)
+            tl.store(grad_h + place[:, None] * height + line, tl.sum(by_row, 2), mask=mask)
+        sums = tl.dot(slopes.to(key.dtype), key, sums, input_precision=PRECISION)
     _put(grad_q + own, sums * scale, place, inside, heads * DIM, DIM, BLOCK_D)
     _put(grad_w + pair * tokens * WIDTH, sums_w, place, inside, WIDTH, WIDTH, BLOCK_W)
 
@@ -170,9 +176,8 @@ def _backward_keys(
     BLOCK_W: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values, (B, N, n, d). Products are of keys with queries: the transposes of the others."""
-    pair = tl.program_id(1).to(tl.int64)
-    image, head = pair // heads, pair % heads
-    row = tl.program_id(0) * ROWS
+    block, image, head, pair = _program(tl.cdiv(height, ROWS), heads)
+    row = block * ROWS
     keys, exist = _keys(row, height, WIDTH, ROWS, BLOCK_W)
     key = _tile(k + image * k_image + head * k_head, keys, exist, k_token, DIM, BLOCK_D)
     value = _tile(v + image * v_image + head * v_head, keys, exist, v_token, DIM, BLOCK_D)
@@ -207,3 +212,135 @@ def _backward_keys(
     own = (image * tokens * heads + head) * DIM
     _put(grad_k + own, sums_k * scale, keys, exist, heads * DIM, DIM, BLOCK_D)
     _put(grad_v + own, sums_v, keys, exist, heads * DIM, DIM, BLOCK_D)
+
+
+class Blocks(NamedTuple):
+    """Sizes of a kernel's blocks: queries, rows of keys; and the stages of its loads."""
+
+    queries: int
+    rows: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How the kernels run; eight warps each."""
+
+    block_d: int
+    block_w: int
+    forward: Blocks
+    queries: Blocks
+    keys: Blocks
+
+
+def plan(dtype: torch.dtype, dim: int, width: int) -> Plan:
+    """Blocks such that nothing (of 64 x 64 patches and 64 channels) or little spills from 255 registers a thread.
+
+    Found by compiling for compute capability 8.0, 8.9 and 9.0; `ValueError` for sizes that would spill a lot.
+    """
+    block_d, block_w = (max(16, triton.next_power_of_2(size)) for size in (dim, width))
+    most = max(block_d, block_w)
+    if dtype == torch.float32 and most <= 64:
+        blocks = Blocks(16, max(1, 32 // block_w), 1)
+        return Plan(block_d, block_w, blocks, blocks, blocks)
+    if dtype in (torch.bfloat16, torch.float16) and most <= 64:
+        rows = 64 // block_w
+        return Plan(block_d, block_w, Blocks(128, rows, 3), Blocks(128, rows, 2), Blocks(64, 2 * rows, 2))
+    if dtype in (torch.bfloat16, torch.float16) and most == 128:
+        rows = max(1, 64 // block_w)
+        queries = Blocks(32 if block_w == 128 else 64, rows, 2)
+        return Plan(block_d, block_w, Blocks(64, rows, 2), queries, Blocks(32, rows, 2))
+    raise ValueError(f"no kernel for heads of {dim} channels, rows of {width} patches and {dtype}")
+
+
+def _launch(kernel: Any, query: Tensor, along_h: Tensor, along_w: Tensor, tensors: list[Tensor], *strided: Tensor) -> None:
+    """Run a kernel, one program for each head and block: on `tensors`, then the strides of `strided`."""
+    (images, heads, tokens, dim), height, width = query.shape, along_h.shape[-1], along_w.shape[-1]
+    chosen = plan(query.dtype, dim, width)
+    blocks = {_forward: chosen.forward, _backward_queries: chosen.queries, _backward_keys: chosen.keys}[kernel]
+    split = triton.cdiv(height, blocks.rows) if kernel is _backward_keys else triton.cdiv(tokens, blocks.queries)
+    with torch.cuda.device_of(query):
+        kernel[(images * heads * split,)](
+            *tensors, *(stride for tensor in strided for stride in tensor.stride()[:3]),
+            heads, tokens, height, dim**-0.5, WIDTH=width, DIM=dim, BLOCK_D=chosen.block_d, BLOCK_W=chosen.block_w,
+            ROWS=blocks.rows, BLOCK_M=blocks.queries, PRECISION="ieee", num_warps=8, num_stages=blocks.stages,
+        )  # fmt: skip
+
+
+def _strided(*tensors: Tensor) -> list[Tensor]:
+    """Channels next to each other, as the kernels read them; a copy only of tensors that are otherwise."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _by_token(query: Tensor) -> Tensor:
+    """A new tensor (B, n, N, d) that lies as (B, N, n, d) in memory, as the output's projection reads it."""
+    images, heads, tokens, dim = query.shape
+    return query.new_empty(images, tokens, heads, dim).transpose(1, 2)
+
+
+@torch.library.custom_op("semaim::relative_attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose logits are q.k / sqrt(d), plus `along_h` at the key's row, plus `along_w` at its column.
+
+    Args:
+        query, key, value: (B, n, N, d), of one dtype that `plan` knows.
+        along_h, along_w: fp32 (B, n, N, H) and (B, n, N, W).
+
+    Returns:
+        (B, n, N, d), and the logarithm to base 2 of each query's sum of exponentials, fp32 (B, n, N).
+    """
+    query, key, value = _strided(query, key, value)
+    along_h, along_w = along_h.contiguous(), along_w.contiguous()
+    out, lse = _by_token(query), along_h.new_empty(query.shape[:3])
+    tensors = [query, key, value, along_h, along_w, out, lse]
+    _launch(_forward, query, along_h, along_w, tensors, query, key, value)
+    return out, lse
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor]:
+    return _by_token(query), along_h.new_empty(query.shape[:3])
+
+
+@torch.library.custom_op("semaim::relative_attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the arguments of `attention`, in its order, from that of its output."""
+    grad, query, key, value = _strided(grad, query, key, value)
+    along_h, along_w, delta = along_h.contiguous(), along_w.contiguous(), torch.empty_like(lse)
+    grads = _by_token(query), _by_token(query), _by_token(query), torch.empty_like(along_h), torch.empty_like(along_w)
+    inputs = [query, key, value, along_h, along_w]
+    tensors = [*inputs, out, grad, lse, delta, grads[0], grads[3], grads[4]]
+    _launch(_backward_queries, query, along_h, along_w, tensors, query, key, value, grad)
+    _launch(_backward_keys, query, along_h, along_w, [*inputs, grad, lse, delta, *grads[1:3]], query, key, value, grad)
+    return grads
+
+
+@attention_backward.register_fake
+def _(grad, query, key, value, along_h, along_w, out, lse):  # noqa: ANN
+    own = (_by_token(query) for _ in range(3))
+    return *own, torch.empty_like(along_h), torch.empty_like(along_w)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, ...]:
+    return attention_backward(grad, *ctx.saved_tensors)
+
+
+attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.semaim.relative_attention)
+def _forward_flops(query: tuple, *_: Any, **__: Any) -> int:
+    """Two products of N x N x d."""
+    images, heads, tokens, dim = query
+    return 2 * 2 * images * heads * tokens**2 * dim
+
+
+@register_flop_formula(torch.ops.semaim.relative_attention_backward)
+def _backward_flops(grad: tuple, *_: Any, **__: Any) -> int:
+    """Seven: each kernel computes weights and gradients of logits, three with the queries' gradient, four with v's, k's."""
+    return 7 * _forward_flops(grad) // 2

@@ -7,7 +7,7 @@ Shapes: B images, n heads, N = H * W tokens row by row, d channels of a head.
 """
 
 import logging
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -102,7 +102,7 @@ def relative_attention(
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=None)
+@cache
 def works(device: torch.device, dtype: torch.dtype, dim: int, width: int) -> bool:
     """Whether the kernel gives the folded form's numbers for heads of `dim` channels and rows of `width` patches.
 
@@ -117,7 +117,7 @@ def works(device: torch.device, dtype: torch.dtype, dim: int, width: int) -> boo
     return not fault
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn(fault: str) -> None:
     """One line for each fault."""
     logging.getLogger(__name__).warning(f"rel_pos_kernel='triton': {fault}; the folded form runs instead")
@@ -142,17 +142,16 @@ def difference(device: torch.device, dtype: torch.dtype, dim: int, width: int) -
     """
     from semaim.models.relative_kernel import attention
 
-    numbers, height = torch.Generator(device).manual_seed(0), 5
-    found = []
+    numbers, height, found = torch.Generator(device).manual_seed(0), 5, []
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         widths = (dim, dim, dim, dim, height, width)
         parts = [torch.randn(1, 2, height * width, size, device=device, generator=numbers) for size in widths]
         probe, *inputs = (part.to(dtype) for part in parts)
-        for form, precision in ((attention, dtype), (folded, torch.float64)):
-            leaves = [tensor.to(precision).requires_grad_() for tensor in inputs[:3]]
-            leaves += [tensor.to(torch.float32 if form is attention else precision).requires_grad_() for tensor in inputs[3:]]
+        for form, own, of_biases in ((attention, dtype, torch.float32), (folded, torch.float64, torch.float64)):
+            leaves = [tensor.to(own).requires_grad_() for tensor in inputs[:3]]
+            leaves += [tensor.to(of_biases).requires_grad_() for tensor in inputs[3:]]
             out = form(*leaves)
-            out = out[0] if form is attention else out
-            found.append([out, *torch.autograd.grad(out, leaves, probe.to(precision))])
+            out = out if form is folded else out[0]  # the kernel also returns its statistics
+            found.append([out, *torch.autograd.grad(out, leaves, probe.to(out.dtype))])
     errors = [(a.double() - b).norm() / b.norm() for a, b in zip(*found, strict=True)]
     return torch.stack(errors).nan_to_num(float("inf"), float("inf")).max().item()

@@ -252,7 +252,9 @@ def plan(dtype: torch.dtype, dim: int, width: int) -> Plan:
     raise ValueError(f"no kernel for heads of {dim} channels, rows of {width} patches and {dtype}")
 
 
-def _launch(kernel: Any, query: Tensor, along_h: Tensor, along_w: Tensor, tensors: list[Tensor], *strided: Tensor) -> None:
+def _launch(
+    kernel: Any, query: Tensor, along_h: Tensor, along_w: Tensor, tensors: list[Tensor], *strided: Tensor
+) -> None:
     """Run a kernel, one program for each head and block: on `tensors`, then the strides of `strided`."""
     (images, heads, tokens, dim), height, width = query.shape, along_h.shape[-1], along_w.shape[-1]
     chosen = plan(query.dtype, dim, width)
@@ -317,9 +319,10 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad, query, key, value, along_h, along_w, out, lse):  # noqa: ANN
-    own = (_by_token(query) for _ in range(3))
-    return *own, torch.empty_like(along_h), torch.empty_like(along_w)
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    return (*(_by_token(query) for _ in range(3)), torch.empty_like(along_h), torch.empty_like(along_w))
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -342,5 +345,5 @@ def _forward_flops(query: tuple, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.semaim.relative_attention_backward)
 def _backward_flops(grad: tuple, *_: Any, **__: Any) -> int:
-    """Seven: each kernel computes weights and gradients of logits, three with the queries' gradient, four with v's, k's."""
+    """Seven: weights and the gradients of logits in both kernels, and the gradients of queries, keys and values."""
     return 7 * _forward_flops(grad) // 2

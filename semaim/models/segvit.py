@@ -57,7 +57,7 @@ class SpreadBias(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         """Sums in fp32 at least."""
         (height, width), wide = ctx.grid, torch.promote_types(grad.dtype, torch.float32)
-        pairs = grad[:, 1:, 1:].to(wide).flip(1).flatten(0, 1)[None]  # (1, heads * L, L)
+        pairs = grad[:, 1:, 1:].flip(1).to(wide).flatten(0, 1)[None]  # (1, heads * L, L)
         offsets = F.fold(pairs, (2 * height - 1, 2 * width - 1), ctx.grid)[0].flip(1, 2).flatten(1)
         ends = grad[:, 0, 1:].sum(1, dtype=wide), grad[:, 1:, 0].sum(1, dtype=wide), grad[:, 0, 0].to(wide)
         return torch.cat([offsets, torch.stack(ends, dim=1)], dim=1).T, None, None

@@ -160,7 +160,7 @@ def self_check():
     for kernel in (right, wrong_output, wrong_gradient):
         relative_kernel.attention = kernel
         for dtype in relative.TOLERANCE:
-            off = relative.difference(torch.device("cpu"), dtype, 16, 4)
+            off = relative.difference(torch.device("cpu"), dtype, 16, 5, 4)
             found[f"{getattr(kernel, '__name__', 'kernel')}, {dtype}"] = [off, relative.TOLERANCE[dtype]]
     return found
 

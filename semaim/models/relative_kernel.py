@@ -83,7 +83,7 @@ def _add(logits, bias_h, bias_w, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOC
     return tl.reshape(logits, (BLOCK_M, ROWS * BLOCK_W))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _forward(
     q, k, v, along_h, along_w, out, lse, q_image, q_head, q_token, k_image, k_head, k_token, v_image, v_head, v_token,
     heads, tokens, height, scale, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -93,9 +93,9 @@ def _forward(
     block, image, head, pair = _program(tl.cdiv(tokens, BLOCK_M), heads)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < tokens
+    place = tl.minimum(place, tokens - 1)  # beyond the last query it is computed again, and not stored
     query = _tile(q + image * q_image + head * q_head, place, inside, q_token, DIM, BLOCK_D)
-    last = tl.minimum(place, tokens - 1)
-    bias_w = _along_width(along_w + pair * tokens * WIDTH, last, WIDTH, BLOCK_W)
+    bias_w = _along_width(along_w + pair * tokens * WIDTH, place, WIDTH, BLOCK_W)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     along_h += pair * tokens * height
@@ -105,7 +105,7 @@ def _forward(
     for row in range(0, height, ROWS):
         keys, exist = _keys(row, height, WIDTH, ROWS, BLOCK_W)
         key = _tile(k, keys, exist, k_token, DIM, BLOCK_D)
-        bias_h = _along_height(along_h, last, row, height, ROWS)
+        bias_h = _along_height(along_h, place, row, height, ROWS)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
         logits = _add(logits, bias_h, bias_w, BLOCK_M, ROWS, BLOCK_W)
         new = tl.maximum(largest, tl.max(logits, 1))
@@ -119,7 +119,7 @@ def _forward(
     tl.store(lse + pair * tokens + place, largest + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _backward_queries(
     q, k, v, along_h, along_w, out, grad, lse, delta, grad_q, grad_h, grad_w, q_image, q_head, q_token,
     k_image, k_head, k_token, v_image, v_head, v_token, g_image, g_head, g_token,
@@ -130,15 +130,15 @@ def _backward_queries(
     block, image, head, pair = _program(tl.cdiv(tokens, BLOCK_M), heads)
     place = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = place < tokens
+    place = tl.minimum(place, tokens - 1)  # beyond the last query it is computed again, and not stored
     query = _tile(q + image * q_image + head * q_head, place, inside, q_token, DIM, BLOCK_D)
     slope = _tile(grad + image * g_image + head * g_head, place, inside, g_token, DIM, BLOCK_D)
     own = (image * tokens * heads + head) * DIM
     result = _tile(out + own, place, inside, heads * DIM, DIM, BLOCK_D)
     offset = tl.sum(result.to(tl.float32) * slope.to(tl.float32), 1)
     tl.store(delta + pair * tokens + place, offset, mask=inside)
-    last = tl.minimum(place, tokens - 1)
-    norm = tl.load(lse + pair * tokens + last)
-    bias_w = _along_width(along_w + pair * tokens * WIDTH, last, WIDTH, BLOCK_W) - norm[:, None]
+    norm = tl.load(lse + pair * tokens + place)
+    bias_w = _along_width(along_w + pair * tokens * WIDTH, place, WIDTH, BLOCK_W) - norm[:, None]
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     along_h += pair * tokens * height
@@ -148,7 +148,7 @@ def _backward_queries(
     for row in range(0, height, ROWS):
         keys, exist = _keys(row, height, WIDTH, ROWS, BLOCK_W)
         key = _tile(k, keys, exist, k_token, DIM, BLOCK_D)
-        bias_h = _along_height(along_h, last, row, height, ROWS)
+        bias_h = _along_height(along_h, place, row, height, ROWS)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
         weights = tl.exp2(_add(logits, bias_h, bias_w, BLOCK_M, ROWS, BLOCK_W))
         value = _tile(v, keys, exist, v_token, DIM, BLOCK_D)
@@ -168,7 +168,7 @@ def _backward_queries(
     _put(grad_w + pair * tokens * WIDTH, sums_w, place, inside, WIDTH, WIDTH, BLOCK_W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _backward_keys(
     q, k, v, along_h, along_w, grad, lse, delta, grad_k, grad_v, q_image, q_head, q_token,
     k_image, k_head, k_token, v_image, v_head, v_token, g_image, g_head, g_token,
@@ -233,9 +233,9 @@ class Plan(NamedTuple):
 
 
 def plan(dtype: torch.dtype, dim: int, width: int) -> Plan:
-    """Blocks such that nothing (of 64 x 64 patches and 64 channels) or little spills from 255 registers a thread.
+    """Blocks whose loops need at most 255 registers a thread and, but for the widest, 99 KB of shared memory.
 
-    Found by compiling for compute capability 8.0, 8.9 and 9.0; `ValueError` for sizes that would spill a lot.
+    Found by compiling for compute capability 8.0, 8.9 and 9.0; `ValueError` for sizes that would not fit.
     """
     block_d, block_w = (max(16, triton.next_power_of_2(size)) for size in (dim, width))
     most = max(block_d, block_w)

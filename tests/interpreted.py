@@ -1,4 +1,7 @@
-"""The kernels of relative positions on a CPU, by Triton's interpreter: python tests/interpreted.py NAME prints JSON.
+"""The kernels of relative positions on a CPU, by Triton's interpreter: python tests/interpreted.py prints JSON.
+
+`low_precision` as its argument gives the errors in 16 bits that docs/performance.md lists, in some minutes; a list of
+cases in JSON the results of all checks of tests/test_relative_kernel.py.
 
 A process of its own: Triton decides when the kernels are defined whether it interprets them.
 """
@@ -162,6 +165,7 @@ def self_check():
         for dtype in relative.TOLERANCE:
             off = relative.difference(torch.device("cpu"), dtype, 16, 5, 4)
             found[f"{getattr(kernel, '__name__', 'kernel')}, {dtype}"] = [off, relative.TOLERANCE[dtype]]
+    relative_kernel.attention = right
     return found
 
 
@@ -201,6 +205,12 @@ def low_precision(side=64, dim=64):
     }
 
 
+def checks(cases):
+    """All of them."""
+    correct = {"errors": errors(*cases), "self_check": self_check(), "registered": registered()}
+    return {**correct, "compiled": compiled(), "in_an_encoder": in_an_encoder()}
+
+
 if __name__ == "__main__":
     correct_bfloat16()
-    print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2] if len(sys.argv) > 2 else "[]"))))
+    print(json.dumps(low_precision() if sys.argv[1] == "low_precision" else checks(json.loads(sys.argv[1])), indent=1))

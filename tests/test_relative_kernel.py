@@ -34,48 +34,45 @@ CASES += [[*size, "float16"] for size in (SIZES[2], WIDE[0])]
 NEAR = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2.5e-2}
 
 
-def interpreted(name, *arguments):
-    """What tests/interpreted.py prints."""
-    line = [sys.executable, str(ROOT / "tests" / "interpreted.py"), name, json.dumps(arguments)]
+@pytest.fixture(scope="module")
+def interpreted():
+    """What tests/interpreted.py finds."""
+    line = [sys.executable, str(ROOT / "tests" / "interpreted.py"), json.dumps(CASES)]
     env = {**os.environ, **CPU, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def errors():
-    return dict(zip(map(str, CASES), interpreted("errors", *CASES), strict=True))
+    return json.loads(done.stdout)
 
 
 @with_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_gradients_are_those_of_the_definition(case, errors):
-    wrong = {name: error for name, error in errors[str(case)].items() if not error < NEAR[case[-1]]}
+def test_output_and_gradients_are_those_of_the_definition(case, interpreted):
+    errors = interpreted["errors"][CASES.index(case)]
+    wrong = {name: error for name, error in errors.items() if not error < NEAR[case[-1]]}
     assert not wrong
 
 
 @with_triton
-def test_an_encoder_gives_the_same_map_and_gradients_also_recomputed():
-    found = interpreted("in_an_encoder")
+def test_an_encoder_gives_the_same_map_and_gradients_also_recomputed(interpreted):
+    found = interpreted["in_an_encoder"]
     assert set(found) == {"plain", "recomputed"} and max(found.values()) < 1e-5
 
 
 @with_triton
-def test_it_compiles_without_a_break_of_the_graph():
-    assert interpreted("compiled")["difference"] < 1e-5
+def test_it_compiles_without_a_break_of_the_graph(interpreted):
+    assert interpreted["compiled"]["difference"] < 1e-5
 
 
 @with_triton
-def test_the_operator_is_what_pytorch_asks_for_and_its_products_are_counted():
+def test_the_operator_is_what_pytorch_asks_for_and_its_products_are_counted(interpreted):
     """2 images, 3 heads, 20 patches, 16 channels: two products forward; three, and four, in the backward kernels."""
     product = 2 * (2 * 3) * 20 * 20 * 16
-    assert interpreted("registered") == {"forward": 2 * product, "backward": 7 * product}
+    assert interpreted["registered"] == {"forward": 2 * product, "backward": 7 * product}
 
 
 @with_triton
-def test_the_check_before_the_first_use_sees_a_wrong_output_and_a_wrong_gradient():
-    for name, (off, tolerance) in interpreted("self_check").items():
+def test_the_check_before_the_first_use_sees_a_wrong_output_and_a_wrong_gradient(interpreted):
+    for name, (off, tolerance) in interpreted["self_check"].items():
         assert (off > tolerance) == ("wrong" in name), name
 
 

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from commands import CPU, ROOT
+from commands import CPU, ROOT, flags, one_line, tool
 
 from semaim.benchmarks import detection
+from semaim.data.scenes import write_scenes
 from semaim.models import relative
 from semaim.models.relative import relative_attention
 from semaim.models.vitdet import ViTDet
@@ -164,6 +165,15 @@ def test_the_switch_of_a_config_reaches_the_global_blocks_alone():
             assert kernels == {index: kernel if index in (2, 5, 8, 11) else "folded" for index in range(12)}
         with pytest.raises(ValueError, match="rel_pos_kernel 'cuda': choose from folded, triton"):
             ViTDet(rel_pos_kernel="cuda")
+
+
+def test_a_wrong_value_is_one_line(tmp_path):
+    pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
+    write_scenes(tmp_path / "scenes", 8, 96, seed=0)
+    places = ["--data-root", tmp_path / "scenes" / "coco", "--work-dir", tmp_path / "run"]
+    options = flags({"model.backbone.rel_pos_kernel": "cuda"})
+    done = tool("train.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", *places, *options)
+    one_line(done, "rel_pos_kernel 'cuda': choose from folded, triton")
 
 
 def test_the_benchmark_says_why_the_kernel_was_not_measured_and_gives_rows_where_it_was(forget, monkeypatch):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 
 from semaim import checkpoints
-from semaim.models.segvit import SegmentationViT, bias_index, resize_bias
+from semaim.models.segvit import SegmentationViT, SpreadBias, bias_index, resize_bias
 from semaim.models.vit import VisionTransformer
 
 SMALL = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}
@@ -153,3 +154,33 @@ def test_blocks_of_the_published_sizes():
         assert SegmentationViT("large").out_blocks == (5, 11, 17, 23)
     with pytest.raises(ValueError, match=r"out_blocks \(4,\): there are blocks 0 to 3"):
         SegmentationViT(out_blocks=(4,), **SMALL)
+
+
+def gathered(table, grid, dtype):
+    """The bias by its definition: a row of the table for every pair, which autograd adds up."""
+    return table[bias_index(grid, table.device)].permute(2, 0, 1).to(dtype)
+
+
+@pytest.mark.parametrize("made_for, grid", [((4, 4), (4, 4)), ((3, 5), (3, 5)), ((1, 6), (1, 6)), ((4, 4), (7, 5))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_bias_and_its_gradient_are_those_of_the_gathered_table(made_for, grid, dtype):
+    torch.manual_seed(0)
+    rows = (2 * made_for[0] - 1) * (2 * made_for[1] - 1) + 3
+    table = torch.randn(rows, 3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    tokens = 1 + grid[0] * grid[1]
+    probe = torch.randn(3, tokens, tokens).to(dtype)
+    results = []
+    for form in (SpreadBias.apply, gathered):
+        bias = form(resize_bias(table, made_for, grid), grid, dtype)
+        results.append((bias, *torch.autograd.grad(bias, table, probe)))
+    (ours, mine), (expected, wanted) = results
+    assert torch.equal(ours, expected) and ours.is_contiguous() and ours.dtype == dtype
+    assert (mine - wanted).norm() <= (1e-14 if dtype == torch.float64 else 1e-6) * wanted.norm()
+
+
+def test_a_step_neither_sorts_nor_scatters_the_bias():
+    model = random_weights(SegmentationViT(img_size=32, **SMALL))
+    with Operations() as seen:
+        sum(m.square().mean() for m in model(torch.randn(1, 3, 32, 32))).backward()
+    assert seen.counts["index_select"] == seen.counts["col2im"] == 4  # one for each block
+    assert not {"index", "index_put", "_index_put_impl_", "index_put_", "sort"} & set(seen.counts)

@@ -20,10 +20,11 @@ from torchvision.transforms import InterpolationMode
 
 from semaim.data.folder import find_images
 from semaim.models.ordering import make_order
+from semaim.models.relative import relative_vectors
 from semaim.models.segvit import BiasedAttention
 from semaim.models.semaim import SemAIM
 from semaim.models.vit import LAYER_NORM_EPS
-from semaim.models.vitdet import MapAttention, relative_vectors
+from semaim.models.vitdet import MapAttention
 
 Layer = Any  #: a block or MLP of ours, of which the parameters alone are read
 

@@ -17,6 +17,7 @@ from semaim.benchmarks.measuring import alternate, check_equal, cpu_peak, gpu_pe
 from semaim.benchmarks.rows import Row, without_gpu
 from semaim.engine.precision import autocast
 from semaim.errors import UserError
+from semaim.models.relative import find_fault
 from semaim.models.vit import SIZES, Block
 from semaim.models.vitdet import MapAttention
 from semaim.places import own_config, to_install
@@ -97,12 +98,40 @@ def vitdet(
             baseline=peaks[1] / 1e6, ratio=peaks[0] / peaks[1], **common,
         ),
     ]  # fmt: skip
+    if where == "GPU":
+        rows += kernel_rows(block, maps, precision, repeats, details)
     if where == "CPU":
         rows += [
             without_gpu("ViTDet global block at 1024 px, forward + backward", "ms", 2.0),
             without_gpu("its peak memory", "MB", 0.3, at_least=False),
         ]
     return rows
+
+
+def kernel_rows(block: Block, maps: Tensor, precision: str, repeats: int, details: dict) -> list[Row]:
+    """The same block by Triton's kernel (`rel_pos_kernel="triton"`), beside the folded form as the baseline."""
+    names = "the same block by Triton's kernel against the folded form", "its peak memory"
+    other, attention = copy.deepcopy(block), cast(MapAttention, block.attn)
+    cast(MapAttention, other.attn).kernel = "triton"
+    channels, side = maps.shape[-1] // attention.num_heads, maps.shape[1]
+    for dtype in (torch.float32, torch.bfloat16):  # as compared, as timed
+        if fault := find_fault(maps.device, dtype, channels, 5 if side % 16 else 16, side):
+            missing: dict[str, Any] = {"details": {"reason": fault}}
+            return [Row(names[0], "GPU", "ms", **missing), Row(names[1], "GPU", "MB", **missing)]
+    (a, of_a), (b, of_b) = (block_pass("ours", one, maps)() for one in (other, block))
+    common: dict[str, Any] = {"loss_difference": check_equal("outputs", [a], [b], 1e-5), "details": details}
+    check_equal("gradients", of_a, of_b, 1e-3)
+    del a, b, of_a, of_b
+    kernel, folded = (block_pass("ours", one, maps, precision) for one in (other, block))
+    timing = alternate(kernel, folded, maps.device, repeats, warmup=2)
+    peaks = [gpu_peak(work, maps.device) / 1e6 for work in (kernel, folded)]
+    return [
+        Row(
+            names[0], "GPU", "ms", ours=timing.ours * 1e3, baseline=timing.baseline * 1e3, ratio=timing.ratio,
+            spread=timing.spread, **common,
+        ),
+        Row(names[1], "GPU", "MB", ours=peaks[0], baseline=peaks[1], ratio=peaks[0] / peaks[1], **common),
+    ]  # fmt: skip
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from semaim.models.vit import Attention, Block, VisionTransformer, resize_positions
@@ -36,6 +37,32 @@ def bias_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     return index
 
 
+class SpreadBias(torch.autograd.Function):
+    """The bias of all pairs of tokens from a table (rows, heads): (heads, 1 + L, 1 + L), in a given dtype.
+
+    As `table[bias_index(grid)]`, whose gradient PyTorch adds up by sorting all pairs. An offset's gradient is the sum
+    of a diagonal: with the queries in reverse order, `fold` adds what it adds of overlapping patches of an image.
+    """
+
+    @staticmethod
+    def forward(ctx, table: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """See above."""
+        ctx.grid = grid
+        index = bias_index(grid, table.device)
+        # In the order of the result, so that there is one copy and no transposed one.
+        return table.T.to(dtype).contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Sums in fp32 at least."""
+        (height, width), wide = ctx.grid, torch.promote_types(grad.dtype, torch.float32)
+        pairs = grad[:, 1:, 1:].flip(1).to(wide).flatten(0, 1)[None]  # (1, heads * L, L)
+        offsets = F.fold(pairs, (2 * height - 1, 2 * width - 1), ctx.grid)[0].flip(1, 2).flatten(1)
+        ends = grad[:, 0, 1:].sum(1, dtype=wide), grad[:, 1:, 0].sum(1, dtype=wide), grad[:, 0, 0].to(wide)
+        return torch.cat([offsets, torch.stack(ends, dim=1)], dim=1).T, None, None
+
+
 def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A bias table (rows, heads) of an old grid for a new grid: bicubic over offsets; the class token's rows stay."""
     if old == new:
@@ -55,15 +82,14 @@ class BiasedAttention(Attention):
         self.grid = grid
         self.rel_bias = nn.Parameter(torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, num_heads))
 
-    def bias(self, grid: tuple[int, int]) -> Tensor:
+    def bias(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The bias of a (rows, columns) grid: (heads, 1 + L, 1 + L)."""
-        table = resize_bias(self.rel_bias, self.grid, grid)
-        return table[bias_index(grid, table.device)].permute(2, 0, 1)
+        return SpreadBias.apply(resize_bias(self.rel_bias, self.grid, grid), grid, dtype)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, 1 + L, D) of a (rows, columns) grid -> (B, 1 + L, D)."""
         query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(x, None))
-        bias = self.bias(grid).to(query.dtype).contiguous()[None]  # otherwise no fused GPU kernel accepts it
+        bias = self.bias(grid, query.dtype)[None]  # contiguous and of this dtype: else no fused GPU kernel accepts it
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2))
 

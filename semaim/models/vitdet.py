@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, to_2tuple
 from torch import Tensor, nn
 
+from semaim.models.relative import KERNELS, relative_attention
 from semaim.models.vit import LAYER_NORM_EPS, Attention, Block, VisionTransformer, resize_positions
-
-#: Flash attention takes head widths that are multiples of this (16 bytes of bf16).
-HEAD_MULTIPLE = 8
 
 
 def window_partition(maps: Tensor, window: int) -> Tensor:
@@ -40,52 +38,6 @@ def window_unpartition(windows: Tensor, grid: tuple[int, int]) -> Tensor:
     return maps.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-def relative_vectors(table: Tensor, side: int) -> Tensor:
-    """Vectors of all (query, key) pairs of one axis: table (2 * s - 1, d) -> (side, side, d).
-
-    Row `query - key + side - 1` of the table, which is first resampled along its length if it was made for another s.
-    """
-    if len(table) != 2 * side - 1:
-        table = F.interpolate(table.T[None], 2 * side - 1, mode="linear", align_corners=False)[0].T
-    place = torch.arange(side, device=table.device)
-    return table[place[:, None] - place + side - 1]
-
-
-def relative_attention(
-    query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int], rel_pos_h: Tensor, rel_pos_w: Tensor
-) -> Tensor:
-    """Attention of a map to itself with decomposed relative positions, without ever building the N x N bias.
-
-    The logit of a query at (y, x) and a key at (v, u) is scale * q.k + q.h[y - v] + q.w[x - u], with the unscaled q in
-    the last two. They are products themselves: of the H + W numbers q.h[y - .], q.w[x - .] with the key's row and
-    column, one-hot. So q' = [scale * q, q.h, q.w] and k' = [k, onehot(v), onehot(u)] give the same logits as q'.k',
-    exactly, and a fused kernel can run: memory grows with N (H + W) in place of N^2 (at 1024 pixels 128 against 4096
-    numbers per query and head).
-
-    Args:
-        query, key, value: (B, heads, N, d), N = H * W, row by row.
-        grid: (H, W).
-        rel_pos_h, rel_pos_w: (2 * side - 1, d) tables of the two axes, shared by the heads.
-
-    Returns:
-        (B, heads, N, d).
-    """
-    (height, width), dim = grid, query.shape[-1]
-    maps = query.unflatten(2, grid)
-    along_h = torch.einsum("bnhwd,hkd->bnhwk", maps, relative_vectors(rel_pos_h, height))
-    along_w = torch.einsum("bnhwd,wkd->bnhwk", maps, relative_vectors(rel_pos_w, width))
-    blank = query.new_zeros(*query.shape[:-1], -(dim + height + width) % HEAD_MULTIPLE)
-    query = torch.cat([query * dim**-0.5, along_h.flatten(2, 3), along_w.flatten(2, 3), blank], dim=-1)
-
-    row, column = (torch.eye(side, dtype=key.dtype, device=key.device) for side in grid)
-    place = torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], dim=1)  # (N, H + W)
-    place = F.pad(place, (0, blank.shape[-1]))
-    key = torch.cat([key, place.expand(*key.shape[:2], -1, -1)], dim=-1)
-    # Flash attention, on CPU and GPU, needs values as wide as the keys; otherwise N x N weights would be built.
-    value = F.pad(value, (0, query.shape[-1] - dim))
-    return F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :dim]
-
-
 class MapAttention(Attention):
     """Self-attention of a map, within windows or over the whole map.
 
@@ -93,11 +45,14 @@ class MapAttention(Attention):
         dim, num_heads: of `Attention`.
         window: side of the windows in patches; 0 for the whole map.
         table: (height, width) in patches that the relative positions are made for; None for no relative positions.
+        kernel: of the attention with relative positions, one of `KERNELS`.
     """
 
-    def __init__(self, dim: int, num_heads: int, window: int = 0, table: tuple[int, int] | None = None):
+    def __init__(
+        self, dim: int, num_heads: int, window: int = 0, table: tuple[int, int] | None = None, kernel: str = "folded"
+    ):
         super().__init__(dim, num_heads)
-        self.window = window
+        self.window, self.kernel = window, kernel
         self.rel_pos = table is not None
         if table is not None:  # zero: a detector starts as the pretrained network, which has no relative positions
             self.rel_pos_h, self.rel_pos_w = (
@@ -112,7 +67,7 @@ class MapAttention(Attention):
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project(maps, None)
         )
         if self.rel_pos:
-            out = relative_attention(query, key, value, grid, self.rel_pos_h, self.rel_pos_w)
+            out = relative_attention(query, key, value, grid, self.rel_pos_h, self.rel_pos_w, self.kernel)
         else:
             out = F.scaled_dot_product_attention(query, key, value)
         return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, grid))
@@ -145,6 +100,9 @@ class ViTDet(VisionTransformer):
         window_size: side of the windows in patches.
         global_blocks: indices of the blocks with attention over the whole map; None for the last of each quarter.
         rel_pos: add decomposed relative positions, zero at the start.
+        rel_pos_kernel: how the global blocks compute them, see `relative_attention`: "folded" on any device, or
+            "triton" on a GPU. Windows are always folded: of 14 x 14 patches they have heads of 96 in place of 64
+            channels for 196 keys, while the kernel would pad rows to 16 and multiply as much.
         out_blocks: indices of the blocks whose maps are returned; None for the last block only.
         **encoder: of `VisionTransformer`.
 
@@ -162,6 +120,7 @@ class ViTDet(VisionTransformer):
         window_size: int = 14,
         global_blocks: tuple[int, ...] | None = None,
         rel_pos: bool = True,
+        rel_pos_kernel: str = "folded",
         out_blocks: tuple[int, ...] | None = None,
         **encoder,
     ):
@@ -177,15 +136,19 @@ class ViTDet(VisionTransformer):
                 raise ValueError(f"{name} {wrong}: there are blocks 0 to {self.depth - 1}")
         if window_size < 1:
             raise ValueError(f"window_size {window_size}: list all blocks in global_blocks to use no windows")
+        if rel_pos_kernel not in KERNELS:
+            raise ValueError(f"rel_pos_kernel {rel_pos_kernel!r}: choose from {', '.join(KERNELS)}")
         self.global_blocks, self.window_size = tuple(global_blocks), window_size
         self.out_blocks = out_blocks and tuple(out_blocks)
         whole = self.grid_of(to_2tuple(img_size))
         self.made_for = to_2tuple(img_size) if rel_pos and self.global_blocks else None
         for index, block in enumerate(self.blocks):
-            window, table = (0, whole) if index in self.global_blocks else (window_size, to_2tuple(window_size))
+            window, table, kernel = window_size, to_2tuple(window_size), "folded"
+            if index in self.global_blocks:
+                window, table, kernel = 0, whole, rel_pos_kernel
             block = cast(Block, block)
             plain = block.attn
-            block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None)
+            block.attn = MapAttention(self.embed_dim, self.num_heads, window, table if rel_pos else None, kernel)
             block.attn.qkv, block.attn.proj = plain.qkv, plain.proj  # initialised as the encoder's
 
     resample_positions = staticmethod(resize_positions)

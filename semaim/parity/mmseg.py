@@ -77,7 +77,8 @@ def check_backbone(case: Case, report: CaseReport) -> None:
     steps["tokens"] = model.embed(images)
     maps = model(images)
     steps |= {f"map.{index}": one for index, one in enumerate(maps)}
-    steps["bias_block0"] = cast(BiasedAttention, cast(Block, model.blocks[0]).attn).bias(model.grid)
+    first = cast(BiasedAttention, cast(Block, model.blocks[0]).attn)
+    steps["bias_block0"] = first.bias(model.grid, first.rel_bias.dtype)
     steps["loss"] = loss = probe_loss(case, maps)
     loss.backward()
     parameters = dict(model.named_parameters())

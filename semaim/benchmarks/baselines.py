@@ -19,9 +19,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from semaim.data.folder import find_images
+from semaim.models import segvit
 from semaim.models.ordering import make_order
 from semaim.models.relative import relative_vectors
-from semaim.models.segvit import BiasedAttention
 from semaim.models.semaim import SemAIM
 from semaim.models.vit import LAYER_NORM_EPS
 from semaim.models.vitdet import MapAttention
@@ -207,10 +207,14 @@ def plain_map_attention(attention: MapAttention, maps: Tensor) -> Tensor:
     return plain_linear(out.transpose(1, 2).flatten(2).unflatten(1, grid), attention.proj)
 
 
-def plain_biased_attention(attention: BiasedAttention, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """UperNet's attention with our weights, each step a separate operation: (B, 1 + L, D) -> (B, 1 + L, D)."""
+def plain_biased_attention(attention: segvit.BiasedAttention, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """UperNet's attention with our weights, each step a separate operation: (B, 1 + L, D) -> (B, 1 + L, D).
+
+    The grid is the one that the bias table is made for.
+    """
     query, key, value = plain_linear(x, attention.qkv).chunk(3, dim=-1)
-    return plain_linear(unfused_attention(query, key, value, attention.num_heads, attention.bias(grid)), attention.proj)
+    bias = attention.rel_bias[segvit.bias_index(grid, x.device)].permute(2, 0, 1)
+    return plain_linear(unfused_attention(query, key, value, attention.num_heads, bias), attention.proj)
 
 
 class PlainImages(Dataset):

@@ -49,6 +49,12 @@ def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[
     return found
 
 
+def inner_name(path: str) -> str:
+    """The name of an image within its shard; other paths as they are."""
+    place = ADDRESS.fullmatch(path)
+    return path[place.end(3) + 1 :] if place else path
+
+
 def printable(name: str) -> str:
     """A file name for a message, which is one line."""
     return name if name.isprintable() else repr(name)

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from semaim.benchmarks.baselines import PlainImages
 from semaim.benchmarks.measuring import alternate
-from semaim.benchmarks.other_loaders import OTHERS, installed, write_shards
+from semaim.benchmarks.other_loaders import OTHERS, Passes, installed, write_shards
 from semaim.benchmarks.pretraining import Setting, our_step
 from semaim.benchmarks.rows import Row, without_gpu
 from semaim.data.copying import shrink
@@ -182,17 +182,16 @@ def _rows(
         given: dict[str, Any] = {"cores": cores, "repeats": repeats, "details": details}
         rows.append(compared(what + where, first, usual(plain), target=2.0, **given))
         rows.append(compared(f"the same, plain loader's crops uint8 too, {where}", first, usual(unnormalised), **given))
-        for name, (packages, make) in OTHERS.items():
-            found, reason = installed(packages), f"{packages[0]} is not installed"
-            text = f"the same against {name} {found or ''}".rstrip() + f", {where}"
+        for name, packages, make in OTHERS:
+            found, other = installed(packages), None
+            reason = f"{packages[0]} is not installed"
             try:
-                other = Passes(make(shards, img_size, batch, count), len(ours)) if found else None
+                other = make(shards, len(ours), img_size, batch, count) if found else None
             except (ImportError, RuntimeError) as error:  # such as a library that is missing beside the package
-                other, reason = None, " ".join(str(error).split())[:80]
-            if other:
-                rows.append(compared(text, first, other, **given))
-            else:
-                rows.append(Row(text, "CPU", "images/s per core", details={"reason": reason}))
+                reason = " ".join(str(error).split())[:80]
+            text = f"the same against {name}{f' {found}' if found else ''}, {where}"
+            missing = Row(text, "CPU", "images/s per core", details={"reason": reason})
+            rows.append(compared(text, first, other, **given) if other else missing)
         for side, copy in smaller.items():
             more = {**given, "details": {**details, **copy.details}}
             text = f"ours on a copy of short side {side}, against ours on its originals, {where}"
@@ -211,13 +210,6 @@ def _rows(
         what = "share of time waiting for data, ViT-base pretraining with 16 cores"
         return rows + [without_gpu(what, "", 0.05, at_least=False, of_ours=True)]
     return rows + [waiting(ours, details)]
-
-
-class Passes(NamedTuple):
-    """A loader, and the images of one pass."""
-
-    loader: Iterable
-    images: int
 
 
 def compared(

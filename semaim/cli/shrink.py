@@ -20,8 +20,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument("target", metavar="DST", help="folder for the copy")
     parser.add_argument(
         "--side", type=number(16), required=True, metavar="N",
-        help="largest short side in pixels; smaller images are copied as they are. Crops of a share s of an image of"
-        " 4 x 3 have sides of N * sqrt(4 s / 3): with 434, none of s >= 0.2 is enlarged to 224 pixels",
+        help="largest short side in pixels; smaller images are copied as they are. A square crop of the share s of"
+        " an image of 4 x 3 has N * sqrt(4 s / 3) pixels a side: 224 for N = 434 and s = 0.2, pretraining's smallest",
     )  # fmt: skip
     parser.add_argument(
         "--quality", type=number(1), default=90, metavar="Q", help="of the JPEGs (default: %(default)s)"

@@ -292,6 +292,8 @@ def test_a_shard_that_is_wrong_at_the_end_is_written_again(small, tmp_path):
     assert done.returncode == 1 and "wrong image: 1" in done.stdout and "unfinished, in" in done.stdout
     assert not (tmp_path / "copy").exists() and tool(*line).returncode == 0
     assert (tmp_path / "copy/a/000000.tar").read_bytes() == whole
+    shrink(small, tmp_path / "other", 24, on_error="skip", most_damaged=1)
+    assert contents(tmp_path / "copy") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import tarfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,15 +28,15 @@ from semaim.data.folder import every_file, name_of
 from semaim.data.identity import identity_of
 from semaim.data.image_files import DAMAGED, listen
 from semaim.data.pools import locked, process_pool
-from semaim.data.shards import find_in_shards, inner_name, printable
+from semaim.data.shards import RECORD, find_in_shards, inner_name, printable
 from semaim.data.shrinking import Small, compare, list_source, shrink_image
 from semaim.errors import UserError
 from semaim.reading import read_json, write_json
 
-MARKER = "shrink.json"
 COPY = 1  #: increase when the bytes of a copy change
 SHARD = 2000  #: images of a shard; ImageNet has at most 1,300 in a folder
 CHUNK = 8  #: images that a process takes at a time
+EVERY = 1.0  #: s between two writes of the record, which has a line for every shard
 AHEAD = 4  #: chunks per process that are worked on or wait to be written
 FORM = tarfile.GNU_FORMAT
 COUNTED = ("images", "as_they_were", "bytes", "bytes_of_source")  #: what the record counts of each shard
@@ -134,7 +135,7 @@ class Copy:
     def read(self, otherwise: str) -> None:
         """Read the record; `UserError` if it is none, or one of another request."""
         try:
-            record = read_json(self.folder / MARKER)
+            record = read_json(self.folder / RECORD)
         except (FileNotFoundError, UserError):
             raise UserError(otherwise) from None
         for key, value in self.request.items():
@@ -153,7 +154,8 @@ class Copy:
     def save(self) -> None:
         """Write the record."""
         total = {key: sum(part[key] for part in self.finished.values()) for key in COUNTED}
-        write_json(self.folder / MARKER, {**self.request, "total": total, "shards": self.finished})
+        finished = {shard: self.finished[shard] for shard in self.shards if shard in self.finished}
+        write_json(self.folder / RECORD, {**self.request, "total": total, "shards": finished})
 
     @contextmanager
     def being_written(self) -> Iterator[None]:
@@ -184,41 +186,47 @@ class Copy:
         ]
         work = partial(_shrink_all, side=self.request["side"], quality=self.request["quality"])
         with self.pool() as pool, progress_bar("images", sum(map(len, chunks)), self.progress) as advance:
-            images = in_order(pool, work, chunks, AHEAD * self.workers)
-            for shard in missing:
-                part: dict[str, Any] = {**dict.fromkeys(COUNTED, 0), "left_out": {}, "damaged": []}
-                self.finished[shard] = part
-                with (
-                    new_file(self.folder / shard) as file,
-                    tarfile.open(fileobj=file, mode="w", format=FORM) as archive,
-                ):
-                    for image in islice(images, len(self.shards[shard])):
-                        if image.data:
-                            add(archive, image, part)
-                        else:
-                            part["left_out"][printable(image.name)] = image.text
-                            self.check_left_out(image, on_error, most_damaged)
-                        advance(1)
-                part["size"] = (self.folder / shard).stat().st_size
+            images, saved = in_order(pool, work, chunks, AHEAD * self.workers), time.monotonic()
+            try:
+                for shard in missing:
+                    self.finished[shard] = self.write_shard(shard, images, advance, on_error, most_damaged)
+                    if time.monotonic() > saved + EVERY:
+                        self.save()
+                        saved = time.monotonic()
+            finally:
                 self.save()
+
+    def write_shard(
+        self, shard: str, images: Iterator[Small], advance: Callable[[int], None], on_error: str, most_damaged: float
+    ) -> dict[str, Any]:
+        """Write a shard of the next images; returns what the record has of it."""
+        part: dict[str, Any] = {**dict.fromkeys(COUNTED, 0), "left_out": {}, "damaged": []}
+        path = self.folder / shard
+        with new_file(path) as file, tarfile.open(fileobj=file, mode="w", format=FORM) as archive:
+            for image in islice(images, len(self.shards[shard])):
+                if image.data:
+                    add(archive, image, part)
+                else:
+                    part["left_out"][printable(image.name)] = image.text
+                    count = sum(len(one["left_out"]) for one in (*self.finished.values(), part))
+                    self.check_left_out(image, count, on_error, most_damaged)
+                advance(1)
+        return {**part, "size": path.stat().st_size}
 
     def whole(self, shard: str) -> bool:
         """Whether a shard is there as the record says."""
         path = self.folder / shard
         return shard in self.finished and path.is_file() and path.stat().st_size == self.finished[shard]["size"]
 
-    def check_left_out(self, image: Small, on_error: str, most_damaged: float) -> None:
-        """`UserError` for an image that cannot be read, unless it may be left out."""
-        name, lists = (
-            printable(str(self.source / image.name)),
-            f"tools/verify_dataset.py images {self.source} lists all",
-        )
+    def check_left_out(self, image: Small, count: int, on_error: str, most_damaged: float) -> None:
+        """`UserError` for an image that cannot be read, unless it may be left out as one of `count` so far."""
+        name = printable(str(self.source / image.name))
+        lists = "tools/verify_dataset.py images DIR lists those of a folder"
         if on_error == "raise":
             raise UserError(
                 f"cannot read image {name}: {image.text}; repair or remove it, or leave such images out by --on-error"
                 f" skip ({lists})"
             )
-        count = sum(len(part["left_out"]) for part in self.finished.values())
         if count > most_damaged * self.request["images"]:
             raise UserError(
                 f"{count} of {self.request['images']:,} images cannot be read, more than --most-damaged"
@@ -249,7 +257,7 @@ class Copy:
                 problem("shard with other images than its source", shard, f"{len(found):,}, not {len(kept):,}")
                 continue
             tasks += [(str(self.source / name), path, shard) for name, path in zip(kept, found, strict=True)]
-        if odd := {name_of(path, self.folder) for path in every_file(self.folder)} - {MARKER, *self.shards}:
+        if odd := {name_of(path, self.folder) for path in every_file(self.folder)} - {RECORD, *self.shards}:
             report.problem("file that the copy should not have", printable(min(odd)))
         with self.pool() as pool:
             work = partial(_compare, side=self.request["side"])

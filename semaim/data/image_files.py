@@ -21,7 +21,7 @@ from semaim.data.decoding import MOST_PIXELS, decode_pixels
 from semaim.data.findings import Report, StrPath, parallel
 from semaim.data.folder import files_below, find_images, name_of
 from semaim.data.pools import process_pool
-from semaim.data.shards import find_in_shards, printable, read_bytes
+from semaim.data.shards import RECORD, find_in_shards, printable, read_bytes
 from semaim.errors import UserError
 
 #: What libjpeg writes about data that it cannot decode as they stand.
@@ -66,7 +66,7 @@ def verify_images(
         paths = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
         shards = [path for path in files if path.endswith(".tar")]
         for path in files:
-            if path not in shards and not path.lower().endswith(IMG_EXTENSIONS):
+            if path not in shards and not path.lower().endswith((*IMG_EXTENSIONS, RECORD)):
                 report.warning("file that is no image by its name", name_of(path, root))
         if paths and shards:
             report.warning("shards beside images, which are not read", name_of(shards[0], root))

@@ -15,6 +15,8 @@ from semaim.errors import UserError
 
 ADDRESS = re.compile(r"(.*?\.tar)\?(\d+)\+(\d+)=.*", re.DOTALL)
 
+RECORD = "shrink.json"  #: in the folder of a copy that `semaim.data.copying` has written
+
 
 def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[str]:
     """Addresses SHARD.tar?OFFSET+BYTES=NAME of the files with these extensions, in their order in the shards.

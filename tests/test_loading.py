@@ -9,10 +9,10 @@ from commands import tool
 from PIL import Image
 
 from semaim.benchmarks.baselines import PlainImages
-from semaim.benchmarks.loading import Passes, compared, copy_differences, write_textures
+from semaim.benchmarks.loading import Passes, compared, copy_differences, passes, write_textures
 from semaim.benchmarks.other_loaders import OTHERS, dali_loader, installed, webdataset_loader, write_shards
 from semaim.data.copying import shrink
-from semaim.data.folder import find_images
+from semaim.data.folder import PretrainImages, find_images
 
 DALI = OTHERS[1][1]
 
@@ -47,6 +47,17 @@ def test_a_pass_that_leaves_images_out_counts_fewer(monkeypatch):
     assert (row.ours, row.baseline, row.ratio, row.spread) == (22.5, 15, 1.5, (1.5, 1.5)) and row.verdict == "met"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_has_images_as_often_as_asked(tmp_path, workers):
+    write_textures(tmp_path, 3, (60, 40))
+    for images in (PretrainImages(str(tmp_path), 16), PlainImages(tmp_path, 16)):
+        loader, seen = passes(images, 4, workers, 5)
+        for _ in range(2):
+            found = [batch["image"] if isinstance(batch, dict) else batch for batch in loader]
+            assert [len(batch) for batch in found] == [4, 4, 4] and seen == 12
+        assert len(images) == 3
+
+
 def test_the_plain_loader_without_floats_has_the_same_crops(tmp_path):
     write_textures(tmp_path, 2, (100, 75))
     floats, numbers = PlainImages(tmp_path, 32), PlainImages(tmp_path, 32, floats=False)
@@ -70,7 +81,6 @@ def shards(tmp_path):
     for index in range(11):
         paths.append(str(tmp_path / f"{index:02}.jpg"))
         Image.new("RGB", (90, 60), (20 * index, 0, 0)).save(paths[-1], quality=100)
-    (tmp_path / "shards").mkdir()
     found = write_shards(paths, tmp_path / "shards", 4)
     assert len(found) == 4 and len(find_images(tmp_path / "shards")) == 11
     return found

@@ -1,6 +1,8 @@
 """Images per second of the loader, against Pillow and torchvision's v1 transforms."""
 
+import copy
 import io
+import math
 import os
 import tempfile
 import time
@@ -30,6 +32,7 @@ from semaim.errors import UserError
 
 #: Mean difference of a pixel from the baseline's, in levels of 256: the filter is the same, the rounding is not.
 PIXEL_TOLERANCE = 0.5
+BATCHES = 4  #: of a pass for each worker, at least: images are repeated if they are too few, or workers would wait
 
 
 def write_textures(folder: Path, count: int = 200, size: tuple[int, int] = (500, 375), quality: int = 92) -> None:
@@ -64,6 +67,19 @@ def check_pixels(ours: PretrainImages, plain: PlainImages, count: int = 16) -> f
     if not difference <= PIXEL_TOLERANCE:
         raise UserError(f"crops of ours and of the baseline differ by {difference:.2f} levels in the mean: not timed")
     return difference
+
+
+def passes(images: PretrainImages | PlainImages, batch: int, workers: int, times: int) -> Passes:
+    """Passes over shuffled images, with each image so many times."""
+    images = copy.copy(images)
+    common: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    if isinstance(images, PretrainImages):
+        images.paths = np.tile(images.paths, times)
+        loader = DataLoader(images, batch_sampler=ResumableBatches(len(images), batch), **common)
+    else:
+        images.paths = times * images.paths
+        loader = DataLoader(images, batch, shuffle=True, drop_last=True, **common)
+    return Passes(loader, len(images) // batch * batch)
 
 
 def load_all(loader: Iterable) -> None:
@@ -161,43 +177,35 @@ def _rows(
         "repeats": repeats,
     }
     what = f"loader, {'textures' if textures else 'images'} of {width:.0f} x {height:.0f} to {img_size}, "
-    shards = write_shards(plain.paths, folder, 4 * max(1, workers))
     unnormalised = PlainImages(root, img_size, floats=False)
     smaller = {side: _copy(root, folder / str(side), side, img_size, ours) for side in copies}
     rows = []
     for count in dict.fromkeys((0, workers)):
         cores = max(1, min(count, os.cpu_count() or 1))
         where = f"{count} workers" if count else "in the process"
-        common: dict[str, Any] = {"num_workers": count, "persistent_workers": count > 0}
-
-        def own(images: PretrainImages, common: dict = common) -> Passes:
-            seen = len(images) // batch * batch
-            return Passes(DataLoader(images, batch_sampler=ResumableBatches(len(images), batch), **common), seen)
-
-        def usual(images: PlainImages, common: dict = common) -> Passes:
-            seen = len(images) // batch * batch
-            return Passes(DataLoader(images, batch, shuffle=True, drop_last=True, **common), seen)
-
-        first = own(ours)
+        times = math.ceil(BATCHES * batch * count / len(ours)) or 1
+        shards = write_shards(times * plain.paths, folder / f"shards{count}", 4 * max(1, count))
+        first = passes(ours, batch, count, times)
         given: dict[str, Any] = {"cores": cores, "repeats": repeats, "details": details}
-        rows.append(compared(what + where, first, usual(plain), target=2.0, **given))
-        rows.append(compared(f"the same, plain loader's crops uint8 too, {where}", first, usual(unnormalised), **given))
+        rows.append(compared(what + where, first, passes(plain, batch, count, times), target=2.0, **given))
+        text = f"the same, plain loader's crops uint8 too, {where}"
+        rows.append(compared(text, first, passes(unnormalised, batch, count, times), **given))
         for name, packages, make in OTHERS:
             found, other = installed(packages), None
             reason = f"{packages[0]} is not installed"
             try:
-                other = make(shards, len(ours), img_size, batch, count) if found else None
+                other = make(shards, times * len(ours), img_size, batch, count) if found else None
             except (ImportError, RuntimeError) as error:  # such as a library that is missing beside the package
                 reason = " ".join(str(error).split())[:80]
             text = f"the same against {name}{f' {found}' if found else ''}, {where}"
             missing = Row(text, "CPU", "images/s per core", details={"reason": reason})
             rows.append(compared(text, first, other, **given) if other else missing)
-        for side, copy in smaller.items():
-            more = {**given, "details": {**details, **copy.details}}
+        for side, small in smaller.items():
+            more = {**given, "details": {**details, **small.details}}
             text = f"ours on a copy of short side {side}, against ours on its originals, {where}"
-            rows.append(compared(text, own(copy.images), first, **more))
-    for side, copy in smaller.items():
-        about, text = copy.details, f"copy of short side {side}: "
+            rows.append(compared(text, passes(small.images, batch, count, times), first, **more))
+    for side, small in smaller.items():
+        about, text = small.details, f"copy of short side {side}: "
         rows += [
             Row(f"{text}size", "CPU", "MB", ours=about["mb"], baseline=about["mb_of_originals"], details=about),
             Row(f"{text}mean difference of crops", "CPU", "levels of 256", ours=about["difference"], details=about),

@@ -25,7 +25,8 @@ class Passes(NamedTuple):
 
 
 def write_shards(paths: Sequence[str], folder: Path, count: int) -> list[str]:
-    """Write images into `count` tar shards, or one each if they are fewer; returns the paths of the shards."""
+    """Write images into `count` tar shards in a new folder, or one each if they are fewer; returns their paths."""
+    folder.mkdir()
     shards = []
     for start in range(min(count, len(paths))):
         shards.append(str(folder / f"{start:06}.tar"))

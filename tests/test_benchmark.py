@@ -267,8 +267,9 @@ def rows_of(path, name):
 def test_the_tool_measures(name, arguments, first, tmp_path):
     out = tmp_path / "new" / "rows.json"
     if name == "loader":
-        write_textures(tmp_path, 16, (100, 75))
-        arguments = [*arguments, "--data", tmp_path]
+        (tmp_path / "images").mkdir()
+        write_textures(tmp_path / "images", 16, (100, 75))
+        arguments = [*arguments, "--data", tmp_path / "images", "--copies", 48]
     done = tool("benchmark.py", name, *arguments, "--repeats", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     rows = rows_of(out, name)

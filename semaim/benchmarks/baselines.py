@@ -6,6 +6,7 @@ our code only for the target and, for other orders than the paper's, for the key
 Shapes: B images, L patches, N = 1 + L tokens (class token first), D channels.
 """
 
+import io
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from semaim.data.folder import find_images
+from semaim.data.shards import read_bytes
 from semaim.models import segvit
 from semaim.models.ordering import make_order
 from semaim.models.relative import relative_vectors
@@ -217,6 +219,18 @@ def plain_biased_attention(attention: segvit.BiasedAttention, x: Tensor, grid: t
     return plain_linear(unfused_attention(query, key, value, attention.num_heads, bias), attention.proj)
 
 
+def plain_transform(img_size: int, min_scale: float = 0.2, floats: bool = True) -> transforms.Compose:
+    """torchvision's v1 transforms: a random crop, flipped or not, as normalised floats or as uint8: (3, S, S)."""
+    bicubic, normalise = InterpolationMode.BICUBIC, transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=bicubic),
+            transforms.RandomHorizontalFlip(),
+            *([transforms.ToTensor(), normalise] if floats else [transforms.PILToTensor()]),
+        ]
+    )
+
+
 class PlainImages(Dataset):
     """Random crops loaded in the usual way: Pillow, torchvision's v1 transforms, normalised floats in the worker.
 
@@ -224,22 +238,15 @@ class PlainImages(Dataset):
         root: as for `PretrainImages`.
         img_size: side of the crops in pixels.
         min_scale: smallest share of an image's area that a crop may have.
+        floats: False for uint8 crops.
     """
 
-    def __init__(self, root: str | os.PathLike, img_size: int = 224, min_scale: float = 0.2):
+    def __init__(self, root: str | os.PathLike, img_size: int = 224, min_scale: float = 0.2, floats: bool = True):
         self.paths = find_images(root)
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(img_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-            ]
-        )
+        self.transform = plain_transform(img_size, min_scale, floats)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        with open(self.paths[index], "rb") as file:
-            return self.transform(Image.open(file).convert("RGB"))
+        return self.transform(Image.open(io.BytesIO(read_bytes(self.paths[index]))).convert("RGB"))

@@ -14,6 +14,7 @@ COMMANDS = {
     "visualize": ("visualize", (), "pictures of orders, attention, reconstructions, predictions and curves"),
     "browse": ("browse", (), "a picture of training images after augmentation"),
     "verify": ("verify_dataset", (), "find what is wrong with a data set in COCO's or ADE20K's layout"),
+    "shrink": ("shrink", (), "write a copy of a data set with smaller images, which load faster"),
     "inspect": ("checkpoint", ("inspect",), "what a checkpoint is, and what each consumer would load from it"),
     "convert": ("checkpoint", ("convert",), "write a checkpoint in another dialect"),
     "export": ("checkpoint", ("export",), "write an encoder as a folder that timm opens"),

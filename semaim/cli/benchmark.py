@@ -82,6 +82,10 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     loader.add_argument("--img-size", type=number(16), default=224, metavar="N", help="pixels (default: %(default)s)")
     loader.add_argument("--batch", type=number(1), default=32, metavar="N", help="images (default: %(default)s)")
     loader.add_argument("--workers", type=number(0), default=2, metavar="N", help="processes (default: %(default)s)")
+    loader.add_argument(
+        "--copies", type=number(16), nargs="+", default=[], metavar="N",
+        help="also ours on copies of short sides of N pixels, as tools/shrink.py writes, against ours on the originals",
+    )  # fmt: skip
     scaling = commands.choices["scaling"]
     scaling.add_argument("--depth", type=number(1), default=2, metavar="N", help="blocks (default: %(default)s)")
     scaling.add_argument(
@@ -139,7 +143,7 @@ def measure(args: argparse.Namespace) -> tuple[list, dict]:
     if args.command == "loader":
         from semaim.benchmarks.loading import loader
 
-        return loader(args.data, args.img_size, args.batch, args.workers, args.repeats), {}
+        return loader(args.data, args.img_size, args.batch, args.workers, args.repeats, args.copies), {}
     if args.command == "startup":
         from semaim.benchmarks.startup import startup
 

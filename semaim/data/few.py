@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semaim.data.folder import seed_of
 from semaim.data.labelled import LabelledImages
+from semaim.data.shards import inner_name
 from semaim.errors import UserError
 
 
@@ -54,7 +55,7 @@ def read_list(file: str | os.PathLike, images: LabelledImages) -> Tensor:
     wanted = [line for line in lines if line]
     if not wanted:
         raise UserError(f"the list {path} is empty")
-    names = [Path(name) for name in images.names()]
+    names = [Path(inner_name(name)) for name in images.names()]
     by_name: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         by_name.setdefault(name.name, []).append(row)

@@ -1,8 +1,9 @@
 """The findings of a check of a data set, and checking many files at once."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -71,20 +72,27 @@ def parallel(
 
     Another `pool` takes their place, and is shut down at the end.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
     done = []
     pool = pool or ThreadPoolExecutor(max(1, workers))
     try:
-        with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-            row = bar.add_task(title, total=len(tasks))
+        with progress_bar(title, len(tasks), progress) as advance:
             for results in pool.map(partial(_each, check), chunks):
                 done += results
-                bar.advance(row, len(results))
+                advance(len(results))
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, wait only for the chunks that are running
     return done
+
+
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Context with a function that moves a bar on by so many; the bar is shown if the standard error is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        row = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(row, count)
 
 
 def _each(check: Callable, chunk: list) -> list:

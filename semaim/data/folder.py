@@ -39,11 +39,7 @@ def find_images(root: str | os.PathLike) -> list[str]:
     if root.is_file():
         return find_in_shards([root], IMG_EXTENSIONS) if root.suffix == ".tar" else read_list(root)
     files = files_below(root)
-    images = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
-    labels = f"{os.sep}annotations{os.sep}"  # of ADE20K's layout: PNG files that are no images
-    if found := next((path for path in images if labels in path[len(str(root)) :]), None):
-        folder = found[: found.rindex(labels)]
-        raise UserError(f"{folder}/annotations holds label maps, not images: name {folder}/images")
+    images = images_among(files, root)
     images = images or find_in_shards([Path(path) for path in files if path.endswith(".tar")], IMG_EXTENSIONS)
     if not images:
         packed = any(path.endswith((".tar.gz", ".tgz", ".tar.zst")) for path in files)
@@ -54,15 +50,30 @@ def find_images(root: str | os.PathLike) -> list[str]:
     return images
 
 
+def images_among(files: list[str], root: Path) -> list[str]:
+    """The files below the root that are images by their names; `UserError` if some are the label maps of ADE20K's."""
+    images = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
+    labels = f"{os.sep}annotations{os.sep}"  # of ADE20K's layout: PNG files that are no images
+    if found := next((path for path in images if labels in path[len(str(root)) :]), None):
+        folder = found[: found.rindex(labels)]
+        raise UserError(f"{folder}/annotations holds label maps, not images: name {folder}/images")
+    return images
+
+
 def files_below(root: Path) -> list[str]:
-    """Paths of the files below a folder that training reads, sorted.
+    """Paths of the files below a folder that training reads, sorted; raises as `every_file`."""
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
+        root = root / "train"
+    return every_file(root)
+
+
+def every_file(root: Path) -> list[str]:
+    """Paths of the files below a folder, sorted, without those whose names begin with a dot.
 
     `UserError` if there is no such folder, or a link in it leads back to a folder that the link is in.
     """
     if not root.is_dir():
         raise UserError(f"no such folder: {root} (name the images with --data-root DIR)")
-    if (root / "train").is_dir() and any((root / name).is_dir() for name in HELD_OUT):
-        root = root / "train"
     found = []
     for folder, inner, names in os.walk(root, followlinks=True):
         for name in inner:

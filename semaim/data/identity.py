@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from semaim.data.shards import ADDRESS
+from semaim.data.shards import ADDRESS, inner_name
 
 THREADS = 16  #: that ask for sizes at once: on a network disk each answer takes long
 CHUNK = 4096  #: files that a thread asks for in turn
@@ -39,7 +39,7 @@ def identity_of(files: Iterable[str], root: str | os.PathLike) -> str:
 def _add(found, start: str, files: list[str], sizes) -> None:
     for path, size in zip(files, sizes.result(), strict=True):
         place = ADDRESS.fullmatch(path)
-        name = f"{place[1]}={path[place.end(3) + 1 :]}" if place else path
+        name = f"{place[1]}={inner_name(path)}" if place else path
         found.update(os.fsencode(f"{name.removeprefix(start)}\0{size}\0"))
 
 

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from semaim.data.decoding import MOST_PIXELS, decode_pixels
 from semaim.data.findings import Report, StrPath, parallel
 from semaim.data.folder import files_below, find_images, name_of
 from semaim.data.pools import process_pool
-from semaim.data.shards import find_in_shards, printable, read_bytes
+from semaim.data.shards import RECORD, find_in_shards, printable, read_bytes
 from semaim.errors import UserError
 
 #: What libjpeg writes about data that it cannot decode as they stand.
 JPEG_WARNINGS = (b"Corrupt JPEG data", b"Premature end of JPEG file", b"Unsupported marker", b"Invalid ")
+DAMAGED = "damaged JPEG data"  #: the kind of an image that libjpeg has written such a warning of
 
 
 class Examined(NamedTuple):
@@ -64,7 +66,7 @@ def verify_images(
         paths = [path for path in files if path.lower().endswith(IMG_EXTENSIONS)]
         shards = [path for path in files if path.endswith(".tar")]
         for path in files:
-            if path not in shards and not path.lower().endswith(IMG_EXTENSIONS):
+            if path not in shards and not path.lower().endswith((*IMG_EXTENSIONS, RECORD)):
                 report.warning("file that is no image by its name", name_of(path, root))
         if paths and shards:
             report.warning("shards beside images, which are not read", name_of(shards[0], root))
@@ -75,7 +77,7 @@ def verify_images(
                 report.problem("broken shard", str(error))
     if not paths and not report.problems:
         find_images(root)  # says what it has looked for
-    pool = process_pool(max(1, workers), None, _listen, smallest)
+    pool = process_pool(max(1, workers), None, listen, smallest)
     try:
         examined: list[Examined] = parallel(examine, paths, workers, progress, "images", pool)
     except BrokenProcessPool:
@@ -111,7 +113,7 @@ _smallest = 1
 _heard: BinaryIO  #: file that the standard error of this process goes to
 
 
-def _listen(smallest: int) -> None:
+def listen(smallest: int) -> None:
     """Have a process write its errors, those of C libraries too, into a file that it can read."""
     global _smallest, _heard
     _smallest, _heard = smallest, tempfile.TemporaryFile()
@@ -121,12 +123,17 @@ def _listen(smallest: int) -> None:
 
 def examine(path: str) -> Examined:
     """Read an image in a process that listens; exceptions become findings."""
+    return examine_pixels(path)[0]
+
+
+def examine_pixels(path: str) -> tuple[Examined, bytes, Tensor | None]:
+    """`examine`, with the bytes of the file and its pixels, uint8 (3, H, W); None for those that cannot be decoded."""
     try:
         data = read_bytes(path)
     except (OSError, ValueError) as error:
-        return Examined("image that cannot be opened", getattr(error, "strerror", None) or str(error), b"")
+        return Examined("image that cannot be opened", getattr(error, "strerror", None) or str(error), b""), b"", None
     if not data:
-        return Examined("empty file", "0 bytes", b"")
+        return Examined("empty file", "0 bytes", b""), data, None
     digest = hashlib.blake2b(data, digest_size=16).digest()
     _heard.truncate(0)
     _heard.seek(0)
@@ -137,13 +144,14 @@ def examine(path: str) -> Examined:
     except UserError as error:
         text = str(error).removeprefix(f"cannot read image {printable(path)}: ").removesuffix("; repair or remove it")
         kind = "image of too many pixels" if f"the {MOST_PIXELS:,} that are read" in text else "broken image"
-        return Examined(kind, text, digest)
+        return Examined(kind, text, digest), data, None
     except Exception as error:  # Pillow raises many types
-        return Examined("broken image", " ".join(str(error).split()), digest)
+        return Examined("broken image", " ".join(str(error).split()), digest), data, None
     heard = os.pread(_heard.fileno(), 4096, 0)
     if any(text in heard for text in JPEG_WARNINGS):
-        return Examined("damaged JPEG data", heard.decode(errors="replace").splitlines()[0], digest)
+        text = heard.decode(errors="replace").splitlines()[0]
+        return Examined(DAMAGED, text, digest), data, pixels
     height, width = pixels.shape[1:]
     if min(height, width) < _smallest:
-        return Examined(f"image with a side below {_smallest} pixels", f"{width} x {height}", digest)
-    return Examined("", "", digest)
+        return Examined(f"image with a side below {_smallest} pixels", f"{width} x {height}", digest), data, pixels
+    return Examined("", "", digest), data, pixels

@@ -9,7 +9,6 @@ number of workers.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from semaim.data.pools import process_pool
+from semaim.data.pools import locked, process_pool
 from semaim.data.scene_drawing import (
     BACKGROUND,
     CLASSES,
@@ -233,28 +232,17 @@ def _unfinished(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError), _locked(left):
+        with suppress(OSError), locked(left):
             shutil.rmtree(left)
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     folder.mkdir()
     try:
         with ExitStack() as stack:
             with suppress(OSError):  # on a file system without locks, where none is removed either
-                stack.enter_context(_locked(folder))
+                stack.enter_context(locked(folder))
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Context in which this process holds a folder's lock; OSError if another does, or the file system has none."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:

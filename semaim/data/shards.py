@@ -15,6 +15,8 @@ from semaim.errors import UserError
 
 ADDRESS = re.compile(r"(.*?\.tar)\?(\d+)\+(\d+)=.*", re.DOTALL)
 
+RECORD = "shrink.json"  #: in the folder of a copy that `semaim.data.copying` has written
+
 
 def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[str]:
     """Addresses SHARD.tar?OFFSET+BYTES=NAME of the files with these extensions, in their order in the shards.
@@ -47,6 +49,12 @@ def find_in_shards(shards: Iterable[Path], extensions: tuple[str, ...]) -> list[
                 f"{shard} is no tar file, or a broken one ({reason}): copy it again, or remove it"
             ) from None
     return found
+
+
+def inner_name(path: str) -> str:
+    """The name of an image within its shard; other paths as they are."""
+    place = ADDRESS.fullmatch(path)
+    return path[place.end(3) + 1 :] if place else path
 
 
 def printable(name: str) -> str:

@@ -1,17 +1,14 @@
 """What the tests of this folder share: steps in fp64 on a CPU and on a device, compiled blocks, tools on a device."""
 
 import copy
-import functools
 import os
 import subprocess
 import sys
-from unittest.mock import patch
 
 import torch
 from commands import CPU, ROOT, tool
-from torch import nn
 
-from semaim.engine.network import compile_blocks
+from semaim.engine.compiling import compile_blocks
 
 
 def on(device, name, *arguments):
@@ -32,11 +29,7 @@ def torchrun(device, *arguments):
 
 def compiled(network, device):
     """Compile a network's blocks: by the default compiler on a GPU, on a CPU only as far as the graphs, in seconds."""
-    if device == "cuda":
-        compile_blocks(network)
-        return network
-    with patch.object(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager")):
-        compile_blocks(network)
+    compile_blocks(network, "inductor" if device == "cuda" else "aot_eager")
     return network
 
 

@@ -46,6 +46,9 @@ KERNELS = {
 }
 
 
+COMPILED = "the same, blocks compiled, as in long trainings on a GPU"
+
+
 @dataclass(frozen=True)
 class Setting:
     """The setting of a measured step: encoder size, images per step and their side, device, precision of ours."""
@@ -58,7 +61,7 @@ class Setting:
     precision: str = "fp32"
     order: str = "semantic"
     depth: int | None = None  #: of the encoder, overriding the size's
-    compile: bool = False  #: ours with compiled blocks, as `compile=True` of a config
+    compile: bool = False  #: also ours with compiled blocks, as `compile=True` of a config
     reference: str | None = None  #: folder of a clone of the official code
 
     def build(self) -> tuple[SemAIM, Tensor, Tensor]:
@@ -121,7 +124,7 @@ def build_step(variant: str, setting: Setting) -> Callable[[], object]:
     """The step of a variant, with a new model.
 
     Args:
-        variant: "ours", "ours, order in fp32", the "baseline" with explicit masks, or the "official" code.
+        variant: "ours", "ours, compiled", "ours, order in fp32", "baseline" (explicit masks), "official" (code).
         setting: its `reference` is the official code.
     """
     model, images, draw = setting.build()
@@ -133,7 +136,7 @@ def build_step(variant: str, setting: Setting) -> Callable[[], object]:
         return official_step(setting.reference, official_model(setting.reference, model), images)
     if variant == "ours, order in fp32":
         model.look_precision = "fp32"
-    return our_step(model, images, draw, setting.precision, setting.compile)
+    return our_step(model, images, draw, setting.precision, variant == "ours, compiled")
 
 
 def check_parity(model: SemAIM, images: Tensor, draw: Tensor, reference: str | None = None) -> dict[str, float]:
@@ -189,7 +192,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
     difference = check_parity(model, images[:4], draw[:4], setting.reference)
     details = {**asdict(setting), "gradient_difference": difference["gradients"], "repeats": repeats}
     common: dict[str, Any] = {"loss_difference": difference["loss"], "details": details}
-    variants = ["ours", "baseline"]
+    variants = ["ours", "baseline"] + ["ours, compiled"] * setting.compile
     variants += ["ours, order in fp32"] * (setting.precision == "bf16") + ["official"] * bool(setting.reference)
 
     flops = 0
@@ -216,6 +219,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
     rows = []
     for ours, theirs, title in (
         ("ours", "baseline", what),
+        ("ours, compiled", "baseline", COMPILED),
         ("ours, order in fp32", "baseline", "the same, order pass in fp32"),
         ("ours", "official", "the same, against the official code"),
         ("ours, order in fp32", "official", "the same, order pass in fp32, against the official code"),
@@ -224,7 +228,7 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
         if ours not in times or theirs not in times:
             continue
         timing = ratio_of(times[ours], times[theirs])
-        targets = ((3.0, 0.5) if where == "GPU" else (1.2, 0.7)) if title == what else (None, None)
+        targets = ((3.0, 0.5) if where == "GPU" else (1.2, 0.7)) if title in (what, COMPILED) else (None, None)
         rows += [
             Row(
                 title, where, "images/s", targets[0], ours=setting.batch / timing.ours,
@@ -241,14 +245,14 @@ def pretrain(setting: Setting, repeats: int = 5) -> list[Row]:
             without_gpu("its peak memory", "MB", 0.5, at_least=False),
             without_gpu("share of the card's measured bf16 matmul rate", "", 0.5, of_ours=True),
         ]
-    best, used = matmul_rate(device, torch.bfloat16), flops / statistics.median(times["ours"])
-    rate = {"matmul_tflops": best / 1e12, "step_tflops": used / 1e12, **details}
-    return rows + [
-        Row(
-            "share of the card's measured bf16 matmul rate", where, "", 0.5, of_ours=True, ours=used / best,
-            details=rate,
-        )
-    ]  # fmt: skip
+    best = matmul_rate(device, torch.bfloat16)
+    for name in ("ours", "ours, compiled"):
+        if name in times:
+            used = flops / statistics.median(times[name])
+            rate = {"matmul_tflops": best / 1e12, "step_tflops": used / 1e12, **details}
+            title = f"share of the card's measured bf16 matmul rate, {name}"
+            rows.append(Row(title, where, "", 0.5, of_ours=True, ours=used / best, details=rate))
+    return rows
 
 
 def attention(setting: Setting, repeats: int = 5) -> list[Row]:

@@ -8,7 +8,7 @@ change can pay, and how much, before the change is made.
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +24,7 @@ from semaim.benchmarks.detection import plain_blocks
 from semaim.benchmarks.pretraining import Setting, groups_of
 from semaim.engine.compiling import blocks_of
 from semaim.errors import UserError
-from semaim.models import segvit
+from semaim.models import relative, segvit
 from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet
 
 
@@ -169,9 +169,19 @@ def dense(network: nn.Module, batch: int, img_size: int, plain: Callable) -> Ite
 
 
 def vitdet(model: str, batch: int, img_size: int) -> Iterator:
-    """The forms of ViTDet's encoder and pyramid."""
+    """The forms of ViTDet's encoder and pyramid: relative positions folded into the heads, or by the kernel."""
     encoder = ViTDet(model, img_size)
-    yield from dense(nn.Sequential(encoder, SimpleFeaturePyramid(encoder.embed_dim)), batch, img_size, plain_blocks)
+    network = nn.Sequential(encoder, SimpleFeaturePyramid(encoder.embed_dim))
+    yield from dense(network, batch, img_size, plain_blocks)
+    *_, (_, inputs, groups, form) = dense(network, batch, img_size, plain_blocks)
+    for block in encoder.blocks:
+        block.attn.kernel = "triton"
+    yield network, inputs, groups, replace(form, name="ours, compiled, with the kernel", context=kernel_is_there)
+
+
+def kernel_is_there() -> contextlib.AbstractContextManager:
+    """As on a GPU on which the kernel for relative positions runs."""
+    return patch.object(relative, "works", lambda *_: True)
 
 
 def upernet(model: str, batch: int, img_size: int) -> Iterator:

@@ -67,7 +67,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         command.add_argument("--out", type=Path, metavar="FILE.json", help=f"default: work_dirs/benchmarks/{name}.json")
     commands.choices["pretrain"].add_argument("--order", default="semantic", help="default: %(default)s")
     commands.choices["pretrain"].add_argument("--depth", type=number(1), metavar="N", help="blocks (default: model's)")
-    commands.choices["pretrain"].add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    commands.choices["pretrain"].add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="also ours with compiled blocks (default: on a GPU)"
+    )
     for name, repository, what in (
         ("pretrain", "skyoux/SemAIM", "the official step"),
         ("vitdet", "facebookresearch/detectron2", "the whole backbone beside its own"),
@@ -130,6 +132,8 @@ def complete(args: argparse.Namespace) -> None:
 
     args.device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     on_gpu = args.device == "cuda"
+    if getattr(args, "compile", False) is None:
+        args.compile = on_gpu
     args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     if args.precision == "bf16" and not on_gpu and not cpu_has_bf16():
         raise UserError("--precision bf16: this processor has no instructions for it (AVX-512 BF16)")

@@ -171,7 +171,7 @@ def test_a_wrong_value_is_one_line(tmp_path):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     write_scenes(tmp_path / "scenes", 8, 96, seed=0)
     places = ["--data-root", tmp_path / "scenes" / "coco", "--work-dir", tmp_path / "run"]
-    options = flags({"model.backbone.rel_pos_kernel": "cuda"})
+    options = flags({"model.backbone.rel_pos_kernel": "cuda", "total_batch_size": 2})
     done = tool("train.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", *places, *options)
     one_line(done, "rel_pos_kernel 'cuda': choose from folded, triton")
 
@@ -294,7 +294,7 @@ class TestOnGPU:
         found = {}
         for kernel in ("folded", "triton"):
             torch.manual_seed(0)
-            size = dict(size="tiny", depth=4, img_size=256, window_size=7, with_cp=with_cp)
+            size = dict(size="tiny", depth=8, img_size=256, window_size=7, with_cp=with_cp)
             model = ViTDet(**size, rel_pos_kernel=kernel).cuda().train()
             for name, table in model.named_parameters():
                 if "rel_pos" in name:
@@ -305,4 +305,4 @@ class TestOnGPU:
             found[kernel] = [out.detach().float(), *(parameter.grad for parameter in model.parameters())]
         assert not caplog.messages
         for mine, expected in zip(found["triton"], found["folded"], strict=True):
-            assert (mine - expected).norm() <= 0.05 * expected.norm() + 1e-6
+            assert (mine - expected).norm() <= 0.1 * expected.norm() + 1e-6

@@ -91,10 +91,10 @@ def inputs_of(grid, dim, heads=2, device="cpu", dtype=torch.float32):
 @pytest.fixture
 def forget():
     """Before and after, nothing has been tried and no line was written."""
-    for cached in (relative.works, relative.warn, relative.find_fault):
+    for cached in (relative.find_fault, relative.warn):
         cached.cache_clear()
     yield
-    for cached in (relative.works, relative.warn, relative.find_fault):
+    for cached in (relative.find_fault, relative.warn):
         cached.cache_clear()
 
 
@@ -106,6 +106,15 @@ def test_on_a_cpu_the_folded_form_runs_and_one_line_says_so(forget, caplog):
     relative_attention(*inputs_of((3, 5), 8)[:3], (3, 5), *inputs_of((3, 5), 8)[3:], "triton")
     line = "rel_pos_kernel='triton': it needs a GPU, not cpu; the folded form runs instead"
     assert caplog.messages == [line]
+
+
+def test_the_choice_compiles_without_a_break_of_the_graph(forget):
+    def run(*tensors):
+        return relative_attention(*tensors[:3], (3, 4), *tensors[3:], "triton")
+
+    inputs = inputs_of((3, 4), 8)
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(found, run(*inputs))
 
 
 def raises(*unused):
@@ -138,7 +147,6 @@ def test_old_gpus_and_a_missing_triton_are_named(forget, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     for present, message in ((True, "T4 is older than compute capability 8.0"), (False, "triton is not installed")):
         monkeypatch.setattr(relative, "find_spec", lambda name, present=present: present or None)
-        relative.works.cache_clear()
         relative.find_fault.cache_clear()
         assert not relative.works(torch.device("cuda", 0), torch.bfloat16, 64, 16, 64)
         assert message in caplog.messages[-1]
@@ -171,7 +179,7 @@ def test_a_wrong_value_is_one_line(tmp_path):
     pytest.importorskip("mmdet", reason="mmdet is not installed: runs after tools/setup.sh --extras all")
     write_scenes(tmp_path / "scenes", 8, 96, seed=0)
     places = ["--data-root", tmp_path / "scenes" / "coco", "--work-dir", tmp_path / "run"]
-    options = flags({"model.backbone.rel_pos_kernel": "cuda"})
+    options = flags({"model.backbone.rel_pos_kernel": "cuda", "total_batch_size": 2})
     done = tool("train.py", "mmdet_configs/semaim_mask_rcnn_scenes.py", *places, *options)
     one_line(done, "rel_pos_kernel 'cuda': choose from folded, triton")
 
@@ -294,7 +302,7 @@ class TestOnGPU:
         found = {}
         for kernel in ("folded", "triton"):
             torch.manual_seed(0)
-            size = dict(size="tiny", depth=4, img_size=256, window_size=7, with_cp=with_cp)
+            size = dict(size="tiny", depth=8, img_size=256, window_size=7, with_cp=with_cp)
             model = ViTDet(**size, rel_pos_kernel=kernel).cuda().train()
             for name, table in model.named_parameters():
                 if "rel_pos" in name:
@@ -305,4 +313,4 @@ class TestOnGPU:
             found[kernel] = [out.detach().float(), *(parameter.grad for parameter in model.parameters())]
         assert not caplog.messages
         for mine, expected in zip(found["triton"], found["folded"], strict=True):
-            assert (mine - expected).norm() <= 0.05 * expected.norm() + 1e-6
+            assert (mine - expected).norm() <= 0.1 * expected.norm() + 1e-6

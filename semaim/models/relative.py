@@ -103,8 +103,7 @@ def relative_attention(
     return folded(query, key, value, *along_axes(query, grid, rel_pos_h, rel_pos_w))
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # a compiler asks once and does not look inside
 def works(device: torch.device, dtype: torch.dtype, dim: int, height: int, width: int) -> bool:
     """Whether the kernel runs on a device: no `find_fault`. If not, one line says why."""
     fault = find_fault(device, dtype, dim, height, width)

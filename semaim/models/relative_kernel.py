@@ -279,6 +279,12 @@ def _by_token(query: Tensor) -> Tensor:
     return query.new_empty(images, tokens, heads, dim).transpose(1, 2)
 
 
+def _gradients(query: Tensor, along_h: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """New tensors for the gradients of queries, keys, values and both biases."""
+    biases = along_h.new_empty(along_h.shape), along_w.new_empty(along_w.shape)
+    return _by_token(query), _by_token(query), _by_token(query), *biases
+
+
 @torch.library.custom_op("semaim::relative_attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> tuple[Tensor, Tensor]:
     """Attention whose logits are q.k / sqrt(d), plus `along_h` at the key's row, plus `along_w` at its column.
@@ -309,8 +315,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the arguments of `attention`, in its order, from that of its output."""
     grad, query, key, value = _strided(grad, query, key, value)
-    along_h, along_w, delta = along_h.contiguous(), along_w.contiguous(), torch.empty_like(lse)
-    grads = _by_token(query), _by_token(query), _by_token(query), torch.empty_like(along_h), torch.empty_like(along_w)
+    along_h, along_w, lse = along_h.contiguous(), along_w.contiguous(), lse.contiguous()
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # as it was made: no copy, unless a compiler moved it
+    delta, grads = torch.empty_like(lse), _gradients(query, along_h, along_w)
     inputs = [query, key, value, along_h, along_w]
     tensors = [*inputs, out, grad, lse, delta, grads[0], grads[3], grads[4]]
     _launch(_backward_queries, query, along_h, along_w, tensors, query, key, value, grad)
@@ -322,7 +329,7 @@ def attention_backward(
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, ...]:
-    return (*(_by_token(query) for _ in range(3)), torch.empty_like(along_h), torch.empty_like(along_w))
+    return _gradients(query, along_h, along_w)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

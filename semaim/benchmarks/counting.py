@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 #: Kind of work -> beginnings of the names of its operations; the first that fits counts. The rest is "sums and others".
 KINDS = {
-    "attention": ("_scaled_dot_product", "_flash_attention", "_efficient_attention"),
+    "attention": ("_scaled_dot_product", "relative_attention", "_flash_attention", "_efficient_attention"),
     "products": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
     "norms": ("native_layer_norm", "native_group_norm"),
     "activations": ("gelu", "_softmax", "_safe_softmax"),
@@ -146,7 +146,7 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation and note its work."""
         out = func(*args, **(kwargs or {}))
-        if not self.paused and func.namespace == "aten" and (work := work_of(func, args, kwargs or {}, out)):
+        if not self.paused and func.namespace in ("aten", "semaim") and (work := work_of(func, args, kwargs or {}, out)):
             self.works.append(work)
         return out
 

@@ -9,7 +9,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -25,7 +25,7 @@ from semaim.benchmarks.pretraining import Setting, groups_of
 from semaim.engine.compiling import blocks_of
 from semaim.errors import UserError
 from semaim.models import relative, segvit
-from semaim.models.vitdet import SimpleFeaturePyramid, ViTDet
+from semaim.models.vitdet import MapAttention, SimpleFeaturePyramid, ViTDet
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def vitdet(model: str, batch: int, img_size: int) -> Iterator:
     network = nn.Sequential(encoder, SimpleFeaturePyramid(encoder.embed_dim))
     yield from dense(network, batch, img_size, plain_blocks)
     *_, (_, inputs, groups, form) = dense(network, batch, img_size, plain_blocks)
-    for block in encoder.blocks:
-        block.attn.kernel = "triton"
+    for index in encoder.global_blocks:
+        cast(MapAttention, encoder.blocks[index].attn).kernel = "triton"
     yield network, inputs, groups, replace(form, name="ours, compiled, with the kernel", context=kernel_is_there)
 
 

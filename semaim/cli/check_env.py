@@ -154,7 +154,7 @@ def check_compile():
     if torch.cuda.is_available():
         found.append("triton" if importlib.util.find_spec("triton") else "no triton")
     if found[0] != compiler or "no triton" in found:
-        return ", ".join(found), "missing", "only torch.compile needs it: install g++ (and triton on GPUs)"
+        return ", ".join(found), "missing", "only compiled blocks need it: install g++ (and triton on GPUs)"
     return f"can run with {', '.join(found)} (not tried)", "ok", ""
 
 

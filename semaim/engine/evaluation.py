@@ -203,7 +203,8 @@ class FeatureTask(ImageTask):
         """The metrics of the config's `evaluation`; of several tasks all, as TASK/METRIC."""
         assert isinstance(run, PreparedFeatures)
         device = torch.device(get_device())
-        log = logger_of(cfg).info
+        logger = logger_of(cfg)
+        log = logger.info
         path = None if weights == RANDOM else weights
         record_origin(cfg, path)
         model: Classification = build_model(cfg.model)
@@ -211,7 +212,7 @@ class FeatureTask(ImageTask):
             log("random weights: the encoder as initialised")
         else:
             log(str(record_load(self.load_encoder(cfg, model, path), cfg)))
-        compile_for(cfg, model, 0, device, logger_of(cfg))
+        compile_for(cfg, model, 0, device, logger)
         log(f"images normalised with {run.statistics}; {cfg.model.network.img_size} pixels")
         forget()
         found = extract_sets(cfg, run, model.to(device).eval(), device, log)

@@ -200,6 +200,7 @@ def test_a_seed_twice_is_not_averaged(tmp_path):
         {"val_images": 49999},
         {"data": "data/other", "train_images": 7},
         {"stage": "Classification"},
+        {"precision": "bf16"},
         {"cfg_options": {"base_lr": 1e-3}},
         {"cfg_options": None},
         {"task": "linear probing"},

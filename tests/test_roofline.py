@@ -177,6 +177,7 @@ def test_the_command_prints_and_writes_every_form(step, tmp_path):
 
 def test_an_image_side_that_patches_do_not_fill_is_one_line():
     one_line(tool("benchmark.py", "roofline", "--img-size", 100), "--img-size 100: give a multiple of 16")
+    one_line(tool("benchmark.py", "roofline", "vitdet", "--img-size", 48), "--img-size 48: give a multiple of 32")
 
 
 @pytest.mark.slow

@@ -262,6 +262,8 @@ def test_what_is_wrong_with_a_copy_is_found(small, tmp_path, here):
     shard.write_bytes(shard.read_bytes()[:1000])
     check("broken shard: 1\n    a/000000.tar: ")
     shard.unlink()
+    check("makes it anew")
+    shard.unlink()
     check("broken shard: 1\n    a/000000.tar: cannot read")
     shard.write_bytes(other.read_bytes())
     check("shard with other images than its source: 1\n    a/000000.tar: 3")
@@ -310,8 +312,9 @@ def test_a_shard_that_is_wrong_at_the_end_is_written_again(small, tmp_path):
         ("source", "held", [], "another process is writing"),
         ("source", "new", ["--check"], "new is not there"),
         ("source", "new", ["--quality", "101"], "--quality 101: give 1 to 100"),
+        ("source", "new", ["--most-damaged", "nan"], "--most-damaged nan: give a share, from 0 to 1"),
         ("source", "new", ["--side", "8"], "give a whole number of 16 or more"),
-        ("nowhere", "new", [], "no such folder: "),
+        ("nowhere", "new", [], "nowhere\n"),
         ("done", "new", [], "its shards are not read, unpack them"),
         ("full", "new", [], "no images in "),
         ("ade", "new", [], "annotations holds label maps, not images"),
@@ -330,6 +333,32 @@ def test_mistakes_are_one_line(small, tmp_path, source, target, more, message):
     with locked(tmp_path / ".held.part"):
         one_line(tool("shrink.py", tmp_path / source, tmp_path / target, "--side", 24, *more), message)
     assert contents(tmp_path) == before
+
+
+def test_names_of_other_bytes_are_recorded(small, tmp_path, here):
+    os.rename(small / "b", os.fsencode(small) + b"/b\xff\x1b")
+    line = ["shrink.py", small, tmp_path / "copy", "--side", 24]
+    one_line(here(*line), "cannot read image")
+    done = here(*line, "--on-error", "skip", "--most-damaged", 1)
+    assert done.returncode == 0 and here(*line, "--check").returncode == 0, done.stderr
+
+
+def test_a_mount_point_is_refused(small, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(copying.Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(UserError, match="disk is a mount point: name a folder in it"):
+        shrink(small, tmp_path / "disk", 24)
+
+
+@pytest.mark.parametrize("part", [None, {"left_out": []}, {"damaged": 1}, {"images": "3"}, {"size": None}])
+def test_a_broken_record_is_one_line(part, small, tmp_path):
+    copy = tmp_path / "copy"
+    shrink(small, copy, 24, on_error="skip", most_damaged=1)
+    record = json.loads((copy / "shrink.json").read_text())
+    record["shards"]["a/000000.tar"] = part and record["shards"]["a/000000.tar"] | part
+    (copy / "shrink.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="is no copy that this command has finished"):
+        shrink(small, copy, 24)
 
 
 def test_a_full_disk_and_a_lost_process_are_one_line(small, tmp_path, monkeypatch):

@@ -212,8 +212,9 @@ def roofline(step: str, model: str, batch: int | None, img_size: int | None, car
     """
     forms, usual_batch, usual_size = STEPS[step]
     batch, img_size = batch or usual_batch, img_size or usual_size
-    if img_size % 16:
-        raise UserError(f"--img-size {img_size}: give a multiple of 16")
+    multiple = 16 if step == "pretrain" else 32  # a pyramid has a map of 1/32
+    if img_size % multiple:
+        raise UserError(f"--img-size {img_size}: give a multiple of {multiple}")
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_a_gpu():
         return [
             count(network, inputs, groups, form, CARDS[card])

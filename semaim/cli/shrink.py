@@ -40,6 +40,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     args = parser.parse_args(argv)
     if args.quality > 100:
         raise UserError(f"--quality {args.quality}: give 1 to 100")
+    if not 0 <= args.most_damaged <= 1:
+        raise UserError(f"--most-damaged {args.most_damaged:g}: give a share, from 0 to 1")
     return args
 
 

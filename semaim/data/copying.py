@@ -40,7 +40,6 @@ EVERY = 1.0  #: s between two writes of the record, which has a line for every s
 AHEAD = 4  #: chunks per process that are worked on or wait to be written
 FORM = tarfile.GNU_FORMAT
 COUNTED = ("images", "as_they_were", "bytes", "bytes_of_source")  #: what the record counts of each shard
-PART = (*COUNTED, "left_out", "damaged", "size")  #: what the record has of each shard; `size` is the tar file's
 
 
 def shards_of(images: Iterable[str]) -> dict[str, list[str]]:
@@ -98,11 +97,15 @@ def shrink(
     images, others = list_source(source)
     request: dict[str, Any] = {"copy": COPY, "side": side, "quality": quality, "images": len(images)}
     request["source"] = identity_of((str(source / name) for name in images), source)
+    if target.is_mount():  # another file system than the folder beside it, and it cannot be renamed
+        raise UserError(f"{target} is a mount point: name a folder in it")
     copy = Copy(source, target, request, shards_of(images), max(1, workers), progress)
     report = Report(str(target))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         copy.read(f"{target} exists and is no copy that this command has finished: name another folder")
         copy.check(report)
+        if report.problems:
+            report.summary.append(f"remove {target}, and the command without --check makes it anew")
     elif only_check:
         unfinished = "; an unfinished copy is: leave out --check to go on" * copy.unfinished.exists()
         raise UserError(f"{target} is not there{unfinished}")
@@ -147,14 +150,14 @@ class Copy:
                 f"{self.folder} is no copy of {self.source} as it is now, by this command: name another folder"
             )
         shards = record.get("shards")
-        if not isinstance(shards, dict) or any(set(PART) - set(part) for part in shards.values()):
+        if not isinstance(shards, dict) or not all(map(is_part, shards.values())):
             raise UserError(otherwise)
-        self.finished = shards
+        self.finished = {shard: shards[key] for shard in self.shards if (key := printable(shard)) in shards}
 
     def save(self) -> None:
-        """Write the record."""
+        """Write the record, with printable names: a name of other bytes than UTF-8 could not be read again."""
         total = {key: sum(part[key] for part in self.finished.values()) for key in COUNTED}
-        finished = {shard: self.finished[shard] for shard in self.shards if shard in self.finished}
+        finished = {printable(shard): self.finished[shard] for shard in self.shards if shard in self.finished}
         write_json(self.folder / RECORD, {**self.request, "total": total, "shards": finished})
 
     @contextmanager
@@ -301,6 +304,13 @@ class Copy:
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value has what the record has of a shard."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), int) for key in (*COUNTED, "size")):
+        return False
+    return isinstance(value.get("left_out"), dict) and isinstance(value.get("damaged"), list)
 
 
 def in_order(pool: ProcessPoolExecutor, work: Callable, tasks: Iterable, ahead: int) -> Iterator:

@@ -69,6 +69,8 @@ def list_source(source: Path) -> tuple[list[str], list[str]]:
 
     Unlike pretraining, which reads `train` alone, it has all splits.
     """
+    if not source.is_dir():
+        raise UserError(f"no such folder: {source}")
     files = every_file(source)
     images = [name_of(path, source) for path in images_among(files, source)]
     others = [name for name in (name_of(path, source) for path in files) if not name.lower().endswith(IMG_EXTENSIONS)]

@@ -22,6 +22,7 @@ ORIGIN = {
     "validation images": "val_images",
     "seed": "seed",
     "hardware": "device",
+    "precision": "precision",
     "date": "date",
 }
 
@@ -94,7 +95,7 @@ def data_of(run: Run, catalogue: Catalogue) -> str:
 
 def setting_of(run: Run) -> tuple:
     """Everything else recorded that a run's figure depends on, except the seed; changes are in its remarks."""
-    names = ("stage", "train_images", "val_images", "pretrain_config", "pretrain_images")
+    names = ("stage", "train_images", "val_images", "pretrain_config", "pretrain_images", "precision")
     recorded = [getattr(run.record, name) for name in names] + [run.scales]
     weights = run.record.pretrain_epochs if run.identified else run.record.checkpoint
     return (run.method, run.backbone, run.task, run.metric, run.config, run.length, *recorded, weights)

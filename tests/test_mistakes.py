@@ -97,6 +97,7 @@ def refused(done, *messages):
             for row in [
                 (DETECTOR, "model.backbone.windw_size=3", "model.backbone.windw_size: did you mean window_size"),
                 (DETECTOR, "train_cfg.max_iter=3", "unknown config key train_cfg.max_iter: did you mean max_iters"),
+                (DETECTOR, "compile=yes", "compile is 'yes': give True, False or auto"),
                 (DETECTOR, "max_epochs=3", "did you mean train_cfg.max_iters?"),
                 (DETECTOR, "model.network.drop_path_rate=0.1", "did you mean model.backbone.drop_path_rate?"),
                 (DETECTOR, "model.roi_head.bbox_head.num_clases=3", "did you mean num_classes"),

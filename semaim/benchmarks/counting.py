@@ -146,7 +146,11 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation and note its work."""
         out = func(*args, **(kwargs or {}))
-        if not self.paused and func.namespace in ("aten", "semaim") and (work := work_of(func, args, kwargs or {}, out)):
+        if (
+            not self.paused
+            and func.namespace in ("aten", "semaim")
+            and (work := work_of(func, args, kwargs or {}, out))
+        ):
             self.works.append(work)
         return out
 

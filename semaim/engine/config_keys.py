@@ -367,7 +367,7 @@ def _check_kind(path: str, value: object, had: object) -> None:
         raise UserError(f"--cfg-options {path}={value}: {path} has keys: set {path}.{next(iter(had))} or another")
     if isinstance(had, list | tuple) and any(isinstance(part, Mapping) for part in had) and isinstance(value, str):
         raise UserError(f"--cfg-options {path}={value}: {path} is a list: set {path}.0 to {path}.{len(had) - 1}")
-    if isinstance(value, str) and isinstance(had, int | float):
+    if isinstance(value, str) and isinstance(had, int | float) and path != "compile":  # which may be "auto"
         kind = "True or False" if isinstance(had, bool) else "a number"
         raise UserError(f"--cfg-options {path}={value}: {path} is {kind}")
 

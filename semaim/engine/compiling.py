@@ -86,7 +86,7 @@ def compile_for(cfg: Config, model: nn.Module, steps: int, device: torch.device,
             )
         log.warning(f"blocks are not compiled: {reason}; training is slower")
         return False
-    log.info(f"compiling {compile_blocks(model)} blocks: the first step takes about a minute")
+    log.info(f"compiling {compile_blocks(model)} blocks when they first run: about a minute")
     return True
 
 

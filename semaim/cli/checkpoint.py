@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     inspect.add_argument("file", metavar="SOURCE", help="a file, timm:NAME[.TAG], hf-hub:OWNER/REPO or local-dir:DIR")
     add_flags(inspect, "--arch")
     convert = commands.add_parser("convert", help="write it in another dialect, the same weights to the last bit")
-    convert.add_argument("file")
+    convert.add_argument("file", help="a checkpoint of any dialect")
     convert.add_argument("out", help=".pth, or for timm also .safetensors")
     convert.add_argument(
         "--to",
@@ -27,8 +27,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="mmdet takes a whole ViTDet detector of detectron2's, the others an encoder",
     )
     export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
-    export.add_argument("file")
-    export.add_argument("folder", metavar="DIR")
+    export.add_argument("file", help="a checkpoint of any dialect")
+    export.add_argument("folder", metavar="DIR", help="folder to make")
     for command in (convert, export):
         command.add_argument("--allow-partial", action="store_true", help="of another ViT, write a plain ViT's parts")
     return parser.parse_args(argv)

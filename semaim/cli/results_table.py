@@ -15,7 +15,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " differs; every other row says which field does. Gains between methods have 95 % intervals.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="searched recursively for results.json")
-    parser.add_argument("--format", choices=FORMATS, default="md", help="(%(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="md", help="of the table (default: %(default)s)")
     parser.add_argument("--glance", action="store_true", help="Markdown of our own figures, one line per encoder")
     parser.add_argument("--out", metavar="FILE", help="write to a file (default: the terminal)")
     parser.add_argument(

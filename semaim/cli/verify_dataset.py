@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     coco.add_argument("--ann", metavar="FILE", help="one annotation file of another name, relative to ROOT")
     coco.add_argument("--images", metavar="DIR", help="the folder of its images, relative to ROOT")
     ade = commands.add_parser("ade20k", help="images/{training,validation} and annotations/{training,validation}")
-    ade.add_argument("root", metavar="ROOT")
+    ade.add_argument("root", metavar="ROOT", help="holds images/ and annotations/")
     ade.add_argument("--classes", type=int, default=150, help="unlabelled not counted (%(default)s)")
     ade.add_argument(
         "--reduce-zero-label",
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="largest share of a split's pixels that may be unlabelled, from 0 to 1 (default: any)",
     )
     images = commands.add_parser("images", help="any images: folders, a list file, or tar shards, as for pretraining")
-    images.add_argument("root", metavar="ROOT")
+    images.add_argument("root", metavar="ROOT", help="folder of images, with its subfolders")
     images.add_argument("--out", metavar="FILE", help="write a list of the images to leave out, for dataset.skip")
     images.add_argument("--smallest", type=int, default=16, help="least side of an image in pixels (%(default)s)")
     for command in (coco, ade, images):

@@ -14,7 +14,10 @@ class SquarePadding(DetDataPreprocessor):
 
     Args:
         side: of the square in pixels. A larger image raises `UserError`.
-        **arguments: of mmdet's `DetDataPreprocessor`.
+        mean, std: of the three channels, of pixels from 0 to 255.
+        bgr_to_rgb: whether images are read with the channels BGR, as OpenCV does, and turned to RGB.
+        pad_mask: whether the masks of objects are padded too, which training on masks needs.
+        **arguments: further ones of mmdet's `DetDataPreprocessor`.
 
     Source: `square_pad` of detectron2's ViTDet, which crops a larger image.
     """

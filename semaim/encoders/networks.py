@@ -233,7 +233,8 @@ class PlainSegmentationViT(OnEncoder):
     Args:
         encoder: of `OnEncoder`.
         img_size: side or (height, width) in pixels of the training crops, for which position tables are resampled.
-        patch_size: as for `PlainViTDet`.
+        patch_size: side of a patch in pixels; the projection of other patches is resampled when weights are loaded.
+            None for the encoder's own.
         out_blocks: blocks whose maps are returned; None for the last of each quarter, and of 12 blocks 3, 5, 7, 11.
         freeze: of `OnEncoder`.
         drop_path_rate: of the last block, rising linearly from 0 at the first.
@@ -279,11 +280,15 @@ class FrozenViT(OnEncoder):
     It is always in eval mode and computes without gradients. Images may be of any size, as for `PlainSegmentationViT`.
 
     Args:
-        encoder: of `OnEncoder`; None for this suite's own ViT of the sizes below.
-        img_size: as for `PlainSegmentationViT`.
-        patch_size: as for `PlainViTDet`.
+        encoder: the description of the encoder; None for this suite's own ViT of the sizes below, or until the source of
+            the weights gives it.
+        img_size: side or (height, width) in pixels of the training crops, for which position tables are resampled.
+        patch_size: side of a patch in pixels; the projection of other patches is resampled when weights are loaded.
+            None for the encoder's own.
         last_blocks: number of last blocks whose maps are returned, each after the final norm.
-        size, embed_dim, depth, num_heads, mlp_ratio: of this suite's own ViT, see `VisionTransformer`.
+        size: of this suite's own ViT, a name of `SIZES`; None for the encoder of the source of the weights.
+        embed_dim, depth, num_heads: width of a token, blocks, and heads of a block's attention; None: those of `size`.
+        mlp_ratio: MLP width over `embed_dim`.
     """
 
     def __init__(

@@ -24,7 +24,13 @@ OWN = ("size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp
 
 
 def build_classifier(encoder: dict | None = None, **kwargs) -> Classifier | PlainClassifier:
-    """A `Classifier`, or a `PlainClassifier` on the described encoder, from plain values."""
+    """A `Classifier`, or a `PlainClassifier` on the described encoder, from plain values.
+
+    Args:
+        encoder: the description of an encoder of any family, which the source of the weights gives in configs `plain_*`;
+            None for this suite's own ViT of the sizes here.
+        **kwargs: of either.
+    """
     try:
         if encoder is not None:
             return PlainClassifier(encoder, **{key: value for key, value in kwargs.items() if key not in OWN})

@@ -24,8 +24,11 @@ class Settings:
     """Of both classifiers.
 
     Args:
-        k, temperature: of k-NN, see `knn_hits`.
-        lrs, epochs, batch, held_out: of the probe, see `fast_probe`.
+        k: neighbours of k-NN.
+        temperature: of the weights exp(cosine / temperature) of neighbours.
+        lrs: learning rates to try for the linear probe.
+        epochs, batch: of the probe's training.
+        held_out: share of the training images for choosing the learning rate.
     """
 
     k: int = 20

@@ -99,7 +99,12 @@ class UpdateEma(Hook):
 
 @LOG_PROCESSORS.register_module()
 class TrainLog(LogProcessor):
-    """One line: progress, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA."""
+    """One line: progress, loss, learning rate, gradient norm, images/s, share of time waiting for data, ETA.
+
+    Args:
+        window_size: iterations whose mean loss and time a line shows.
+        by_epoch: whether lines and scalars count in epochs.
+    """
 
     mean_pattern: re.Pattern[str]  #: mmengine's: the values whose mean a line shows
 

@@ -11,7 +11,11 @@ from semaim.engine.precision import autocast, check_precision, computed_in
 
 @MODELS.register_module()
 class NormaliseImages(BaseDataPreprocessor):
-    """Moves a batch to the device and normalises its uint8 images there, for a quarter of the traffic of floats."""
+    """Moves a batch to the device and normalises its uint8 images there, for a quarter of the traffic of floats.
+
+    Args:
+        mean, std: of the three channels of pixels from 0 to 1.
+    """
 
     def __init__(self, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__(non_blocking=True)

@@ -135,7 +135,14 @@ def fuse(optimizer: dict) -> dict:
 
 @OPTIMIZERS.register_module(name="LARS")
 class Lars(timm.optim.Lars):
-    """timm's LARS as MAE's linear probe uses it: learning rates adapt for matrices only, also without weight decay."""
+    """timm's LARS as MAE's linear probe uses it: learning rates adapt for matrices only, also without weight decay.
+
+    Args:
+        params: groups of parameters, as for PyTorch's optimizers.
+        lr: learning rate.
+        momentum: share of the last step's update that is added to the next.
+        weight_decay: factor of the weights that is added to their gradients.
+    """
 
     def __init__(self, params, lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0):
         groups = [
@@ -149,7 +156,11 @@ class Lars(timm.optim.Lars):
 
 @OPTIM_WRAPPERS.register_module()
 class DeferredOptimWrapper(OptimWrapper):
-    """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until it is read."""
+    """mmengine's, but the norm of the clipped gradient stays on the device, in `grad_norm`, until it is read.
+
+    Args:
+        clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as dict(max_norm=3.0); None: not clipped.
+    """
 
     grad_norm: Tensor | None = None
 

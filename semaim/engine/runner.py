@@ -94,7 +94,12 @@ def _end_workers() -> None:
 
 @LOOPS.register_module()
 class ResumableLoop(Resumable, EpochBasedTrainLoop):
-    """Training by epochs."""
+    """Training by epochs.
+
+    Args:
+        max_epochs: epochs of the run.
+        val_interval: epochs between two validations.
+    """
 
     def work(self) -> torch.nn.Module:
         """mmengine's loop over epochs, with validation; also repeats a last validation that was interrupted."""

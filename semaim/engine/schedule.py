@@ -86,7 +86,7 @@ class ScheduleInShares(_ParamScheduler):
 
 @PARAM_SCHEDULERS.register_module()
 class CosineWithWarmup(ScheduleInShares):
-    """`cosine_with_warmup`.
+    """MAE's and SemAIM's schedule, `cosine_with_warmup`: a linear warm-up, then half a cosine.
 
     Args:
         min_lr: the rate of a parameter group of scale 1 at the end.

@@ -193,6 +193,7 @@ class VisionTransformer(nn.Module):
         img_size: side or (height, width) in pixels of the position table.
         patch_size: side or (height, width) in pixels of a patch.
         in_chans: image channels.
+        embed_dim, depth, num_heads: width of a token, blocks, and heads of a block's attention; None: those of `size`.
         mlp_ratio: MLP width over `embed_dim`.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         with_cp: recompute activations in the backward pass (less memory, about a third more time).

@@ -222,6 +222,9 @@ class SimpleFeaturePyramid(nn.Module):
 class MapScales(nn.ModuleList):
     """Maps of one stride -> 4, 2, 1 and 1/2 times their size, channels unchanged: the input of an ordinary FPN.
 
+    Args:
+        channels: of the maps.
+
     Source: Li et al., Benchmarking Detection Transfer Learning with Vision Transformers (2021), whose code is not
     public; the layers are those of hustvl/MIMDet, which reproduces its results.
     """

@@ -18,7 +18,9 @@ class LinearHead(BaseDecodeHead):
         num_classes: C.
         norm_cfg: of the batch normalisation.
         in_index: of the map in the backbone's output, or of several; several are concatenated.
-        **head: of mmseg's `BaseDecodeHead`.
+        loss_decode: config of the loss.
+        align_corners: how logits are resized, as in `torch.nn.functional.interpolate`.
+        **head: further ones of mmseg's `BaseDecodeHead`.
 
     Source: DINOv2, dinov2/eval/segmentation/models/decode_heads/linear_head.py (`BNHead`).
     """

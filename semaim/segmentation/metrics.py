@@ -18,7 +18,8 @@ class CountedIoUMetric(IoUMetric):
     Args:
         patch_size: P; also measures patches of P x P pixels of the network's input, each as the class that most of its
             pixels have, annotated and found (`patch_mIoU`); None: pixels alone.
-        **metric: of mmseg's `IoUMetric`.
+        iou_metrics: what is measured: "mIoU", and as mmseg has it "mDice" and "mFscore".
+        **metric: further ones of mmseg's `IoUMetric`.
 
     Attributes:
         counted: (classes in the mean, all classes) of the last evaluation.

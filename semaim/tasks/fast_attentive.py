@@ -27,7 +27,9 @@ class FastAttentive(Evaluation):
         lrs: learning rates to try; None for the default range.
         epochs, batch: of the probe's training.
         held_out: share of the training images for choosing the learning rate.
-        queries, d_out, heads: of `attentive_head`.
+        queries: learned queries that attend to the tokens; None for 32 of efficient probing, 1 of AIM.
+        d_out: the pooled vector has 1 / d_out of the channels, with efficient probing.
+        heads: of AIM's attention.
     """
 
     reads = TOKENS

@@ -95,7 +95,13 @@ def section(parser, level, title):
     needed = [written(a) for a in shown if a.option_strings and a.required]
     free = any(a.option_strings and not a.required for a in shown)
     line = parser.usage or " ".join([parser.prog, *words, *needed, *["[flags]"] * free, *["COMMAND ..."] * bool(inner)])
-    out = [f"{'#' * level} `{title}`", "", fill(cell(parser.description or ""), 120, break_on_hyphens=False), "", "```text"]
+    out = [
+        f"{'#' * level} `{title}`",
+        "",
+        fill(cell(parser.description or ""), 120, break_on_hyphens=False),
+        "",
+        "```text",
+    ]
     out += [line % {"prog": parser.prog}, "```", ""]
     # A group that a command makes itself has a table of its own.
     tables = {"argument": parser._action_groups[0]._group_actions + parser._action_groups[1]._group_actions}

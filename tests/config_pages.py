@@ -62,7 +62,9 @@ def short(file):
 
 def plain(value):
     """Whether it is shown as a value: not a dict whose own keys are shown."""
-    return not isinstance(value, dict) or not ("type" in value or any(isinstance(item, dict) for item in value.values()))
+    return not isinstance(value, dict) or not (
+        "type" in value or any(isinstance(item, dict) for item in value.values())
+    )
 
 
 def set_by(shipped, path, kind):

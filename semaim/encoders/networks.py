@@ -287,7 +287,9 @@ class FrozenViT(OnEncoder):
             None for the encoder's own.
         last_blocks: number of last blocks whose maps are returned, each after the final norm.
         size: of this suite's own ViT, a name of `SIZES`; None for the encoder of the source of the weights.
-        embed_dim, depth, num_heads: width of a token, blocks, and heads of a block's attention; None: those of `size`.
+        embed_dim: width of a token; None: that of `size`.
+        depth: number of blocks; None: that of `size`.
+        num_heads: heads of a block's attention; None: those of `size`.
         mlp_ratio: MLP width over `embed_dim`.
     """
 

@@ -14,7 +14,7 @@ is split over processes or accumulated steps.
 Shapes: B images, L patches, K of them kept, D encoder channels; `width` values per patch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -40,8 +40,9 @@ class MAE(VisionTransformer):
     Args:
         target: the pixels of each patch; MAE does not blur them (`blur_kernel=0`).
         mask_ratio: share of the patches that is removed; int(L * (1 - mask_ratio)) are kept.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width, blocks and heads of the decoder; its MLP ratio is
-            the encoder's.
+        decoder_embed_dim: width of the decoder's tokens; its MLP ratio is the encoder's.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: heads of a block of the decoder.
         **encoder: arguments of `VisionTransformer`. Drop path is the encoder's alone, `with_cp` the decoder's too.
     """
 
@@ -52,7 +53,7 @@ class MAE(VisionTransformer):
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
-        **encoder,
+        **encoder: Any,
     ):
         super().__init__(**encoder)
         if not 0 < mask_ratio < 1:

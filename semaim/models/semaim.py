@@ -14,7 +14,7 @@ One training step, top to bottom (Song et al., AAAI 2024, figure 1; official cod
 """
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class SemAIM(VisionTransformer):
         head: str = "mlp",
         share_weights: bool = False,
         look_precision: str = "same",
-        **encoder,
+        **encoder: Any,
     ):
         super().__init__(**encoder)
         if similarity not in ("cls", "gap", "self"):

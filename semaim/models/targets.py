@@ -128,7 +128,8 @@ class Teacher:
         network: a timm ViT with a class token, built with `dynamic_img_size=True`.
         project: pass the tokens through the network's head too (CLIP's projection to the shared space), in full
             precision under autocast too.
-        mean, std: statistics the student's images are normalised with.
+        mean: of the three channels of pixels from 0 to 1, by which the student's images are normalised.
+        std: the same.
         normalisation: of the teacher's images. "teacher": as in its own training, by the mean and std of its
             `pretrained_cfg`. "student": as the student's, which is what the official code feeds CLIP.
     """

@@ -193,7 +193,9 @@ class VisionTransformer(nn.Module):
         img_size: side or (height, width) in pixels of the position table.
         patch_size: side or (height, width) in pixels of a patch.
         in_chans: image channels.
-        embed_dim, depth, num_heads: width of a token, blocks, and heads of a block's attention; None: those of `size`.
+        embed_dim: width of a token; None: that of `size`.
+        depth: number of blocks; None: that of `size`.
+        num_heads: heads of a block's attention; None: those of `size`.
         mlp_ratio: MLP width over `embed_dim`.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         with_cp: recompute activations in the backward pass (less memory, about a third more time).

@@ -1,0 +1,1 @@
+"""One train and one test for every task: runner, loops, launcher, sharding, optimizer, saving, resuming."""

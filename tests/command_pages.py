@@ -14,20 +14,20 @@ from semaim.cli import COMMANDS
 PAGE = ROOT / "docs/reference/commands.md"
 HEAD = """# Commands
 
-All arguments of every command. `semaim COMMAND --help` prints the same; `tools/NAME.py` is the same command from a checkout.
-CONFIG is a config file or the name of a shipped one, FILE a checkpoint, SOURCE an encoder's file or name
+All arguments of every command. `semaim COMMAND --help` prints the same; `tools/NAME.py` is the same command from a
+checkout. CONFIG is a config file or the name of a shipped one, FILE a checkpoint, SOURCE an encoder's file or name
 ([encoders](../encoders.md)), DIR a folder.
 
-A wrong input ends a command with one line that begins with `error:`, and exit status 2, or 3 if the loss is NaN or infinite
-([troubleshooting](../troubleshooting.md)). After Ctrl-C it is 130, after another signal 128 and its number.
+A wrong input ends a command with one line that begins with `error:`, and exit status 2, or 3 if the loss is NaN or
+infinite ([troubleshooting](../troubleshooting.md)). After Ctrl-C it is 130, after another signal 128 and its number.
 
 *Generated from the code by `python tests/generate.py`.*
 """
 #: A line that shows what a command is for; its data sets and files are the reader's.
 EXAMPLES = {
     "pretrain": "semaim pretrain semaim/configs/pretrain/semaim_vit_small_112px_300e.py 1 --data-root my_photos",
-    "train": "semaim train semaim/configs/finetune/vit_base_100e.py --pretrained FILE --data-root data/imagenet --gpus all",
-    "test": "semaim test semaim/configs/knn/plain_vit.py timm:vit_base_patch16_dinov3.lvd1689m --data-root data/imagenet",
+    "train": "semaim train semaim/configs/finetune/vit_base_100e.py --pretrained FILE --data-root DIR --gpus all",
+    "test": "semaim test semaim/configs/knn/plain_vit.py timm:vit_base_patch16_dinov3.lvd1689m --data-root DIR",
     "predict": "semaim predict mmdet_configs/semaim_mask_rcnn.py FILE my_photos --out predicted",
     "visualize": "semaim visualize order FILE my_photos --out orders.png",
     "browse": "semaim browse semaim/configs/pretrain/semaim_vit_base_800e.py --data-root my_photos --out crops.png",

@@ -15,19 +15,19 @@ from semaim.registry import tasks
 PAGE = ROOT / "docs/reference/config.md"
 HEAD = """# Config keys
 
-Every key of a config by its dotted path, with meaning, type, default, and the shipped configs that set it. The path is what
-`--cfg-options` takes, as `PATH=VALUE` in Python's or YAML's notation:
+Every key of a config by its dotted path, with meaning, type, default, and the shipped configs that set it. The path is
+what `--cfg-options` takes, as `PATH=VALUE` in Python's or YAML's notation:
 
 ```text
 semaim train CONFIG --cfg-options base_lr=1e-4 train_cfg.max_epochs=100 model.network.order=semantic
 ```
 
 * `[]` in a path stands for the number of an item in a list: `train_dataset.pipeline.3.ratio_range`.
-* An unknown key, a type that does not exist and a value of the wrong kind end the command before it starts. The error names the
-  nearest key.
-* `default` is what the code takes if no config sets the key. `set by` are config files and their values: first the base files of
-  `_base_`, from which the others take what they do not set themselves, then the number of further files. Every value of each config
-  is in [recipes](../recipes.md).
+* An unknown key, a type that does not exist and a value of the wrong kind end the command before it starts. The error
+  names the nearest key.
+* `default` is what the code takes if no config sets the key. `set by` are config files and their values: first the base
+  files of `_base_`, from which the others take what they do not set themselves, then the number of further files. Every
+  value of each config is in [recipes](../recipes.md).
 * A `type` names a class. Arguments of mmengine's, mmdet's, mmseg's and PyTorch's types are in their own references:
   [mmengine](https://mmengine.readthedocs.io/en/latest/api/index.html),
   [mmdet](https://mmdetection.readthedocs.io/en/latest/api.html),
@@ -56,7 +56,7 @@ def text(words):
 
 
 def short(file):
-    """A config's name in a cell: `finetune` for the base file of that name, `knn/vit_base`, `mmdet/semaim_mask_rcnn`."""
+    """A config's name in a cell: `finetune` for the base file of that name, `knn/vit_base`, `mmdet/plain_mask_rcnn`."""
     return re.sub(r"^semaim/configs/|_configs(?=/)|_base_/|\.py$", "", file)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import semaim.detection
 import semaim.methods
 import semaim.segmentation
-import semaim.tasks
+import semaim.tasks  # noqa: F401  # registers, as the others
 from semaim.engine.config_keys import OF_THE_MODEL, Types, built_by, initialisers
 from semaim.engine.schedule import GIVEN, ScheduleInShares
 

@@ -280,8 +280,8 @@ class FrozenViT(OnEncoder):
     It is always in eval mode and computes without gradients. Images may be of any size, as for `PlainSegmentationViT`.
 
     Args:
-        encoder: the description of the encoder; None for this suite's own ViT of the sizes below, or until the source of
-            the weights gives it.
+        encoder: the description of the encoder; None for this suite's own ViT of the sizes below, or until the source
+            of the weights gives it.
         img_size: side or (height, width) in pixels of the training crops, for which position tables are resampled.
         patch_size: side of a patch in pixels; the projection of other patches is resampled when weights are loaded.
             None for the encoder's own.

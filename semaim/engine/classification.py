@@ -27,8 +27,8 @@ def build_classifier(encoder: dict | None = None, **kwargs) -> Classifier | Plai
     """A `Classifier`, or a `PlainClassifier` on the described encoder, from plain values.
 
     Args:
-        encoder: the description of an encoder of any family, which the source of the weights gives in configs `plain_*`;
-            None for this suite's own ViT of the sizes here.
+        encoder: the description of an encoder of any family, which the source of the weights gives in configs
+            `plain_*`; None for this suite's own ViT of the sizes here.
         **kwargs: of either.
     """
     try:

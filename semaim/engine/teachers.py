@@ -28,7 +28,8 @@ def build_teacher(
         weights: a local file (.safetensors, or .pth of tensors only) with timm's or OpenAI's names; None downloads them
             from the hub.
         project: pass the tokens through the network's head too, which is CLIP's projection to the space of texts.
-        normalisation: of the teacher's images, "teacher" for that of its own training or "student" for `mean` and `std`.
+        normalisation: of the teacher's images, "teacher" for that of its own training or "student" for `mean` and
+            `std`.
         mean, std: statistics the student's images are normalised with, of pixels from 0 to 1.
     """
     if weights and not Path(weights).is_file():

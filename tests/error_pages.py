@@ -7,6 +7,7 @@ pattern that matches it most narrowly, so that `data/*.py` takes those that no o
 import ast
 import re
 from fnmatch import fnmatch
+from functools import cache
 
 from commands import ROOT
 
@@ -23,18 +24,19 @@ REASONS = ("error", "reason", "cause", "strerror", "refused")
 def kinds():
     """Names of the classes whose messages users read."""
     found = {errors.UserError.__name__}
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in modules().values()]
-    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for nodes in modules().values() for node in nodes if isinstance(node, ast.ClassDef)]
     while more := {c.name for c in classes if {getattr(base, "id", "") for base in c.bases} & found} - found:
         found |= more
     return found
 
 
+@cache
 def modules():
-    """Path in semaim/ -> file, of all modules but configs."""
+    """Path in semaim/ -> the nodes of its syntax, of all modules but configs."""
     folder = ROOT / "semaim"
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
-    return {name: path for name, path in found.items() if not name.startswith("configs/")}
+    names = [name for name in found if not name.startswith("configs/")]
+    return {name: list(ast.walk(ast.parse(found[name].read_text(encoding="utf-8")))) for name in names}
 
 
 def value(node):
@@ -64,8 +66,8 @@ def template(node):
 def lines():
     """Path in semaim/ -> the messages of its errors; those that only hand on another text are left out."""
     names, found = kinds(), {}
-    for module, path in modules().items():
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    for module, nodes in modules().items():
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
         raised = [c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) in names and c.args]
         texts = {" ".join(template(call.args[0]).split()) for call in raised}
         if texts := {text for text in texts if re.search(r"[a-z]{2}", re.sub(r"\b[A-Z_]+\b", "", text))}:

@@ -43,10 +43,10 @@ WIDE = 48  #: characters of a value in a table
 
 
 def code(value):
-    """A value or a name as code in a table."""
+    """A value or a name as code in a table; no strokes, which GitHub and Python-Markdown read differently."""
     text = " ".join(str(value).split())
     text = text if len(text) <= WIDE else text[: WIDE - 4] + " ..."
-    return f"`{text}`".replace("|", "\\|")
+    return f"`{text.replace(' | ', ' or ')}`"
 
 
 def text(words):
@@ -75,10 +75,11 @@ def set_by(shipped, path, kind):
     by_value = defaultdict(list)
     for file, value in bases or others:
         by_value[recipes.written(value)].append(short(file))
-    shown = [f"{code(value)} {', '.join(files[:2])}" for value, files in list(by_value.items())[:4]]
-    left = sum(len(files) - 2 for files in list(by_value.values())[:4] if len(files) > 2)
-    left += sum(len(files) for files in list(by_value.values())[4:]) + (len(others) if bases else 0)
-    return "; ".join(shown) + (f"; {left} more" if shown and left else f"{left} configs" * bool(left and not shown))
+    named = 2 if bases else 1
+    shown = {value: files[:named] for value, files in list(by_value.items())[:3]}
+    left = len(found) - sum(map(len, shown.values()))
+    cells = [f"{code(value)} {', '.join(files)}" for value, files in shown.items()]
+    return "; ".join([*cells, f"{left} more"] if left else cells)
 
 
 def table(rows, heading):
@@ -105,7 +106,7 @@ def argument_rows(shipped, path, kind, listed, meanings):
             continue
         meaning = text(meanings[name]) if name in meanings else of_others(function)
         annotation = parameter.annotation
-        shown = re.sub(r"\b(\w+\.)+", "", inspect.formatannotation(annotation))
+        shown = re.sub(r"\b(\w+\.)+|'", "", inspect.formatannotation(annotation))
         kind_of = code(shown) if annotation is not parameter.empty else ""
         default = code(repr(parameter.default)) if parameter.default is not parameter.empty else "required"
         rows.append((f"`{path}.{name}`", meaning, kind_of, default, where))

@@ -1,9 +1,11 @@
-"""The documentation: generated pages are those of the code, the site builds without a warning, and all its links lead."""
+"""The documentation: generated pages are those of the code, the site builds without a warning, and its links lead."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from urllib.parse import unquote, urlsplit
 
@@ -11,12 +13,14 @@ import command_pages
 import error_pages
 import pytest
 import yaml
+from browser import MISSING, browser, find_browser
 from commands import ROOT
 
 DOCS = ROOT / "docs"
 HINT = "run: python tests/generate.py"
 #: Pages outside of docs/ that link to it, and are read on GitHub.
 OUTSIDE = sorted(ROOT.glob("*.md"))
+PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|^\[[\w-]+\]: (\S+)$", re.M)
 needs_zensical = pytest.mark.skipif(
@@ -70,8 +74,10 @@ def test_error_lines_are_those_of_the_code():
 
 
 def test_an_error_line_keeps_its_words():
-    (node,) = error_pages.ast.parse("""f"cannot read {path}: {error.strerror}: {nearest(name, known)}" + " at all" """).body
-    assert error_pages.template(node.value) == "cannot read PATH: REASON: did you mean NAME? at all"
+    message = """f"cannot read {path}: {error.strerror}: {nearest(name, known)}" + " at all" """
+    assert (
+        error_pages.template(ast.parse(message).body[0].value) == "cannot read PATH: REASON: did you mean NAME? at all"
+    )
     assert error_pages.chosen("data/coco.py", ["data/*.py", "*.py", "data/coco.py"]) == "data/coco.py"
     assert error_pages.chosen("data/few.py", ["data/*.py", "*.py", "data/coco.py"]) == "data/*.py"
 
@@ -93,10 +99,9 @@ def test_every_page_is_in_the_navigation():
     assert set(listed) == pages
 
 
-@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in (*OUTSIDE, *sorted(DOCS.rglob("*.md")))])
-def test_links_lead_on_github(page):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_on_github(path):
     """Also from the files outside of the site; those inside are checked again in the built site."""
-    path = ROOT / page
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
     lost = []
     for target in (one or other for one, other in LINK.findall(text)):
@@ -151,3 +156,60 @@ def test_nothing_is_loaded_from_elsewhere(site):
     loaded = re.compile(r'<(?:script|link|img|iframe)[^>]*\s(?:src|href)="(?:https?:)?//[^"]*"')
     assert not [found for path in site.rglob("*.html") for found in loaded.findall(path.read_text())]
     assert not [path for path in site.rglob("*.css") if re.search(r"url\([\"']?https?:", path.read_text())]
+
+
+#: Elements that reach beyond the window, but not inside a box that scrolls, a menu that is shut, or hidden text.
+BEYOND = """[...document.querySelectorAll(".md-content *, .md-header *")].filter(it => {
+    const box = it.getBoundingClientRect();
+    return box.width && box.height && it.checkVisibility({visibilityProperty: true, opacityProperty: true})
+        && (box.right > document.documentElement.clientWidth + 1 || box.left < -1)
+        && !it.closest(".md-typeset__scrollwrap, pre, code, .md-search, svg, .highlight, .headerlink");
+}).map(it => it.tagName + " " + it.textContent.slice(0, 40))"""
+FOUND = """(() => {
+    const roots = [document, ...[...document.querySelectorAll("*")].map(it => it.shadowRoot).filter(it => it)];
+    return roots.flatMap(root => [...root.querySelectorAll("a[href]")]).map(it => it.href)
+        .filter(it => it.includes("troubleshooting.html")).length;
+})()"""
+#: Pages of every kind: prose, wide tables, generated ones.
+LOOKED_AT = ("encoders", "recipes", "architecture", "contributing", "troubleshooting", "reference/commands")
+LOOKED_AT += ("reference/config", "reference/api")
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """A tab of a browser."""
+    if find_browser() is None:
+        pytest.skip(MISSING)
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+@needs_zensical
+@pytest.mark.parametrize("page", LOOKED_AT)
+def test_in_a_browser(site, window, page):
+    grounds = []
+    for width in (400, 800, 1400):
+        for dark in (False, True):
+            window.look(width, dark)
+            window.open(site / f"{page}.html")
+            where = f"{page}, {width} px, {'dark' if dark else 'light'}"
+            assert window.run("document.documentElement.scrollWidth <= innerWidth"), where
+            assert window.run(BEYOND) == [], where
+            assert window.complaints == [], where
+            grounds.append(window.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(set(grounds)) == 2
+
+
+@pytest.mark.slow
+@needs_zensical
+def test_the_search_finds_an_error_line(site, window):
+    window.look(1400)
+    window.open(site / "encoders.html")
+    window.run("document.querySelector('label[for=__search], .md-search__button').click()")
+    before = window.run(FOUND)
+    window.call("Input.insertText", text="shared memory full read-only")
+    end = time.monotonic() + 30
+    while window.run(FOUND) <= before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert window.run(FOUND) > before and window.complaints == []

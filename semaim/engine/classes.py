@@ -42,9 +42,10 @@ def classes_of(cfg: Config, split: str) -> list[str]:
 
 
 def heads_of(cfg: Config) -> list[dict]:
-    """The heads in a detector's config that predict classes."""
+    """The heads in a detector's or segmentor's config that predict classes."""
     parts = cfg.model, cfg.model.get("roi_head") or {}
-    heads = [part.get(name) for part in parts for name in ("bbox_head", "mask_head")]
+    names = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")
+    heads = [part.get(name) for part in parts for name in names]
     heads = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
     return [head for head in heads if head and "num_classes" in head]
 

@@ -112,13 +112,13 @@ def find_coco(root: str) -> Description:
     if "all" in by_split and "train" in by_split:
         by_split["train"] += by_split.pop("all")
     train = by_split.get("train") or by_split.get("all") or []
-    choices = [{"train": file, "val": other} for file, other in product(train, by_split.get("val") or [None])]
+    val = by_split.get("val")
+    choices = [dict(zip(SPLITS, files, strict=False)) for files in product(train, *([val] if val else []))]
     found = []
     for choice in choices:
         parts = {}
         for name, file in choice.items():
-            if file is not None:
-                parts[name] = {"images": images_of(root, file), "annotations": file}
+            parts[name] = {"images": images_of(root, file), "annotations": file}
         found.append(parts)
     return one_of(found, root, f"{root}: none of {', '.join(files[:5])} is of training images by its name")
 

@@ -19,7 +19,10 @@ StrPath = str | os.PathLike
 
 def draw_of(name: str) -> float:
     """A number from 0 to below 1 that depends on a file's name alone, without its suffix."""
-    return int.from_bytes(hashlib.blake2b(_stem(name).encode(errors="surrogateescape"), digest_size=6).digest()) / 2**48
+    return (
+        int.from_bytes(hashlib.blake2b(_stem(name).encode(errors="surrogateescape"), digest_size=6).digest(), "big")
+        / 2**48
+    )
 
 
 def held_out(names: Iterable[str], share: float = HELD_OUT) -> set[str]:

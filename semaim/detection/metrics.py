@@ -63,6 +63,8 @@ class FasterCocoMetric(CocoMetric):
 class _OfPart(CocoMetric):
     """Measures the images that were predicted, where mmdet's metric takes all of the annotation file."""
 
+    img_ids: list[int] | None
+
     def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
         """As the metric's, of the images in `results`."""
         self.img_ids = [predicted["img_id"] for _, predicted in results]

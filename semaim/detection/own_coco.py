@@ -16,6 +16,8 @@ class PartOfCoco(CocoDataset):
         **options: of `CocoDataset`.
     """
 
+    data_list: list[dict]
+
     def __init__(self, part: str = "train", held_out: float = HELD_OUT, **options: Any):
         self.part, self.held_out = part, held_out
         super().__init__(**options)

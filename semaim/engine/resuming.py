@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from mmengine.config import Config
 
@@ -73,7 +74,7 @@ def own_settings(
         raise UserError(f"{path} holds weights and no run to resume: start from it with --pretrained")
     saved = _saved(checkpoint["config"], cfg)
     given = dict(given)
-    own = given.pop("own_data", None)  # of the command line: a description, not a change of one key
+    own: Any = given.pop("own_data", None)  # of the command line: a description, not a change of one key
     now = _entered(cfg, saved.get("keep_classes"), own or saved.get("own_data"), path)
     first, noted, origin = (_mapping(saved.get(key)) for key in ("cfg_options", "overrides", "origin"))
     after = Config(copy.deepcopy(saved))

@@ -49,7 +49,7 @@ class OwnLabelMaps(BaseSegDataset):
             kept = part_of(names.values(), self.part, self.held_out)
             pairs = [(image, label) for image, label in pairs if names[image] in kept]
         label_map = renumbered(self.values, self.ignored) or None
-        shared = {"label_map": label_map, "reduce_zero_label": False, "seg_fields": []}
+        shared: dict[str, Any] = {"label_map": label_map, "reduce_zero_label": False, "seg_fields": []}
         return [{"img_path": image, "seg_map_path": label, **shared} for image, label in pairs]
 
     def unclear(self, pixels: Mapping[int, int]) -> str | None:

@@ -96,7 +96,7 @@ IN_STEPS = {
     "semaim_mask_rcnn_1gpu": (368750, [LINEAR | {"end": 2001}, STEPS | {"milestones": [327778, 355092]}]),
     "semaim_mask_rcnn_huge": (138281, [LINEAR | {"end": 189}, STEPS | {"milestones": [122916, 133159]}]),
     "semaim_mask_rcnn_li2021": (184375, [LINEAR | {"end": 462}, COSINE | {"T_max": 184375}]),
-    "semaim_mask_rcnn_scenes plain_mask_rcnn_scenes": (
+    "semaim_mask_rcnn_scenes plain_mask_rcnn_scenes plain_mask_rcnn_small": (
         1000,
         [LINEAR | {"end": 50}, STEPS | {"milestones": [800, 925]}],
     ),
@@ -112,7 +112,7 @@ IN_STEPS = {
         40000,
         [LINEAR | {"start_factor": 1e-6, "end": 1500}, POLY | {"begin": 1500}],
     ),
-    "semaim_upernet_camvid semaim_linear_camvid plain_linear_camvid": (
+    "semaim_upernet_camvid semaim_linear_camvid plain_linear_camvid plain_upernet_small": (
         500,
         [LINEAR | {"end": 50}, POLY | {"begin": 50}],
     ),

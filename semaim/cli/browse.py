@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "--images", type=int, default=8, metavar="N", help="number, spread over the data (default: %(default)s)"
     )
-    add_flags(parser, "--data-root", "--cfg-options")
+    add_flags(parser, "--data-root", "--classes", "--data", "--cfg-options")
     return parser.parse_args(argv)
 
 
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     import numpy as np  # takes seconds, as what follows
     from mmengine.registry import DATASETS
 
+    from semaim.data.described import as_yaml
     from semaim.drawing.objects import (
         READABLE,
         Instances,
@@ -70,14 +71,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         draw_instances,
         shares_of,
     )
-    from semaim.engine.config import load_config, set_data_root
+    from semaim.engine.config import load_config
     from semaim.engine.dense import SeededImages, build, check_dense, enter
+    from semaim.engine.own_data import set_data
     from semaim.engine.predicting import to_picture
+    from semaim.reading import read_once
 
     cfg = load_config(args.config, args.cfg_options)
     check_dense(cfg)
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
+    with read_once():
+        set_data(cfg, args.data_root, args.data, args.classes)
     enter(cfg)
     images = SeededImages(build(cfg.train_dataset, DATASETS, "train_dataset"), cfg.seed)
     if not len(images):
@@ -104,4 +107,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     with writing(out):
         picture.save(out)
     print(f"wrote {out}: {len(items)} of {len(images)} images")
+    if cfg.get("own_data"):
+        print(as_yaml(cfg.own_data.to_dict()))
     return 0

@@ -33,6 +33,14 @@ class ConfigOptions(argparse.Action):
 
 FLAGS: dict[str, dict] = {
     "--data-root": {"metavar": "DIR", "help": "folder of the data (default: the config's)"},
+    "--classes": {
+        "metavar": "NAME,...",
+        "help": "names of the classes of label maps, in the order of their values 0, 1, ... (docs/own_data.md)",
+    },
+    "--data": {
+        "metavar": "FILE.yaml",
+        "help": "description of the data: folders, classes, colours (docs/own_data.md)",
+    },
     "--pretrained": {
         "metavar": "SOURCE",
         "help": "encoder to start from: a checkpoint of any dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR",

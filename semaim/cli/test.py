@@ -37,7 +37,8 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " semaim/configs/test_sets, or --tasks test_sets; may be given several times",
     )
     parser.add_argument("--tta", action="store_true", help="average a segmentor over scales and flips")
-    add_flags(parser, "--data-root", "--arch", "--work-dir", "--allow-partial", "--gpus", "--timeout", "--cfg-options")
+    add_flags(parser, "--data-root", "--classes", "--data", "--arch", "--work-dir", "--allow-partial")
+    add_flags(parser, "--gpus", "--timeout", "--cfg-options")
     parser.set_defaults(timeout=3600.0)  # one process may fit a probe while the others wait
     return parser.parse_args(argv)
 
@@ -57,16 +58,16 @@ def roots_of(given: list[str]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = parse_args(argv, prog)
-    from semaim.engine.config import load_config, set_data_root  # takes seconds, as what follows
+    from semaim.engine.config import load_config  # takes seconds, as what follows
     from semaim.engine.launcher import command
     from semaim.engine.locking import work_folder
+    from semaim.engine.own_data import set_data
     from semaim.engine.testing import prepare_test, test
+    from semaim.reading import read_once
 
     cfg = load_config(args.config, args.cfg_options)
     if args.tta:
         cfg.tta = True
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
     if args.tasks is not None:
         cfg.tasks = [name.strip() for name in args.tasks.split(",")]
     if args.test_root:
@@ -78,7 +79,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
 
-    with work_folder(cfg.work_dir):
+    with work_folder(cfg.work_dir), read_once():
+        set_data(cfg, args.data_root, args.data, args.classes)
         return command(
             lambda processes: prepare_test(cfg, weights),
             lambda prepared: test(cfg, weights, prepared),

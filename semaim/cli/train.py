@@ -32,25 +32,24 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rescue-dir", metavar="DIR", help="where the run's state is saved if the work folder is full or read-only"
     )
-    add_flags(parser, "--data-root", "--pretrained", "--arch", "--work-dir", "--allow-partial")
+    add_flags(parser, "--data-root", "--classes", "--data")
+    add_flags(parser, "--pretrained", "--arch", "--work-dir", "--allow-partial")
     add_flags(parser, "--gpus", "--timeout", "--cfg-options")
     return parser
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = make_parser(prog).parse_args(argv)
-    from semaim.engine.config import data_roots, load_config, set_data_root  # takes seconds, as what follows
+    from semaim.engine.config import load_config  # takes seconds, as what follows
     from semaim.engine.launcher import command
     from semaim.engine.locking import work_folder
+    from semaim.engine.own_data import set_data
     from semaim.engine.resuming import resume_settings
     from semaim.engine.training import prepare_training, train
     from semaim.reading import read_once
 
     cfg = load_config(args.config, args.cfg_options)
     given = dict(args.cfg_options or {})
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
-        given |= data_roots(cfg, args.data_root)
     if args.pretrained:
         cfg.pretrained = given["pretrained"] = args.pretrained
     if args.arch:
@@ -61,6 +60,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if args.strict_data and args.resume is None:
         raise UserError("--strict-data is for --resume: it compares the data with those of the checkpoint")
     with work_folder(cfg.work_dir), read_once():
+        given |= set_data(cfg, args.data_root, args.data, args.classes)
         resume_from, notes = resume_settings(cfg, given, args.resume, args.override)
 
         def prepare(processes: int):

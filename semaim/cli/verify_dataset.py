@@ -1,4 +1,4 @@
-"""Find what is wrong with a data set: tools/verify_dataset.py {coco,ade20k,images} ROOT (see --help)."""
+"""Find what is wrong with a data set: tools/verify_dataset.py {data,coco,ade20k,images} ROOT (see --help)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semaim.cli.options import add_flags
 from semaim.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         epilog="Exit status: 0 nothing wrong (warnings allowed), 1 problems found, 2 nothing to check.",
     )
     commands = parser.add_subparsers(dest="layout", required=True)
+    data = commands.add_parser(
+        "data",
+        help="data of your own in any layout of docs/own_data.md; prints the YAML of --data that describes them",
+    )
+    data.add_argument("root", metavar="ROOT", nargs="?", help="may be left out with --data")
+    add_flags(data, "--classes", "--data")
     coco = commands.add_parser("coco", help="annotations/instances_{train,val}2017.json and {train,val}2017/")
     coco.add_argument("root", metavar="ROOT", nargs="?", help="may be left out with --ann and --images")
     coco.add_argument("--ann", metavar="FILE", help="one annotation file of another name, relative to ROOT")
@@ -46,7 +53,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     images.add_argument("root", metavar="ROOT", help="folder of images, with its subfolders")
     images.add_argument("--out", metavar="FILE", help="write a list of the images to leave out, for dataset.skip")
     images.add_argument("--smallest", type=int, default=16, help="least side of an image in pixels (%(default)s)")
-    for command in (coco, ade, images):
+    for command in (data, coco, ade, images):
         command.add_argument(
             "--workers", type=int, default=min(16, os.cpu_count() or 1), help="images at a time (%(default)s)"
         )
@@ -65,6 +72,13 @@ def verify(args: argparse.Namespace) -> list[Report]:
         more = {"workers": args.workers, "progress": True, "most_ignored": args.most_ignored}
         reports = [verify_ade20k(args.root, **numbers, **more)]
         print(reports[0])
+        return reports
+    if args.layout == "data":
+        from semaim.data.verify_own import verify_own
+
+        named = [name.strip() for name in args.classes.split(",")] if args.classes else None
+        text, reports = verify_own(args.root, args.data, named, args.workers)
+        print(*reports, text, sep="\n")
         return reports
     if args.layout == "images":
         from semaim.data.image_files import verify_images, write_list

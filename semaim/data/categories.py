@@ -4,8 +4,8 @@ mmdet numbers classes by the order of the categories in the file, whatever the o
 that occur in only one of the two. With other categories in the file, it silently trains and measures something else.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from itertools import compress
 
 from semaim.data.findings import shortened
@@ -29,6 +29,11 @@ class Categories:
     ids: list[int | str]
     labels: list[int]
     images: list[int | str]
+
+    def among(self, images: Container[int | str]) -> "Categories":
+        """The same with the annotations of these images alone, named by their ids."""
+        kept = [image in images for image in self.images]
+        return replace(self, labels=[*compress(self.labels, kept)], images=[*compress(self.images, kept)])
 
     def left_out(self, classes: Sequence[str]) -> dict[str, int]:
         """What `classes` leaves out: counts of categories, annotations, and images without an annotation of a class."""

@@ -5,6 +5,7 @@ for the start of a training. The rules for their values are in label_rules.py. N
 """
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -145,6 +146,35 @@ def verify_ade20k(
     if not pairs_found:
         raise UserError(f"no pairs in {root}: it needs images/training/NAME.jpg and annotations/training/NAME.png")
     return report
+
+
+def verify_pairs(
+    report: Report,
+    labels: Callable[[dict[str, dict[int, int]]], Labels | None],
+    pairs: list[tuple[Path, Path]],
+    trained: Labels | None = None,
+    workers: int = 4,
+    progress: bool = False,
+) -> Labels | None:
+    """Add to a report what is found in pairs of image and label map; returns the values of their label maps.
+
+    Args:
+        report: gets the problems.
+        labels: from label map -> pixels of each value to what they mean; None if that is not known.
+        pairs: (image, label map).
+        trained: the values of the training split, for those of the validation split.
+        workers, progress: as for `verify_ade20k`.
+    """
+    counts = {}
+    for (_, label), (note, found) in zip(pairs, parallel(_check_pair, pairs, workers, progress, "pairs"), strict=True):
+        if note:
+            report.problem(*note)
+        else:
+            counts[str(label)] = found
+    read = labels(counts) if counts else None
+    if read is not None:
+        _judge(report, read, trained, None)
+    return read
 
 
 def _judge(report: Report, labels: Labels, trained: Labels | None, most_ignored: float | None) -> None:

@@ -1,5 +1,7 @@
 """Labelled class folders for fine-tuning, probing and k-NN: `root/train/CLASS/...` and `root/val/CLASS/...`.
 
+Or `root/CLASS/...`, of which a share of each class is held out for validation.
+
 As in pretraining, all randomness of a sample comes from (seed, epoch, index).
 """
 
@@ -14,12 +16,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 
 from semaim.data.contents import start_below
 from semaim.data.corruptions import SMALLEST, Corrupt
 from semaim.data.decoding import load_image
 from semaim.data.folder import find_images
+from semaim.data.layouts import IMAGES, LABELS, SPLITS, TESTS
+from semaim.data.pairs import HELD_OUT, part_of
 from semaim.data.seeding import seeded
 from semaim.errors import UserError
 
@@ -31,14 +36,21 @@ AUGMENTS = {
     "none": "as validation images, without the flip (features of k-NN and the fast probe)",
 }
 
+#: Names of folders that are no classes, so that data in another layout are not taken for class folders.
+NO_CLASSES = {*SPLITS["train"], *SPLITS["val"], *TESTS, *IMAGES, *LABELS}
+
 
 def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[int], list[str]]:
-    """Paths, labels and class names of the images in `root/split`; its folders are the classes, in sorted order."""
-    folder = Path(root) / split
+    """Paths, labels and class names of the images in `root/split`; its folders are the classes, in sorted order.
+
+    Where the root itself has the class folders (`is_flat`), "train" and "val" are parts of each class.
+    """
+    flat = is_flat(root)
+    folder = Path(root) if flat else Path(root) / split
     if not folder.is_dir():
         raise UserError(
-            f"no such folder: {folder} (labelled data is {root}/train/CLASS/... and {root}/val/CLASS/...; name it with"
-            " --data-root DIR)"
+            f"no such folder: {folder} (labelled data is {root}/train/CLASS/... and {root}/val/CLASS/..., or"
+            f" {root}/CLASS/...; name it with --data-root DIR)"
         )
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
@@ -46,9 +58,29 @@ def find_labelled(root: str | os.PathLike, split: str) -> tuple[list[str], list[
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = find_images(folder / name)
+        found = part_of_class(found, folder, name, split) if flat else found
         paths += found
         labels += [label] * len(found)
     return paths, labels, classes
+
+
+def is_flat(root: str | os.PathLike) -> bool:
+    """Whether a folder has class folders with images in them, and none that is named like a split or a label map's."""
+    if not os.path.isdir(root):
+        return False
+    folders = [entry for entry in os.scandir(os.fspath(root)) if entry.is_dir() and not entry.name.startswith(".")]
+    if len(folders) < 2 or any(entry.name.lower() in NO_CLASSES for entry in folders):
+        return False
+    return all(any(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(entry)) for entry in folders)
+
+
+def part_of_class(paths: list[str], root: Path, name: str, split: str) -> list[str]:
+    """The images of a class, of a data set without validation split, that are in "train" or "val"; at least one."""
+    if len(paths) < 2:
+        raise UserError(f"{root / name} has one image: for training and validation each class needs two")
+    named = {os.path.relpath(path, root): path for path in paths}
+    kept = part_of(named, split, HELD_OUT)
+    return [path for other, path in named.items() if other in kept]
 
 
 def first_of_each(paths: list[str], labels: list[int], classes: list[str], count: int) -> tuple[list[str], list[int]]:
@@ -181,7 +213,7 @@ class LabelledImages(Dataset):
     """Images in class folders.
 
     Args:
-        root: folder that holds `train` and `val`, each with one folder per class.
+        root: folder that holds `train` and `val`, each with one folder per class, or the class folders.
         img_size: side of the crops in pixels.
         split: "train" or "val".
         augment: a name of `AUGMENTS`; None for the evaluation transform.
@@ -224,6 +256,7 @@ class LabelledImages(Dataset):
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
         self.root, self.img_size, self.seed = root, img_size, seed
+        self.held_out = HELD_OUT if is_flat(root) else None
         self.augmented = augment not in (None, "none")
         mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
         self._evaluation = (img_size, crop_pct or 0.875, mean, std, crop_mode, interpolation)

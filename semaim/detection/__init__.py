@@ -7,7 +7,7 @@ compat.install()  # before mmdet, which imports mmcv's operators
 import mmdet.datasets  # noqa: E402, F401  registers what configs name
 import mmdet.evaluation  # noqa: E402, F401
 import mmdet.models  # noqa: E402, F401
-from mmdet.registry import METRICS, MODELS, TASK_UTILS, TRANSFORMS  # noqa: E402
+from mmdet.registry import DATASETS, METRICS, MODELS, TASK_UTILS, TRANSFORMS  # noqa: E402
 from timm.layers import LayerNorm2d  # noqa: E402
 
 from semaim.detection import annotations  # noqa: E402
@@ -16,7 +16,8 @@ from semaim.detection.cascade import ViTDetCascade  # noqa: E402
 from semaim.detection.heads import PreciseRoIExtractor, PreciseRPNHead, PreciseSyncBN, ViTDetRoIHead  # noqa: E402
 from semaim.detection.initial import ViTDetBoxHead, ViTDetMaskHead  # noqa: E402
 from semaim.detection.matching import BestOverlapAssigner, BoxCoder  # noqa: E402
-from semaim.detection.metrics import FasterCocoMetric  # noqa: E402
+from semaim.detection.metrics import FasterCocoMetric, PartCocoMetric, PartFasterCocoMetric  # noqa: E402
+from semaim.detection.own_coco import PartOfCoco  # noqa: E402
 from semaim.detection.padding import SquarePadding  # noqa: E402
 from semaim.detection.released import foreign_weights  # noqa: E402
 from semaim.detection.transforms import FixedSizeCrop, PillowResize, ResizeScale  # noqa: E402
@@ -41,7 +42,9 @@ MODELS.register_module(module=ViTDetBoxHead)
 MODELS.register_module(module=ViTDetMaskHead)
 TASK_UTILS.register_module(module=BestOverlapAssigner)
 TASK_UTILS.register_module(module=BoxCoder)
-METRICS.register_module(module=FasterCocoMetric)
+DATASETS.register_module(module=PartOfCoco)
+for _metric in (FasterCocoMetric, PartCocoMetric, PartFasterCocoMetric):
+    METRICS.register_module(module=_metric)
 TRANSFORMS.register_module(module=PillowResize)
 TRANSFORMS.register_module(module=ResizeScale)
 TRANSFORMS.register_module(module=FixedSizeCrop)

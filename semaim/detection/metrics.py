@@ -1,4 +1,4 @@
-"""COCO's metric with a faster evaluator."""
+"""COCO's metric with a faster evaluator, and on a part of an annotation file's images."""
 
 from tempfile import TemporaryDirectory
 
@@ -58,3 +58,22 @@ class FasterCocoMetric(CocoMetric):
             found |= {f"{metric}_{name}": round(float(evaluation.stats[i]), 3) for i, name in enumerate(STATS)}
             log.info(f"{metric}: " + "  ".join(f"{name} {found[f'{metric}_{name}']:.3f}" for name in STATS))
         return found
+
+
+class _OfPart(CocoMetric):
+    """Measures the images that were predicted, where mmdet's metric takes all of the annotation file."""
+
+    img_ids: list[int] | None
+
+    def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
+        """As the metric's, of the images in `results`."""
+        self.img_ids = [predicted["img_id"] for _, predicted in results]
+        return super().compute_metrics(results)
+
+
+class PartCocoMetric(_OfPart, CocoMetric):
+    """mmdet's `CocoMetric` of a part of an annotation file's images, see `PartOfCoco`."""
+
+
+class PartFasterCocoMetric(_OfPart, FasterCocoMetric):
+    """`FasterCocoMetric` of a part of an annotation file's images."""

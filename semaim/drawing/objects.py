@@ -50,8 +50,21 @@ class Instances(NamedTuple):
 # Colours, names, text
 
 
+_palette: list[tuple[int, int, int]] = []
+
+
+def use_palette(colours: Sequence[Sequence[int]] | None) -> None:
+    """Draw classes in these colours, red, green, blue of 0 to 255, from now on; None for the default ones."""
+    _palette[:] = [(red, green, blue) for red, green, blue in colours or ()]
+
+
 def colour_of(label: int) -> tuple[int, int, int]:
-    """The colour of a class, the same in every picture."""
+    """The colour of a class, the same in every picture: of the data set's palette, if it has one."""
+    return _palette[label] if label < len(_palette) else default_colour(label)
+
+
+def default_colour(label: int) -> tuple[int, int, int]:
+    """A colour that is unlike those of the labels around it."""
     # Hues in steps of the golden ratio nearly repeat after 8, 13 and 21 labels: such labels get different shades.
     saturation, value = ((0.9, 1.0), (0.5, 1.0), (0.85, 0.6), (0.55, 0.8))[label // 8 % 4]
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, saturation, value)

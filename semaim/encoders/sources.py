@@ -147,7 +147,7 @@ def from_file(text: str, path: Path, arch: str | None = None) -> Source:
     """The source in a file; `text` is what the user called it."""
     content = checkpoints.read_file(path)
     if recorded := trained_here(content):
-        if arch is not None:
+        if arch is not None and arch.partition(".")[0] != recorded.get("arch"):  # the run's own config has it
             raise UserError(f"{text} records its architecture, {recorded.get('arch') or 'our own'}: leave --arch out")
         return of_run(text, path, content, recorded)
     if arch is not None:

@@ -10,7 +10,8 @@ from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, Registry
 
 from semaim.data.categories import Categories, check_categories
-from semaim.data.coco import check_coco_file
+from semaim.data.coco import check_coco_file, read_json
+from semaim.data.pairs import part_of
 from semaim.engine.config_keys import initialisers
 from semaim.errors import UserError
 
@@ -42,9 +43,10 @@ def classes_of(cfg: Config, split: str) -> list[str]:
 
 
 def heads_of(cfg: Config) -> list[dict]:
-    """The heads in a detector's config that predict classes."""
+    """The heads in a detector's or segmentor's config that predict classes."""
     parts = cfg.model, cfg.model.get("roi_head") or {}
-    heads = [part.get(name) for part in parts for name in ("bbox_head", "mask_head")]
+    names = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")
+    heads = [part.get(name) for part in parts for name in names]
     heads = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
     return [head for head in heads if head and "num_classes" in head]
 
@@ -88,11 +90,21 @@ def read_categories(cfg: Config, split: str) -> Categories | None:
     return check_coco_file(root / data.ann_file, root / data.data_prefix["img"], masks, measured)
 
 
+def of_part(cfg: Config, split: str, found: Categories | None) -> Categories | None:
+    """The categories with the annotations of a split alone, where the file's images are divided into parts."""
+    data = cfg[split]
+    if found is None or not data.get("part"):
+        return found
+    names = {record["id"]: record["file_name"] for record in read_json(Path(data.data_root) / data.ann_file)["images"]}
+    kept = part_of(names.values(), data.part, data.held_out)
+    return found.among({number for number, name in names.items() if name in kept})
+
+
 def left_out(cfg: Config, *splits: str) -> dict[str, dict]:
     """What `keep_classes` leaves out of the splits, for results.json and the main process's log."""
     if not cfg.get("keep_classes") or not is_main_process():
         return {}
-    found = ((split, read_categories(cfg, split)) for split in splits)  # COCO's, as `keep_classes` takes no others
+    found = ((split, of_part(cfg, split, read_categories(cfg, split))) for split in splits)
     return {"left_out": {split: part.left_out(classes_of(cfg, split)) for split, part in found if part is not None}}
 
 

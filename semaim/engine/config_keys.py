@@ -25,7 +25,16 @@ BUILDER_KEYS = {
 }  # fmt: skip
 
 #: Keys whose content belongs to another library, or has user-defined names.
-FOREIGN = {"override", "backend_args", "file_client_args", "init_kwargs", "origin", "cfg_options", "overrides"}
+FOREIGN = {
+    "override",
+    "backend_args",
+    "file_client_args",
+    "init_kwargs",
+    "origin",
+    "cfg_options",
+    "overrides",
+    "own_data",
+}
 
 #: Dicts that take keys which the config does not have yet: names of tasks, which are checked when they are used.
 OPEN = {"evaluations"}

@@ -19,8 +19,10 @@ from torch.utils.data import Dataset
 from semaim import checkpoints
 from semaim.data.decoding import check_whole, load_image
 from semaim.data.seeding import seeded
+from semaim.drawing.objects import use_palette
 from semaim.engine.classes import check_classes, keep_classes, registered, takes
 from semaim.engine.optim import DeferredOptimWrapper
+from semaim.engine.own_data import check_named
 from semaim.engine.precision import autocast, check_precision, computed_in
 from semaim.errors import UserError
 from semaim.places import to_install
@@ -123,7 +125,10 @@ def check_dense(cfg: Config) -> None:
 
 
 def enter(cfg: Config) -> None:
-    """Register the types of the task's configs and apply `keep_classes`; `UserError` if packages are missing."""
+    """Register the types of the task's configs and apply `keep_classes` and the classes' colours.
+
+    `UserError` if packages are missing, or a config for own data has none.
+    """
     task = task_for(cfg)
     try:
         importlib.import_module(task.package or "semaim.tasks")
@@ -132,7 +137,10 @@ def enter(cfg: Config) -> None:
     init_default_scope(cfg.default_scope)
     for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
         warnings.filterwarnings("ignore", message=message)  # for mmseg's own developers
+    check_named(cfg)
+    use_palette((cfg.val_dataset.get("metainfo") or {}).get("palette"))
     if cfg.get("keep_classes"):
+        use_palette(None)  # its colours are those of all classes
         keep_classes(cfg)
 
 

@@ -15,7 +15,7 @@ from semaim import checkpoints
 from semaim.checkpoints.consumers import load_backbone
 from semaim.data.folder import EndlessBatches
 from semaim.data.identity import identity_of
-from semaim.engine import dense
+from semaim.engine import dense, own_data
 from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.encoders import load_encoder, settle_images
 from semaim.engine.precision import check_precision
@@ -41,6 +41,7 @@ class DenseTask(Task):
         "test_pipeline": "how an image is prepared for prediction",
         "tta_ratios": "scales, relative to the validation's, that --tta averages over, each also flipped; below 1 is 1",
         "tta": "whether to do so by default",
+        "own_data": "what --data-root, --classes and --data have found (docs/own_data.md); {} in a config for own data",
         "most_ignored": "largest share of a split's pixels that may be unlabelled; a larger one is an error",
     }
     roots = ("train_dataset.data_root", "val_dataset.data_root")
@@ -68,7 +69,11 @@ class DenseTask(Task):
         if check:
             dense.check_classes_of(cfg, splits)
         sets = dense.build_data(cfg, splits)
-        return sets, self.describe_data(cfg, dict(zip(splits, sets, strict=True))) if is_main_process() else []
+        if not is_main_process():
+            return sets, []
+        named = dict(zip(splits, sets, strict=True))
+        found = own_data.lines(cfg, {split: len(images) for split, images in named.items()})
+        return sets, [*found, *self.describe_data(cfg, named)]
 
     # Training
 
@@ -95,6 +100,7 @@ class DenseTask(Task):
                 self.load_encoder(cfg, model, cfg.pretrained)
         counts = left_out(cfg, *SPLITS)
         recorded = {"data": cfg.train_dataset.data_root, "iterations": cfg.train_cfg.max_iters, **counts}
+        recorded |= own_data.recorded(cfg)
         lines = [*left_out_lines(counts), *described]
         return PreparedTraining(self, statistics, train, val, lines, recorded, plan=plan)
 
@@ -179,7 +185,7 @@ class DenseTask(Task):
             dense.check_names(weights, val)
             dense.check_fit(cfg, val)
         counts = left_out(cfg, *SPLITS[1:])
-        recorded = {"data": cfg.val_dataset.data_root, "stage": "test", **counts}
+        recorded = {"data": cfg.val_dataset.data_root, "stage": "test", **counts, **own_data.recorded(cfg)}
         if cfg.get("tta"):
             recorded |= {"stage": "test, several scales and flipped", "scales": list(cfg.tta_ratios)}
         return Prepared(self, statistics, val=val, lines=[*described, *left_out_lines(counts)], recorded=recorded)

@@ -230,6 +230,7 @@ class FeatureTask(ImageTask):
             own = config_of(cfg, job)
             words = model.network.pooling if reads == FEATURES else "all tokens"
             recorded = {"stage": job.settings["type"], "features": words, "precision": model.computed_in(device)}
+            recorded |= {"held_out": run.val.held_out} if run.val.held_out else {}
             write_results(own, measured.metrics, len(run.train), len(run.val), path, **recorded)
             if measured.scores and is_main_process():
                 write_outcomes(Path(own.work_dir), run.val.names(), measured.scores)

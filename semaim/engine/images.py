@@ -64,7 +64,8 @@ class ImageTask(Task):
                 if self.labelled:  # the number of classes is known now
                     model = empty_model(cfg)
                 fit_encoder(cfg, model.network, cfg.pretrained)
-        return PreparedTraining(self, statistics, train, val, plan=plan)
+        recorded = {"held_out": val.held_out} if val is not None and val.held_out else {}
+        return PreparedTraining(self, statistics, train, val, recorded=recorded, plan=plan)
 
     def training_loader(self, cfg: Config, run: PreparedTraining) -> DataLoader:
         """Shuffled batches of this process."""
@@ -102,7 +103,7 @@ class ImageTask(Task):
             f"{model.describe()}; computed in {model.computed_in(get_device())}",
             f"images normalised with {run.statistics}",
             f"{trained:,} trained weights; {len(run.train):,} images in {run.train.root}"
-            + (f", {len(run.val):,} for validation" if run.val is not None else ""),
+            + (f", {len(run.val):,} for validation{held_out(run.val)}" if run.val is not None else ""),
         ]
 
     def cautions(self, run: PreparedTraining, model: nn.Module) -> list[str]:
@@ -144,7 +145,7 @@ class ImageTask(Task):
         if known and known != val.classes:
             other = next(name for name, ours in zip(known, val.classes, strict=True) if name != ours)
             raise UserError(f"{weights} knows the class {other}, which {cfg.dataset.root} lacks or has elsewhere")
-        return Prepared(self, statistics, val=val)
+        return Prepared(self, statistics, val=val, recorded={"held_out": val.held_out} if val.held_out else {})
 
     def measure(self, cfg: Config, run: Prepared, weights: str) -> dict[str, float]:
         """Top-1, top-5 and loss of a fine-tuned or probed checkpoint on the validation images."""
@@ -166,8 +167,13 @@ class ImageTask(Task):
         if is_main_process():
             write_hits(cfg, runner.test_loop)
         recorded = {"stage": "Classification", "precision": model.computed_in(get_device())}
-        write_results(cfg, metrics, None, len(run.val), weights, **recorded)
+        write_results(cfg, metrics, None, len(run.val), weights, **recorded, **run.recorded)
         return metrics
+
+
+def held_out(val: LabelledImages) -> str:
+    """How the validation images came about, where the data have no validation split; else empty."""
+    return f" ({val.held_out:.0%} of each class, held out by the images' names)" if val.held_out else ""
 
 
 def write_hits(cfg: Config, loop: BaseLoop) -> None:

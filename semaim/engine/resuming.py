@@ -4,10 +4,12 @@ import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from mmengine.config import Config
 
 from semaim.checkpoints.files import read_checkpoint
+from semaim.engine import own_data
 from semaim.engine.classes import keep_classes
 from semaim.engine.config import check_keys, merge, top_keys, types_of
 from semaim.engine.results import config_name
@@ -71,9 +73,13 @@ def own_settings(
     if "optimizer" not in checkpoint or not isinstance(checkpoint.get("config"), Mapping):
         raise UserError(f"{path} holds weights and no run to resume: start from it with --pretrained")
     saved = _saved(checkpoint["config"], cfg)
-    now = _entered(cfg, saved.get("keep_classes"))
+    given = dict(given)
+    own: Any = given.pop("own_data", None)  # of the command line: a description, not a change of one key
+    now = _entered(cfg, saved.get("keep_classes"), own or saved.get("own_data"), path)
     first, noted, origin = (_mapping(saved.get(key)) for key in ("cfg_options", "overrides", "origin"))
     after = Config(copy.deepcopy(saved))
+    if own:
+        own_data.use(after, own)
     merge(after, copy.deepcopy(dict(given)))
     settings = after.to_dict()
     changed, kept = differences(saved, settings), differences(now, settings)
@@ -155,9 +161,11 @@ def _saved(config: Mapping, cfg: Config) -> dict:
     return saved
 
 
-def _entered(cfg: Config, kept: object) -> dict:
-    """The config as changed at the start of a run with this `keep_classes`."""
+def _entered(cfg: Config, kept: object, own: object, path: str) -> dict:
+    """The config as changed at the start of a run with this `keep_classes` and own data; `path` is the run's file."""
     now = Config(cfg.to_dict())
+    if own and "own_data" in top_keys(cfg):
+        own_data.use(now, own_data.checked(own, path))
     if kept and "keep_classes" in top_keys(cfg):
         now.keep_classes = kept
         keep_classes(now)

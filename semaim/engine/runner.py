@@ -87,6 +87,7 @@ def prepare_worker(worker: int) -> None:
 
 @atexit.register  # before multiprocessing's, which sends SIGTERM to the workers and waits for them
 def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each one as a failure
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()

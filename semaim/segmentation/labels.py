@@ -24,6 +24,8 @@ def check_labels(cfg: Config, sets: Mapping[str, BaseSegDataset]) -> list[str]:
     for split, images in sets.items():
         refuse(disagreements(cfg, split, images))
         labels = labels_of(cfg, split, images)
+        if (unclear := getattr(images, "unclear", None)) and (text := unclear(labels.pixels)):
+            raise UserError(f"{split}: {text}")
         refuse(errors(labels, cfg.get("most_ignored")))
         lines += [str(labels), *(f"warning: {kind}: {text}" for kind, text in warnings(labels, trained))]
         trained = labels

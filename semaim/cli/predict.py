@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semaim.cli.options import add_flags
+from semaim.cli.options import add_flags, device_of
 from semaim.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from semaim.prediction.predictor import Predictor
     from semaim.prediction.writing import Results
 
@@ -53,8 +51,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="reduce an image whose long side is longer before it is prepared; results are in pixels of the original",
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of a video: predict every N-th frame")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    add_flags(parser, "--cfg-options")
+    add_flags(parser, "--device", "--cfg-options")
     return parser.parse_args(argv)
 
 
@@ -66,18 +63,6 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device to run on; `UserError` if it does not exist."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
-    return device
 
 
 def predict_image(predictor: Predictor, path: str, target: Path, results: Results) -> str:

@@ -34,7 +34,7 @@ def add_bars(picture: Image.Image, bars: Sequence[Bar], names: Iterable[str] = (
     font, pad, row = font_of(size), round(0.7 * size), round(2.5 * size)
     number = math.ceil(font.getlength("100%")) + pad
     widest = max((font.getlength(name) for name in (tuple(names) or [bar.name for bar in bars])), default=0)
-    width = min(math.ceil(widest) + number, max(12 * size, round(0.5 * picture.width)))
+    width = min(math.ceil(widest) + number, max(16 * size, round(0.5 * picture.width)))
     height = max(picture.height, least * row + pad)
     whole = Image.new("RGB", (picture.width + width + 2 * pad, height), "white")
     whole.paste(picture)

@@ -80,7 +80,7 @@ class VideoFile:
             whole.paste(picture)
             picture = whole
         if self.writer is None:
-            self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, size)
+            self.writer = cv2.VideoWriter(str(self.part), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self.writer.isOpened():
                 raise UserError(
                     f"cannot write {self.path}: OpenCV cannot write mp4 files of {size[0]} x {size[1]} here"

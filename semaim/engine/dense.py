@@ -132,7 +132,12 @@ def enter(cfg: Config) -> None:
     except ImportError as error:
         raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
-    for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated", "The shape of value will"):
+    for message in (
+        "``build_loss`` would",
+        "Default ``avg_non_ignore`` is",
+        "`reduce_zero_label` will be deprecated",
+        "The shape of value will",
+    ):
         warnings.filterwarnings("ignore", message=message)  # for mmseg's own developers
     if cfg.get("keep_classes"):
         keep_classes(cfg)

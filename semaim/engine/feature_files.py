@@ -24,10 +24,21 @@ from semaim.places import to_install
 
 
 class Prepared(NamedTuple):
-    """An encoder in eval mode, the transform of its images (PIL image -> (3, H, W), normalised), and both in words."""
+    """An encoder in eval mode, and how its images are prepared.
+
+    Attributes:
+        encoder: on the CPU.
+        transform: PIL image -> float (3, S, S), normalised.
+        size: S, in pixels.
+        mean, std: of the three channels of pixels from 0 to 1.
+        words: all this, for the log.
+    """
 
     encoder: Encoder
     transform: Callable[[Any], Tensor]
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
     words: str
 
 
@@ -64,7 +75,7 @@ def prepare(source: str, arch: str | None = None, size: int | None = None) -> Pr
     mean, std = preparation.statistics.mean, preparation.statistics.std
     transform = evaluation_transform(height, preparation.crop_pct, mean, std, *how)
     words = f"{encoder.title}; {preparation}" + (f"; here of {size} pixels" if size else "")
-    return Prepared(encoder.eval(), transform, words)
+    return Prepared(encoder.eval(), transform, height, mean, std, words)
 
 
 class _Images(Dataset):

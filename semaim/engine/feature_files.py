@@ -15,6 +15,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from semaim.checkpoints.loading import PARTIAL_HINT
 from semaim.data.decoding import load_image
 from semaim.data.labelled import evaluation_transform
 from semaim.encoders.contract import Encoder
@@ -53,7 +54,10 @@ def prepare(source: str, arch: str | None = None, size: int | None = None) -> Pr
     Raises:
         UserError: the source is not understood, or does not determine how its images are prepared.
     """
-    found = open_source(source, arch)
+    try:
+        found = open_source(source, arch)
+    except UserError as error:  # of a fine-tuned network, for example, whose final norm is another
+        raise UserError(str(error).replace(PARTIAL_HINT, "")) from None
     preparation = found.preparation
     height, width = to_2tuple(size) if size else preparation.size
     if preparation.statistics is None:

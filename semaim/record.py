@@ -38,6 +38,7 @@ class Record:
         stage: of a test, what was done. features: which features of an encoder were measured.
         scales: image scales that predictions are averaged over, each also flipped.
         classes_evaluated, classes: number of classes in the mean, and of all classes.
+        classwise: figures of each class, kind -> class -> percent, such as "IoU"; None for a class that has none.
         left_out: what keep_classes leaves out of the annotations.
         commit, device, semaim, torch, date: code, machine and time.
         more: anything else in the file.
@@ -75,6 +76,7 @@ class Record:
     scales: list[float] | None = None
     classes_evaluated: float | None = None
     classes: float | None = None
+    classwise: dict[str, dict] | None = None
     left_out: dict | None = None
     commit: str | None = None
     device: str | None = None
@@ -123,6 +125,10 @@ def read_record(path: Path) -> Record:
     infinite = [(name, value) for name, value, _ in values if isinstance(value, float) and not math.isfinite(value)]
     values += [(f"metrics.{name}", value, int | float) for name, value in raw["metrics"].items()]
     values += [("reported", value, dict) for value in (raw.get("reported") or {}).values()]
+    for name, figures in (raw.get("classwise") or {}).items() if isinstance(raw.get("classwise"), dict) else ():
+        values += [(f"classwise.{name}", figures, dict)]
+        numbers = figures.items() if isinstance(figures, dict) else ()
+        values += [(f"classwise.{name}.{one}", value, int | float) for one, value in numbers if value is not None]
     wrong = [(n, v) for n, v, kind in values if isinstance(v, bool) != (kind is bool) or not isinstance(v, kind)]
     for name, value in wrong + infinite:
         raise UserError(f"{path} is broken: {name} is {value!r:.60}")

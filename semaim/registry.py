@@ -135,6 +135,22 @@ class Task:
         names = set(names)
         return {name: metric for name, metric in self.metrics.items() if name in names}
 
+    def predictor(self, cfg: Any, weights: str, options: Any) -> Any:
+        """What predicts images with a checkpoint of this task's, a `semaim.prediction.predictor.Predictor`.
+
+        Args:
+            cfg: config of the training; completed in place.
+            weights: the checkpoint.
+            options: a `semaim.prediction.predictor.Options`.
+
+        Raises:
+            UserError: the task's checkpoints predict nothing, or this one does not fit.
+        """
+        raise UserError(
+            f"{self.title} predicts no images: give a detector's, segmentor's or classifier's config (for pictures of"
+            " an encoder see semaim visualize, for its features semaim features)"
+        )
+
     def matches(self, cfg: Mapping) -> bool:
         """Whether an old config without a `task` key belongs to this task; such configs come only from checkpoints."""
         return False

@@ -118,9 +118,11 @@ def test_a_wrong_command_and_the_version_as_typed():
 def test_choices_are_those_of_what_they_choose():
     from semaim import checkpoints
     from semaim.data.scenes import LEVELS
+    from semaim.encoders import POOLS
     from semaim.results.formats import FORMATS
 
     assert choices.DIALECTS == tuple(checkpoints.DIALECTS) and choices.FORMATS == tuple(FORMATS)
+    assert choices.POOLS == tuple(POOLS)
     assert choices.SCALES == stages.SCALES and scene_options.LEVELS == tuple(LEVELS)
 
 

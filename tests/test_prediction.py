@@ -243,8 +243,10 @@ def test_a_file_with_more_than_the_model_is_refused_without_a_flag_that_is_not_t
 
 
 def test_other_configs_are_refused(here, weights, tmp_path):
-    classifier = "semaim/configs/finetune/vit_tiny_scenes.py"
-    one_line(here("predict.py", classifier, weights, "x.jpg", "--out", tmp_path), "no detector's or segmentor's")
+    names = ("finetune/vit", "pretrain/semaim_vit")
+    classifier, pretraining = (f"semaim/configs/{name}_tiny_scenes.py" for name in names)
+    one_line(here("predict.py", classifier, weights, "x.jpg", "--out", tmp_path), "has no classifier")
+    one_line(here("predict.py", pretraining, weights, "x.jpg", "--out", tmp_path), "pretraining predicts no images")
     one_line(here("browse.py", classifier, "--out", tmp_path / "x.png"), "no detector's or segmentor's")
 
 

@@ -139,7 +139,7 @@ def test_order_and_curve_pictures(tiny_config, scenes, tmp_path):
 
     out = tmp_path / "x.png"
     one_line(
-        tool("visualize.py", "order", ROOT / "setup.py", images[0], "--out", out), "setup.py is not a semaim checkpoint"
+        tool("visualize.py", "order", ROOT / "setup.py", images[0], "--out", out), "setup.py: broken or no checkpoint"
     )
     one_line(tool("visualize.py", "order", checkpoint, tmp_path / "no.jpg", "--out", out), "no.jpg: no such file")
     one_line(tool("visualize.py", "curve", tmp_path, "--out", tmp_path / "x.txt"), "name a .png")

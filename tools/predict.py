@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predict images with a detector or segmentor: tools/predict.py CONFIG FILE IMAGES... --out DIR (see --help)."""
+"""Predict images and videos with a trained model: tools/predict.py CONFIG FILE IMAGES... --out DIR (see --help)."""
 
 import sys
 

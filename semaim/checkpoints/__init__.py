@@ -3,7 +3,7 @@
 from semaim.checkpoints.exporting import DIALECTS, convert, export
 from semaim.checkpoints.inspecting import inspect
 from semaim.checkpoints.loading import LoadReport, fit, grouped, load
-from semaim.checkpoints.reading import Checkpoint, classes_of, read, recognise
+from semaim.checkpoints.reading import Checkpoint, classes_of, palette_of, read, recognise
 from semaim.checkpoints.safe_reading import read_file
 from semaim.checkpoints.same_network import kinds
 from semaim.checkpoints.sizes import sizes_of
@@ -13,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "classes_of",
+    "palette_of",
     "convert",
     "export",
     "fit",

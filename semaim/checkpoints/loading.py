@@ -17,6 +17,9 @@ from semaim.checkpoints.sizes import describe, grid_of, sizes_of
 from semaim.errors import UserError
 from semaim.models.vit import VisionTransformer
 
+#: The end of a refusal, for commands that have the flag.
+PARTIAL_HINT = " (--allow-partial loads what fits, and the results say so)"
+
 
 @dataclass
 class LoadReport:
@@ -54,10 +57,7 @@ class LoadReport:
         reasons = [f"it computes with {kinds(self.unread)}, which ours does not read"] if self.unread else []
         reasons += [f"it lacks {kinds(self.lacking)}, which ours computes with"] if self.lacking else []
         if reasons := reasons + self.differs:
-            raise UserError(
-                f"{self.path} holds another network's encoder: {'; '.join(reasons)} (--allow-partial loads what fits,"
-                " and the results say so)"
-            )
+            raise UserError(f"{self.path} holds another network's encoder: {'; '.join(reasons)}{PARTIAL_HINT}")
 
     def summary(self) -> dict:
         """Plain values for results.json: counts and kinds of tensors."""

@@ -128,8 +128,19 @@ def recognise(path: Path, content: Any, recorded: dict | None = None) -> Checkpo
 
 def classes_of(content: Any) -> list | None:
     """The class names in one of our or of OpenMMLab's files; None if it has none."""
+    return _recorded(content, "classes")
+
+
+def palette_of(content: Any) -> list | None:
+    """The colours of the classes, three numbers each, in one of our or of OpenMMLab's files; None if it has none."""
+    colours = _recorded(content, "palette") or []
+    right = all(isinstance(one, list | tuple) and [type(part) for part in one] == [int] * 3 for one in colours)
+    return colours if colours and right else None
+
+
+def _recorded(content: Any, name: str) -> list | None:
     meta = content.get("meta") if isinstance(content, Mapping) else None
     for holder in (content, meta.get("dataset_meta") if isinstance(meta, Mapping) else None):
-        if isinstance(holder, Mapping) and isinstance(holder.get("classes"), list | tuple):
-            return list(holder["classes"])
+        if isinstance(holder, Mapping) and isinstance(holder.get(name), list | tuple):
+            return list(holder[name])
     return None

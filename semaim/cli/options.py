@@ -1,8 +1,14 @@
 """Flags shared by several commands."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from semaim.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 #: The end of `--help` of commands that start processes.
 NODES = "Several nodes: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, or start it with torchrun."
@@ -56,6 +62,7 @@ FLAGS: dict[str, dict] = {
         "metavar": "N",
         "help": "number of GPUs of this machine, or all; without a GPU, number of CPU processes",
     },
+    "--device": {"metavar": "DEVICE", "help": "cpu, cuda or cuda:N (default: a GPU where there is one)"},
     "--timeout": {
         "type": float,
         "default": 1800.0,
@@ -76,3 +83,15 @@ def add_flags(parser: argparse._ActionsContainer, *names: str) -> None:
     """Add some of `FLAGS`."""
     for name in names:
         parser.add_argument(name, **FLAGS[name])
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device to run on; `UserError` if it does not exist."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
+    return device

@@ -1,4 +1,4 @@
-"""Pictures of a run: tools/visualize.py order CHECKPOINT IMAGES... --out FILE.png, and more kinds (see --help)."""
+"""Pictures of encoders and runs: tools/visualize.py order SOURCE IMAGES... --out FILE.png, and more (see --help)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from semaim.errors import UserError, writing
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Pictures of a pretraining checkpoint: command -> what it shows.
+#: Pictures of an encoder or a pretraining checkpoint: command -> what it shows.
 LOOKS = {
-    "order": "similarity map, order and reconstruction of images",
-    "attention": "the class token's attention on the patches, in the last block",
+    "order": "similarity map, order and, of a pretraining, reconstruction of images",
+    "attention": "the class token's attention on the patches, in the last block of our own ViT",
     "similarity": "similarity of the patches to the class token, which decides the centre, and to the centre",
-    "reconstruction": "the predicted pixels; for MAE also what it sees",
+    "pca": "the first three principal components of the patch tokens as colours, similarity map and order",
+    "reconstruction": "the predicted pixels of a pretraining; for MAE also what it sees",
 }
 
 
@@ -26,8 +27,15 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in LOOKS.items():
         look = commands.add_parser(name, help=text, description=f"A picture of {text}.")
-        look.add_argument("checkpoint", help="of a pretraining run, such as work_dirs/NAME/latest.pth")
+        look.add_argument(
+            "source",
+            metavar="SOURCE",
+            help="a pretraining's checkpoint, such as work_dirs/NAME/latest.pth, or any encoder: a checkpoint of any"
+            " dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR",
+        )
         look.add_argument("images", nargs="+", help="image files, or folders of them")
+        look.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (default: the encoder's)")
+        add_flags(look, "--arch")
         look.add_argument("--across", action="store_true", help="one column per image instead of one row")
         look.add_argument(
             "--import", nargs="+", metavar="MODULE", default=[], dest="modules",
@@ -66,25 +74,24 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def look(args: argparse.Namespace, paths: list[str]) -> Image.Image:
-    """The picture of a pretraining checkpoint."""
-    from semaim.checkpoints.files import read_checkpoint
+    """The picture of an encoder."""
     from semaim.data.folder import centre_crops
     from semaim.drawing import encoder as pictures
-    from semaim.engine.pretraining import model_from_checkpoint
+    from semaim.engine.looking import model_to_draw
     from semaim.registry import import_modules
 
+    if args.size is not None and args.size < 1:
+        raise UserError(f"--size {args.size}: give 1 or more")
     import_modules(args.modules)
     draw = {
         "order": pictures.draw_comparison if args.command == "order" and args.compare else pictures.draw_orders,
         "attention": pictures.draw_attention,
         "similarity": pictures.draw_similarity,
+        "pca": pictures.draw_components,
         "reconstruction": pictures.draw_reconstruction,
     }[args.command]
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = model_from_checkpoint(checkpoint, args.cfg_options)
-    images = centre_crops(paths[: args.most], checkpoint["config"]["model"]["network"].get("img_size", 224))
-    title = f"{Path(args.checkpoint).name}, epoch {checkpoint['epoch']}"
-    return draw(model, images, title, args.across)
+    model, size, title = model_to_draw(args.source, args.arch, args.size, args.cfg_options)
+    return draw(model, centre_crops(paths[: args.most], size), title, args.across)
 
 
 def predictions(args: argparse.Namespace, paths: list[str]) -> Image.Image:

@@ -5,6 +5,7 @@ device. A grid is (rows, columns) of patches, L their number; patches are in ima
 are floats in [0, 1], (B, 3, H, W), as `encoder.predicted_pixels` returns them.
 """
 
+import torch
 from torch import Tensor
 
 from semaim.drawing.panels import Columns, image_panels, lit_image_panels, map_panels, order_panels
@@ -85,6 +86,33 @@ def comparison_columns(images: Tensor, similarity: Tensor, grid: Grid, draw: Ten
     """
     columns = {"image": image_panels(images)}
     return columns | {name: order_panels(make_order(name, similarity, grid, draw), grid) for name in COMPARED}
+
+
+def component_columns(images: Tensor, patches: Tensor, grid: Grid) -> Columns:
+    """Image, and the first three principal components of its patch tokens (B, L, D) as red, green and blue."""
+    colours = components_of(patches).float().unflatten(1, grid).permute(0, 3, 1, 2)
+    return {"image": image_panels(images), "principal\ncomponents": image_panels(colours)}
+
+
+def components_of(patches: Tensor) -> Tensor:
+    """The first three principal components of all patches of all images, as colours: (B, L, D) -> (B, L, 3), float64.
+
+    The components are those of the B * L tokens together, so that a colour means the same in every image. The sign of
+    each is such that the largest coordinate of its direction, by magnitude, is positive; its value is 1/2 at the mean,
+    and 0 and 1 at two standard deviations below and above it, where it is cut off. A component without variance is
+    1/2 everywhere.
+    """
+    tokens = patches.double().cpu().flatten(0, 1)
+    tokens = tokens - tokens.mean(dim=0)
+    # Eigenvectors of the covariance: as by the singular value decomposition, in the time of D x D.
+    variances, directions = torch.linalg.eigh(tokens.T @ tokens / len(tokens))
+    values = torch.full((len(tokens), 3), 0.5, dtype=torch.float64)
+    for place in range(min(3, len(variances))):
+        direction, variance = directions[:, -1 - place], variances[-1 - place]
+        if variance > 1e-12 * variances[-1]:
+            direction = direction * direction[direction.abs().argmax()].sign()
+            values[:, place] += tokens @ direction / (4 * variance.sqrt())
+    return values.clamp(0, 1).unflatten(0, patches.shape[:2])
 
 
 def attention_columns(images: Tensor, attention: Tensor, grid: Grid) -> Columns:

@@ -7,7 +7,8 @@ a network only what it shows:
 * order, reconstruction: `network(images, draw)` with a `prediction` (B, L, width), and an `order` (B, L) or a `mask`
   (B, L) that is 1 where a patch was removed; `target` and `patch_size`;
 * attention: `forward_with_attention(images)`;
-* comparison, similarity: `look(images)` -> tokens and similarity map, or else a `VisionTransformer`.
+* comparison, similarity: `look(images)` -> tokens and similarity map, or else a `VisionTransformer`;
+* components: a `VisionTransformer`, or else `encode(images)` -> tokens.
 
 So these looks draw a new method if its output has such fields. For a custom picture, write a look from `columns`:
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from semaim.drawing.columns import (
     attention_columns,
     comparison_columns,
+    component_columns,
     order_columns,
     prediction_columns,
     reconstruction_columns,
@@ -162,13 +164,22 @@ def look_at_similarity(network: Network, images: Tensor, draw: Tensor, normalise
     return similarity_columns(images, similarity, to_centre, centre, grid, compared)
 
 
+def look_at_components(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
+    """Image and principal components of its patches; with an order also the similarity map and the order."""
+    seen, grid = normaliser.normalise(images), network.grid_of(images.shape[-2:])
+    output = network(seen, draw)
+    ordered = order_columns(images, output.similarity, output.order, grid) if hasattr(output, "order") else {}
+    return component_columns(images, encoded(network, seen)[:, 1:], grid) | ordered
+
+
 def look_at_reconstruction(network: Network, images: Tensor, draw: Tensor, normaliser: Normaliser) -> Columns:
     """The predicted pixels: of the removed patches if the network removes some, else of all, with their order.
 
     `UserError` if the network does not predict pixels.
     """
     if not predicts_pixels(network):
-        raise UserError("this run predicts features, not pixels: there is nothing to rebuild")
+        what = "this run predicts features, not pixels" if hasattr(network, "target") else "this is no pretraining"
+        raise UserError(f"{what}: there is nothing to rebuild")
     seen, grid = normaliser.normalise(images), network.grid_of(images.shape[-2:])
     output = network(seen, draw)
     rebuilt = predicted_pixels(network, seen, output.prediction, normaliser)
@@ -183,6 +194,7 @@ draw_orders = partial(draw_network, look=look_at_order)
 draw_comparison = partial(draw_network, look=look_at_comparison)
 draw_attention = partial(draw_network, look=look_at_attention)
 draw_similarity = partial(draw_network, look=look_at_similarity)
+draw_components = partial(draw_network, look=look_at_components)
 draw_reconstruction = partial(draw_network, look=look_at_reconstruction)
 
 #: `Method.picture` -> the function that draws it.
@@ -206,13 +218,20 @@ def similarities(network: Network, seen: Tensor) -> tuple[Tensor, Tensor, Tensor
     """
     if hasattr(network, "look"):
         tokens, similarity = network.look(seen)
-    elif isinstance(network, VisionTransformer):
-        tokens = VisionTransformer.forward(network, seen)  # the network's own forward is its training step
-        similarity = similarity_map(tokens)
     else:
-        raise UserError(f"{type(network).__name__} is no VisionTransformer and has no `look`: no similarity to draw")
+        tokens = encoded(network, seen)
+        similarity = similarity_map(tokens)
     centre, patches = similarity.argmax(dim=-1), tokens[:, 1:].float()
     return similarity, centre, F.cosine_similarity(patches[torch.arange(len(seen)), centre, None], patches, dim=-1)
+
+
+def encoded(network: Network, seen: Tensor) -> Tensor:
+    """The encoder's tokens (B, 1 + L, D), after the final norm, of normalised images."""
+    if isinstance(network, VisionTransformer):
+        return VisionTransformer.forward(network, seen)  # the network's own forward is its training step
+    if hasattr(network, "encode"):
+        return network.encode(seen)
+    raise UserError(f"{type(network).__name__} is no VisionTransformer and has no `look` or `encode`: nothing to draw")
 
 
 def predicts_pixels(network: Network) -> bool:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, pseudo_collate
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS, METRICS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -135,7 +137,12 @@ def enter(cfg: Config) -> None:
     except ImportError as error:
         raise UserError(f"{task.needs} cannot be imported ({error}): install it with {to_install('all')}") from None
     init_default_scope(cfg.default_scope)
-    for message in ("``build_loss`` would", "Default ``avg_non_ignore`` is", "`reduce_zero_label` will be deprecated"):
+    for message in (
+        "``build_loss`` would",
+        "Default ``avg_non_ignore`` is",
+        "`reduce_zero_label` will be deprecated",
+        "The shape of value will",
+    ):
         warnings.filterwarnings("ignore", message=message)  # for mmseg's own developers
     check_named(cfg)
     use_palette((cfg.val_dataset.get("metainfo") or {}).get("palette"))
@@ -258,10 +265,14 @@ def check_names(weights: str, images: BaseDataset) -> None:
         )
 
 
-def counted(loop) -> dict[str, int]:
-    """The number of classes in a metric's last mean, for results.json; empty if the metric does not count them."""
-    found = next((metric.counted for metric in loop.evaluator.metrics if getattr(metric, "counted", None)), ())
-    return dict(zip(("classes_evaluated", "classes"), found, strict=False))
+def by_class(metric: BaseMetric) -> dict[str, Any]:
+    """What a metric has found of the single classes, for results.json; empty if it looks at none.
+
+    The number of classes in its last mean and of all, and the figures of each.
+    """
+    found = dict(zip(("classes_evaluated", "classes"), getattr(metric, "counted", None) or (), strict=False))
+    classwise = getattr(metric, "classwise", None)  # a plain switch in COCO's metrics
+    return found | ({"classwise": classwise} if isinstance(classwise, Mapping) else {})
 
 
 def figures(cfg: Config, metrics: Mapping[str, float]) -> dict[str, float]:

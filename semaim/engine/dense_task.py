@@ -163,11 +163,11 @@ class DenseTask(Task):
 
     def trained_figures(self, cfg: Config, runner: SeededRunner) -> tuple[dict[str, float], dict]:
         """The figures of the last validation, and further values for results.json."""
-        loop = runner.val_loop
-        self.keep_outcomes(cfg, loop.dataloader.dataset.dataset, loop.evaluator.metrics[0])
+        loop, [metric] = runner.val_loop, runner.val_loop.evaluator.metrics
+        self.keep_outcomes(cfg, loop.dataloader.dataset.dataset, metric)
         precision = getattr(runner.optim_wrapper, "precision", None)  # ours has it
         recorded = {"precision": precision} if precision else {}
-        return dense.figures(cfg, runner.train_loop.metrics), dense.counted(runner.val_loop) | recorded
+        return dense.figures(cfg, runner.train_loop.metrics), dense.by_class(metric) | recorded
 
     # Testing
 
@@ -204,8 +204,9 @@ class DenseTask(Task):
         for line in (*run.lines, f"images normalised with {run.statistics}"):
             runner.logger.info(line)
         metrics = dense.figures(cfg, runner.test())
-        self.keep_outcomes(cfg, run.val, runner.test_loop.evaluator.metrics[0])
-        write_results(cfg, metrics, None, len(run.val), weights, **run.recorded, **dense.counted(runner.test_loop))
+        [metric] = runner.test_loop.evaluator.metrics
+        self.keep_outcomes(cfg, run.val, metric)
+        write_results(cfg, metrics, None, len(run.val), weights, **run.recorded, **dense.by_class(metric))
         return metrics
 
 

@@ -1,6 +1,7 @@
 """Shared by the tasks on image folders: pretraining, fine-tuning, linear probing."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import BaseLoop
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import semaim.engine.classification  # noqa: F401  registers what configs name
@@ -18,7 +20,7 @@ from semaim import checkpoints
 from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
 from semaim.data.folder import PretrainImages, ResumableBatches
 from semaim.data.identity import identity_of
-from semaim.data.labelled import LabelledImages, check_classes
+from semaim.data.labelled import LabelledImages, check_classes, evaluation_transform
 from semaim.engine.encoders import head_of, load_classifier, load_encoder, settle_images
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
@@ -152,16 +154,9 @@ class ImageTask(Task):
         record_origin(cfg, weights, whole=True)
         runner = make_runner(cfg, model=cfg.model, **self.validation(cfg, run, "test"))
         model = getattr(runner.model, "module", runner.model)
-        report = load_classifier(model.network, weights) or checkpoints.load(model.network, weights, partial=True)
+        report = load_trained(model.network, weights, cfg.get("allow_partial", False))
         runner.logger.info(str(report))
         runner.logger.info(f"images normalised with {run.statistics}")
-        if report.missing:
-            raise UserError(
-                f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with"
-                " the config of its training"
-            )
-        if not cfg.get("allow_partial", False):
-            report.refuse()
         record_load(report, cfg)
         metrics = runner.test()
         if is_main_process():
@@ -174,6 +169,19 @@ class ImageTask(Task):
 def held_out(val: LabelledImages) -> str:
     """How the validation images came about, where the data have no validation split; else empty."""
     return f" ({val.held_out:.0%} of each class, held out by the images' names)" if val.held_out else ""
+
+
+def load_trained(network: nn.Module, weights: str, partial: bool) -> checkpoints.LoadReport:
+    """Load all weights of a trained classifier; `UserError` if they do not fit, `partial` as by --allow-partial."""
+    report = load_classifier(network, weights) or checkpoints.load(network, weights, partial=True)
+    if report.missing:
+        raise UserError(
+            f"{weights} lacks {', '.join(report.missing[:3])}, which this config's classifier has: evaluate it with the"
+            " config of its training"
+        )
+    if not partial:
+        report.refuse()
+    return report
 
 
 def write_hits(cfg: Config, loop: BaseLoop) -> None:
@@ -207,6 +215,13 @@ def build_validation(cfg: Config) -> LabelledImages:
     """The validation images of labelled data, with the evaluation transform."""
     img_size = cfg.model.network.img_size
     return DATASETS.build({**cfg.dataset, "img_size": img_size, "seed": cfg.seed, "split": "val", "augment": None})
+
+
+def evaluation_of(cfg: Config) -> Callable[[Image.Image], Tensor]:
+    """The transform of validation images, without the images: PIL image -> normalised floats (3, S, S)."""
+    names = ("crop_pct", "mean", "std", "crop_mode", "interpolation")
+    given = {name: cfg.dataset[name] for name in names if cfg.dataset.get(name) is not None}
+    return evaluation_transform(cfg.model.network.img_size, **given)
 
 
 def empty_model(cfg: Config) -> NetworkModel:

@@ -1,6 +1,6 @@
 """Running a trained detector or segmentor on images: COCO results, and comparison with annotations."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,19 +88,40 @@ def _transform(step: dict) -> Callable[[dict], dict]:
 
 
 @torch.no_grad()
-def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: str) -> tuple[Image.Image, Any]:
+def predict(
+    model: BaseModel,
+    pipeline: Iterable[Callable[[dict], dict]],
+    path: str,
+    pixels: np.ndarray | None = None,
+    max_side: int | None = None,
+) -> tuple[Image.Image, Any]:
     """An image as the pipeline reads it, with EXIF rotation applied, and the model's data sample for it.
+
+    Args:
+        model: on its device, in eval mode.
+        pipeline: of `build_pipeline`.
+        path: of the image.
+        pixels: BGR (H, W, 3), uint8, in place of what the file holds and the pipeline's first step reads.
+        max_side: limit of the long side in pixels, to which the image is reduced after it is read; None for none. The
+            results are in pixels of the image as read, all the same.
 
     `UserError` for an image that cannot be read, prepared or predicted.
     """
-    width, height = load_image(path).size  # raises for a truncated file, which OpenCV would read partly
-    image = None
+    # Pillow raises for a truncated file, which OpenCV would read partly.
+    width, height = load_image(path).size if pixels is None else pixels.shape[1::-1]
+    image, reduced = None, (1.0, 1.0)
     data: dict[str, Any] = {"img_path": path, "img_id": 0}
     try:
         for step in pipeline:
-            data = step(data)
+            data = step(data) if pixels is None or image is not None else as_read(data, pixels)
             if image is None and "img" in data:
                 image = to_picture(data["img"])
+                data["img"], reduced = reduce(data["img"], max_side)
+                data["img_shape"] = data["img"].shape[:2]
+        for sample in _samples_of(data):  # boxes are divided by this factor, masks and class maps have `ori_shape`
+            if reduced != (1.0, 1.0) and "scale_factor" in sample:
+                factors = zip(sample.scale_factor, reduced, strict=True)
+                sample.set_metainfo({"scale_factor": tuple(own * before for own, before in factors)})
         batch = pseudo_collate([data])
     except Exception as error:  # OpenCV and the transforms raise many types
         reason = f"OpenCV needs {error.err}" if isinstance(error, cv2.error) else " ".join(str(error).split())[:200]
@@ -113,6 +134,27 @@ def predict(model: BaseModel, pipeline: Iterable[Callable[[dict], dict]], path: 
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot predict image {path} of {width} x {height} pixels: {reason}") from None
+
+
+def as_read(data: dict[str, Any], pixels: np.ndarray) -> dict[str, Any]:
+    """What a pipeline's loading step gives of an image, here BGR (H, W, 3)."""
+    return {**data, "img": pixels, "img_shape": pixels.shape[:2], "ori_shape": pixels.shape[:2]}
+
+
+def reduce(pixels: np.ndarray, most: int | None) -> tuple[np.ndarray, tuple[float, float]]:
+    """Pixels (H, W, C) whose long side is at most `most`, and by which factors width and height have changed."""
+    height, width = pixels.shape[:2]
+    if most is None or max(height, width) <= most:
+        return pixels, (1.0, 1.0)
+    scale = most / max(height, width)
+    sides = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(pixels, sides, interpolation=cv2.INTER_AREA), (sides[0] / width, sides[1] / height)
+
+
+def _samples_of(data: Mapping[str, Any]) -> Sequence[Any]:
+    """The data samples of a prepared image: one, or one for each scale and flip."""
+    samples = data["data_samples"]
+    return samples if isinstance(samples, list) else [samples]
 
 
 def to_picture(bgr: np.ndarray) -> Image.Image:

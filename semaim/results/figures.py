@@ -139,7 +139,7 @@ def class_table(evaluated: str, columns: list[str], rows: list[list[str]], known
         percent = Metric("")
         heads = [headed(name, percent.unit) if f"m{name}" in known else name for name in columns]
         cells = [[plain(cell) for cell in row[1:]] for row in rows]
-        title = f"{', '.join(columns)} of each class"
+        title = by_class_of(columns)
     else:
         kind = next(metric.label for metric in metrics if metric)
         heads = [
@@ -148,6 +148,21 @@ def class_table(evaluated: str, columns: list[str], rows: list[list[str]], known
         cells = [[plain(cell, metric) for cell, metric in zip(row[1:], metrics, strict=False)] for row in rows]
         title = f"{kind} of each class"
     return ClassTable(title, ["class", *heads], [[row[0], *line] for row, line in zip(rows, cells, strict=True)])
+
+
+def recorded_classes(classwise: Mapping[str, Mapping[str, float | None]]) -> ClassTable:
+    """The figures by class of a results.json, kind -> class -> percent, titled as the table that the run has logged."""
+    kinds, percent = list(classwise), Metric("")
+    rows = [
+        [name, *(NOTHING if classwise[kind].get(name) is None else f"{classwise[kind][name]:.2f}" for kind in kinds)]
+        for name in dict.fromkeys(name for figures in classwise.values() for name in figures)
+    ]
+    return ClassTable(by_class_of(kinds), ["class", *(headed(kind, percent.unit) for kind in kinds)], rows)
+
+
+def by_class_of(kinds: Sequence[str]) -> str:
+    """The title of a table of these figures."""
+    return f"{', '.join(kinds)} of each class"
 
 
 def plain(cell: str, metric: Metric | None = None) -> str:

@@ -14,7 +14,7 @@ from semaim.record import Record, read_record, record_of
 from semaim.registry import Metric, Task, method_of, task_named, task_titled, tasks
 from semaim.results import Catalogue
 from semaim.results.config_text import read_config
-from semaim.results.figures import ClassTable, Figure, classes_of, figures_of, worded
+from semaim.results.figures import ClassTable, Figure, classes_of, figures_of, recorded_classes, worded
 from semaim.results.logs import read_lines
 from semaim.results.opening import LOOKS
 from semaim.results.pictures import Picture, pictures_of
@@ -97,10 +97,13 @@ def read_part(folder: Path, name: str, catalogue: Catalogue, skipped: Skipped | 
     part.figures = figures_of(record)
     part.facts = facts_of(part.lines, logs, record)
     part.classes = classes_of(logs)
+    if record.classwise:  # in place of the logged one, which may be another run's in the same folder
+        own = recorded_classes(record.classwise)
+        part.classes = [own, *(it for it in part.classes if it.title != own.title)]
     part.recorded = {
         key.replace("_", " "): worded(value)
         for key, value in (record.values().items() if there else ())
-        if key != "reported" and value not in (None, {}, "")
+        if key not in ("reported", "classwise") and value not in (None, {}, "")
     }
     return part
 

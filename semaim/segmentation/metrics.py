@@ -23,6 +23,7 @@ class CountedIoUMetric(IoUMetric):
 
     Attributes:
         counted: (classes in the mean, all classes) of the last evaluation.
+        classwise: "IoU" and "Acc" -> class -> percent, of the last evaluation; None for a class that has none.
         areas: float32 (M, C, 2), intersections and unions of the C classes in each of its M images, in the order of
             the data set; on the main process. mIoU is the mean over the classes of the ratio of their sums, without
             classes of union 0.
@@ -33,6 +34,7 @@ class CountedIoUMetric(IoUMetric):
 
     default_prefix = ""  # no prefix; None would make mmengine warn
     counted: tuple[int, int] | None = None
+    classwise: Mapping[str, Mapping[str, float | None]] | None = None
     areas: np.ndarray | None = None
 
     def __init__(self, patch_size: int | None = None, **metric: Any):
@@ -67,7 +69,10 @@ class CountedIoUMetric(IoUMetric):
     def pixels(self, results: list[tuple]) -> dict[str, float]:
         """The figures of the pixels, from their areas."""
         metrics = super().compute_metrics(results)
-        if not metrics or self.nan_to_num is not None:  # nothing was measured, or every class counts
+        if not metrics:  # nothing was measured
+            return metrics
+        self.classwise = self.by_class(results)
+        if self.nan_to_num is not None:  # every class counts
             return metrics
         pairs = [np.stack([intersection.numpy(), union.numpy()], axis=-1) for intersection, union, *_ in results]
         self.areas = np.stack(pairs).astype(np.float32)
@@ -81,3 +86,14 @@ class CountedIoUMetric(IoUMetric):
             text += f"; predicted, but in no label: {', '.join(wrong)}"
         MMLogger.get_current_instance().info(text)
         return metrics
+
+    def by_class(self, results: list[tuple]) -> dict[str, dict[str, float | None]]:
+        """`classwise` from the areas: mmseg's own figures, which its means are of and which it only logs."""
+        sums = [sum(areas) for areas in zip(*results, strict=True)]
+        found = self.total_area_to_metrics(*sums, ["mIoU"], self.nan_to_num, self.beta)
+        names = self.dataset_meta["classes"]
+        percents = {kind: (100 * np.asarray(found[kind], dtype=np.float64)).round(2) for kind in ("IoU", "Acc")}
+        return {
+            kind: {name: None if np.isnan(value) else float(value) for name, value in zip(names, values, strict=True)}
+            for kind, values in percents.items()
+        }

@@ -1,12 +1,11 @@
 """Attentive probing by the published protocol: learned queries on the frozen encoder's tokens, on augmented images."""
 
-from semaim.engine.images import ImageTask
 from semaim.registry import TASKS
-from semaim.tasks.finetune import accuracies
+from semaim.tasks.finetune import ClassifierTask, accuracies
 
 
 @TASKS.register_module()
-class Attentive(ImageTask):
+class Attentive(ClassifierTask):
     """Top-1 accuracy of the probe."""
 
     name = "attentive"

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from mmengine.config import Config
+
 from semaim.engine.dense_task import DenseTask
+from semaim.prediction.predictor import Options, Predictor
 from semaim.registry import TASKS, Metric
 
 BY_CLASS = re.compile(r"coco/(.+)_precision")  #: keys of mmdet's CocoMetric with `classwise`
@@ -53,6 +56,12 @@ class Detection(DenseTask):
         by_class = {name: match[1] for name in names if (match := BY_CLASS.fullmatch(name))}
         more = {name: _average_precision(f"AP {kind}, {label}") for name, label in by_class.items()}
         return super().described(names) | more
+
+    def predictor(self, cfg: Config, weights: str, options: Options) -> Predictor:
+        """See `Task.predictor`."""
+        from semaim.prediction.dense import ObjectPredictor
+
+        return ObjectPredictor(cfg, weights, options)
 
     def matches(self, cfg: Mapping) -> bool:
         """See `Task.matches`."""

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from mmengine.config import Config
+
 from semaim.engine.images import ImageTask
+from semaim.prediction.predictor import Options, Predictor
 from semaim.registry import TASKS, Metric
 
 
@@ -15,8 +18,18 @@ def accuracies(short: str) -> dict[str, Metric]:
     }
 
 
+class ClassifierTask(ImageTask):
+    """What the tasks that train a classifier share."""
+
+    def predictor(self, cfg: Config, weights: str, options: Options) -> Predictor:
+        """See `Task.predictor`."""
+        from semaim.prediction.classes import ClassPredictor
+
+        return ClassPredictor(cfg, weights, options)
+
+
 @TASKS.register_module()
-class Finetune(ImageTask):
+class Finetune(ClassifierTask):
     """Top-1 accuracy of a classifier on the mean of the patches, or on the class token."""
 
     name = "finetune"

@@ -195,9 +195,8 @@ class KNNSegmentation(SegmentationTask):
         metrics = pixels.evaluate(len(run.val))
         log("by patches, of which each counts as the class that it has most of:")
         metrics |= {f"patch_{name}": value for name, value in patches.evaluate(len(run.val)).items()}
-        counted = dict(zip(("classes_evaluated", "classes"), getattr(pixels, "counted", None) or (), strict=False))
         self.keep_outcomes(cfg, run.val, pixels)
-        more = {**run.recorded, "bank": len(bank.features), **counted}
+        more = {**run.recorded, "bank": len(bank.features), **dense.by_class(pixels)}
         write_results(cfg, metrics, len(run.train), len(run.val), path, **more)
         log(f"mIoU {metrics['mIoU']:.2f} of pixels, {metrics['patch_mIoU']:.2f} of patches")
         return metrics

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-from semaim.engine.images import ImageTask
 from semaim.registry import TASKS
-from semaim.tasks.finetune import accuracies, classifies
+from semaim.tasks.finetune import ClassifierTask, accuracies, classifies
 
 
 @TASKS.register_module()
-class Linear(ImageTask):
+class Linear(ClassifierTask):
     """Top-1 accuracy of the probe."""
 
     name = "linear"

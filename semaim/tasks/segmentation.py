@@ -12,6 +12,7 @@ from semaim.engine.dense_task import DenseTask
 from semaim.engine.schedule import BatchPlan
 from semaim.errors import UserError
 from semaim.outcomes import write_outcomes
+from semaim.prediction.predictor import Options, Predictor
 from semaim.registry import TASKS, Metric
 
 
@@ -38,6 +39,12 @@ class SegmentationTask(DenseTask):
         paths = [Path(images.get_data_info(index)["img_path"]) for index in range(len(images))]
         names = [(path.relative_to(root) if path.is_relative_to(root) else path).as_posix() for path in paths]
         write_outcomes(Path(cfg.work_dir), names, {"mIoU": metric.areas})
+
+    def predictor(self, cfg: Config, weights: str, options: Options) -> Predictor:
+        """See `Task.predictor`."""
+        from semaim.prediction.dense import ClassMapPredictor
+
+        return ClassMapPredictor(cfg, weights, options) if self.trains else super().predictor(cfg, weights, options)
 
 
 @TASKS.register_module()

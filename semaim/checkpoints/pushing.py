@@ -1,6 +1,7 @@
 """Pushing an exported folder to the Hugging Face hub, by its own library."""
 
 import os
+from pathlib import Path
 
 from semaim.errors import UserError
 
@@ -40,9 +41,11 @@ def push(folder: str | os.PathLike, repository: str, private: bool = False) -> s
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
-            raise UserError(f"{repository} is there already and public: leave --private out, or name another repository")
+            raise UserError(
+                f"{repository} is there already and public: leave --private out, or name another repository"
+            )
         done = api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Encoder written by semaim export"
+            repo_id=repository, folder_path=Path(folder), commit_message="Encoder written by semaim export"
         )
         return str(done.commit_url)
     except HfHubHTTPError as error:

@@ -60,7 +60,9 @@ def check_card(folder: str | os.PathLike) -> None:
 def check_license(name: str | None) -> None:
     """`UserError` for what is no licence's name on the hub."""
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", name):
-        raise UserError(f"--license {name}: give the hub's name of a licence, such as apache-2.0, cc-by-nc-4.0 or other")
+        raise UserError(
+            f"--license {name}: give the hub's name of a licence, such as apache-2.0, cc-by-nc-4.0 or other"
+        )
 
 
 def digest(text: str) -> str:

@@ -27,9 +27,9 @@ class Hub(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(size)
         self.path = unquote(self.path.partition("?")[0])
-        route = next(((name, match) for name, form in ROUTES if (match := re.fullmatch(form, f"{self.command} {self.path}"))),
-                     None)  # fmt: skip
-        self.server.hub.asked.append(route[0] if route else f"{self.command} {self.path}")
+        request = f"{self.command} {self.path}"
+        route = next(((name, match) for name, form in ROUTES if (match := re.fullmatch(form, request))), None)
+        self.server.hub.asked.append(route[0] if route else request)
         if route is None:
             return self.answer(404, {"error": "not in the stand-in"})
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -89,10 +89,9 @@ class Hub(BaseHTTPRequestHandler):
     def on_preupload(self, name, _):
         asked = json.loads(self.body)["files"]
         large = (".safetensors", ".bin")  # as in the .gitattributes of a new repository
-        return self.answer(200, {"files": [
-            {"path": it["path"], "uploadMode": "lfs" if it["path"].endswith(large) else "regular", "shouldIgnore": False}
-            for it in asked
-        ]})  # fmt: skip
+        modes = {it["path"]: "lfs" if it["path"].endswith(large) else "regular" for it in asked}
+        files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+        return self.answer(200, {"files": files})
 
     def on_lfs(self, name):
         objects = [

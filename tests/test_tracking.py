@@ -35,7 +35,7 @@ def local(monkeypatch):
 
 
 def records(file):
-    """The records of a .wandb file: a log of LevelDB's (blocks of 32 KB; checksum, length and kind before each part)."""
+    """The records of a .wandb file: a log of LevelDB's (32 KB blocks; before each part checksum, length, kind)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, parts = Path(file).read_bytes(), 7, []

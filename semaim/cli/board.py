@@ -15,8 +15,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         argparse.ArgumentParser(
             prog=prog,
             usage="%(prog)s [DIR] [flags of TensorBoard]",
-            description="Show the curves and pictures of all runs in DIR (default: work_dirs), a work folder or a folder"
-            " of them, in the browser. This starts the TensorBoard of this environment, which prints its address;"
+            description="Show the curves and pictures of all runs in DIR (default: work_dirs), a work folder or a"
+            " folder of them, in the browser. This starts the TensorBoard of this environment, which prints its address;"
             " Ctrl-C ends it. Flags are TensorBoard's own: --port 6007 for another port, --bind_all for browsers on"
             " other machines.",
         ).print_help()

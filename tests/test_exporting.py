@@ -151,6 +151,7 @@ def test_the_tool(pretrained, tmp_path):
     assert len(load_file(tmp_path / "x.safetensors")) == 30
     done = tool("checkpoint.py", "export", pretrained, tmp_path / "out")
     assert done.returncode == 0 and sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]

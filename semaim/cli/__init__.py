@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": ("sweep", (), "search learning rate and layer decay"),
     "reproduce": ("reproduce", (), "from images to the results table, every stage"),
     "table": ("results_table", (), "measured results next to published ones"),
+    "board": ("board", (), "curves and pictures of runs in the browser, by TensorBoard"),
     "report": ("report", (), "one HTML file about runs"),
     "bench": ("benchmark", (), "speed and memory compared with a baseline"),
     "env": ("check_env", (), "what is installed, and what works on this machine"),

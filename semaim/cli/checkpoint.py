@@ -1,6 +1,8 @@
 """Inspect checkpoints, write them in other dialects: tools/checkpoint.py {inspect,convert,export} (see --help)."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from semaim.cli.choices import DIALECTS
 from semaim.cli.options import add_flags
@@ -26,9 +28,19 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         choices=(*DIALECTS, "mmdet"),
         help="mmdet takes a whole ViTDet detector of detectron2's, the others an encoder",
     )
-    export = commands.add_parser("export", help='write what timm.create_model("local-dir:DIR", pretrained=True) opens')
-    export.add_argument("file", help="a checkpoint of any dialect")
-    export.add_argument("folder", metavar="DIR", help="folder to make")
+    export = commands.add_parser("export", help="write a folder that timm opens, with a model card")
+    export.add_argument("file", metavar="FILE", help="a checkpoint of any dialect")
+    export.add_argument("folder", metavar="DIR", help="where to write; with --to hf-hub OWNER/REPO on the hub")
+    export.add_argument("--to", choices=("hf-hub",), help="push it to the Hugging Face hub, in one commit")
+    export.add_argument("--private", action="store_true", help="with --to hf-hub: to a private repository")
+    export.add_argument("--license", metavar="NAME", help="of the weights, by the hub's name, such as apache-2.0")
+    export.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="WORK_DIR",
+        help="work folders, or folders of them, whose results of FILE the model card has",
+    )
     for command in (convert, export):
         command.add_argument("--allow-partial", action="store_true", help="of another ViT, write a plain ViT's parts")
     return parser.parse_args(argv)
@@ -51,6 +63,30 @@ def warn_of_heads(file: str, out: str) -> None:
     if heads != guess:
         print(f"it has {heads} heads; {out} does not say so and is taken for one of {guess}: set num_heads, or use")
         print(f"    tools/checkpoint.py export {file} DIR")
+
+
+def exported(args: argparse.Namespace) -> None:
+    """Write the folder and its card, push it if asked to, and say how to open it."""
+    from semaim import checkpoints
+    from semaim.checkpoints.pushing import check_repository, push
+    from semaim.results.card import Measured, check_card, check_license, write_card
+
+    check_license(args.license)
+    if args.to:
+        check_repository(args.folder)
+    else:
+        check_card(args.folder)
+    measured = Measured(args.file, args.runs)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary if args.to else args.folder)
+        source = f"hf-hub:{args.folder}" if args.to else f"local-dir:{args.folder}"
+        architecture = checkpoints.export(args.file, folder, args.allow_partial)
+        write_card(args.file, folder, source, architecture, args.license, measured)
+        wrote = f"pushed {push(folder, args.folder, args.private)}" if args.to else f"wrote {folder}"
+    print(f"{wrote}, a {architecture} of timm with a model card, opened by")
+    print(f'    timm.create_model("{source}", pretrained=True)')
+    if not args.license:
+        print("its card says that no licence was stated: --license NAME states one")
 
 
 def inspected(source: str, arch: str | None = None) -> str:
@@ -96,10 +132,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         if statistics and not statistics.same(Statistics()):
             print(f"its images have {statistics}; this file holds none: set dataset.mean and dataset.std, or use")
             print(f"    tools/checkpoint.py export {args.file} DIR")
+    elif args.private and not args.to:
+        raise UserError("--private is for --to hf-hub")
     else:
-        architecture = checkpoints.export(args.file, args.folder, args.allow_partial)
-        print(f"wrote {args.folder}, a {architecture} of timm, opened by")
-        print(f'    timm.create_model("local-dir:{args.folder}", pretrained=True)')
+        exported(args)
         found = checkpoints.read(args.file)
         if found.heads_guessed:
             heads = found.sizes["num_heads"]

@@ -57,6 +57,20 @@ FLAGS: dict[str, dict] = {
         "action": "store_true",
         "help": "load what fits of an encoder that is a different network; results.json and the table say so",
     },
+    "--wandb": {
+        "nargs": "?",
+        "const": "",
+        "metavar": "PROJECT",
+        "help": "log to Weights & Biases too (default project: $WANDB_PROJECT, or semaim); WANDB_MODE=offline without"
+        " network",
+    },
+    "--mlflow": {
+        "nargs": "?",
+        "const": "",
+        "metavar": "EXPERIMENT",
+        "help": "log to MLflow too (default experiment: $MLFLOW_EXPERIMENT_NAME, or semaim), at $MLFLOW_TRACKING_URI"
+        " or in mlruns beside the work folder",
+    },
     "--gpus": {
         "default": "1",
         "metavar": "N",

@@ -34,7 +34,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add_flags(parser, "--data-root", "--classes", "--data")
     add_flags(parser, "--pretrained", "--arch", "--work-dir", "--allow-partial")
-    add_flags(parser, "--gpus", "--timeout", "--cfg-options")
+    add_flags(parser, "--wandb", "--mlflow", "--gpus", "--timeout", "--cfg-options")
     return parser
 
 
@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         cfg.pretrained = given["pretrained"] = args.pretrained
     if args.arch:
         cfg.arch = given["arch"] = args.arch
+    for tracker in ("wandb", "mlflow"):
+        if (name := getattr(args, tracker)) is not None:
+            cfg.trackers = {**(cfg.get("trackers") or {}), tracker: name}
+            given[f"trackers.{tracker}"] = name
     if args.allow_partial:
         cfg.allow_partial = True
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)

@@ -34,6 +34,7 @@ KEYS = {
     "custom_hooks": "more hooks",
     "log_processor": "the log line",
     "visualizer": "where scalars and pictures go",
+    "trackers": "trackers that get them too, as with --wandb and --mlflow: dict(wandb=PROJECT, mlflow=EXPERIMENT)",
     "seed": "random seed",
     "compile": "compile the transformer blocks: True, False, or auto for training runs of many steps on a GPU",
     "fsdp": "divide weights, gradients and optimizer state among the processes",

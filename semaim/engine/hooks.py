@@ -17,7 +17,7 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook, LoggerHook, RuntimeInfoHook, iter_timer_hook
 from mmengine.registry import HOOKS, LOG_PROCESSORS
 from mmengine.runner import LogProcessor
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from semaim.engine.sharding import gathered, is_sharded
 from semaim.errors import Diverged
@@ -147,19 +147,17 @@ class TrainLog(LogProcessor):
 
 @HOOKS.register_module()
 class ProgressBar(Hook):
-    """A progress bar under the log lines, if the terminal is interactive."""
+    """A progress bar under the log lines, if the terminal is interactive: loss, images/s and ETA beside it.
+
+    They are what the last log line was computed from, or newer: the bar reads no number from the GPU itself.
+    """
 
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
         self.progress = None
         if not (is_main_process() and sys.stdout and sys.stdout.isatty()):
             return
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        self.progress = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.progress.start()
         atexit.register(self.progress.stop)  # after a failed run the terminal must have its cursor back
         self.streams = [h for h in runner.logger.handlers if type(h) is logging.StreamHandler]
@@ -170,9 +168,13 @@ class ProgressBar(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Advance the bar."""
         if self.progress:
-            loss = runner.message_hub.log_scalars.get("train/loss")
-            shown = f"loss {loss.current():.4f}" if loss else "training"
-            self.progress.update(self.task, completed=runner.iter + 1, description=shown)
+            hub, window = runner.message_hub, runner.log_processor.window_size
+            seconds = hub.get_scalar("train/time").mean(window)
+            rate = runner.train_dataloader.batch_sampler.images * get_world_size() / seconds
+            parts = [f"{rate:.1f} images/s", f"ETA {datetime.timedelta(seconds=int(hub.get_info('eta')))}"]
+            if loss := hub.log_scalars.get("train/loss"):
+                parts.insert(0, f"loss {loss.current():.4f}")
+            self.progress.update(self.task, completed=runner.iter + 1, description="  ".join(parts))
 
     def after_train(self, runner) -> None:
         """Remove the bar."""

@@ -19,7 +19,7 @@ from semaim.errors import UserError
 #: Settings that a resumed run may change without --override: where and how it computes, writes and logs. Patterns of
 #: whole paths.
 FREE = re.compile(
-    r"work_dir|num_workers|images_per_gpu|compile|fsdp|(log_processor|visualizer)(\..*)?"
+    r"work_dir|num_workers|images_per_gpu|compile|fsdp|(log_processor|visualizer|trackers)(\..*)?"
     r"|default_hooks\.(logger|timer|checkpoint|pictures|progress|runtime_info)(\..*)?|.*\.with_cp"
 )
 
@@ -225,8 +225,9 @@ def _inside(key: str, keys: Iterable[str]) -> bool:
 
 
 def _given(key: str, options: Iterable[str]) -> bool:
-    """Whether the run's first command line gave a setting: by --cfg-options, or by the flag of a path."""
-    return _last(key) in PLACES or any(f"{key}.".startswith(f"{option}.") for option in options)
+    """Whether the run's first command line gave a setting: by --cfg-options, or by the flag of a path or a tracker."""
+    by_flag = _last(key) in PLACES or key.startswith("trackers")
+    return by_flag or any(f"{key}.".startswith(f"{option}.") for option in options)
 
 
 def _listed(part: Mapping[str, object]) -> str:

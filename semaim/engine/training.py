@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
 from semaim.checkpoints import LoadReport
+from semaim.checkpoints.files import run_in
 from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.compiling import CompileTime, compile_for
 from semaim.engine.launcher import join
@@ -25,6 +27,7 @@ from semaim.engine.resuming import check_data
 from semaim.engine.runner import SeededRunner
 from semaim.engine.saving import SaveCheckpoints
 from semaim.engine.schedule import BatchPlan
+from semaim.engine.tracking import asked, tracked
 from semaim.errors import UserError
 from semaim.reading import forget
 from semaim.registry import task_named
@@ -148,6 +151,7 @@ def prepare_training(
         UserError: something is wrong that would end the run, or silently spoil it.
     """
     check_sockets(cfg)
+    asked(cfg)
     task = runnable_task(cfg)
     if not task.trains:
         raise UserError(f"{cfg.filename} measures a checkpoint ({task.title}): tools/test.py {cfg.filename} FILE")
@@ -193,9 +197,9 @@ def train(
         **task.schedule(cfg, run, loader),
         **(task.validation(cfg, run, "val") if run.val is not None else {}),
     )
-    for hook in runner.hooks:
-        if isinstance(hook, SaveCheckpoints):
-            hook.rescue_dir = rescue_dir
+    saver = next((hook for hook in runner.hooks if isinstance(hook, SaveCheckpoints)), None)
+    if saver:
+        saver.rescue_dir = rescue_dir
     model = getattr(runner.model, "module", runner.model)
     log = runner.logger.info
     if compile_for(cfg, model, runner.train_loop.max_iters, torch.device(get_device()), runner.logger):
@@ -217,10 +221,13 @@ def train(
     runner.data_identity, origin = shared
     for config in (cfg, runner.cfg) if origin else ():
         config.origin = origin
-    runner.train()
-    if run.val is not None:
-        metrics, more = task.trained_figures(cfg, runner)
-        write_results(cfg, metrics, len(run.train), len(run.val), cfg.get("pretrained"), **more, **run.recorded)
+    name = (run_in(resume_from) if resume_from else None) or (saver.saving.run if saver else uuid.uuid4().hex)
+    with tracked(runner, cfg, name, resumed=resume_from is not None) as final:
+        runner.train()
+        if run.val is not None:
+            metrics, more = task.trained_figures(cfg, runner)
+            write_results(cfg, metrics, len(run.train), len(run.val), cfg.get("pretrained"), **more, **run.recorded)
+            final.update(metrics)
     return runner
 
 

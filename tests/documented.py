@@ -37,6 +37,8 @@ NOT_SIMPLE = re.compile(r"[|&;<>*?~$`{]|^[A-Z_]+=")
 LISTED = ROOT / "tests/not_run.yaml"
 #: Not linked into a sandbox: what runs write, and what no page reads.
 OWN = ("data", "work_dirs", "build", "dist")
+#: Not linked either: it, and what calls it, would install into the environment that the tests run in.
+INSTALLER = "setup.sh"
 
 
 class Step(NamedTuple):
@@ -142,7 +144,7 @@ def links(folder: Path) -> None:
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and not (top and name in OWN)]
         here = folder / Path(parent).relative_to(ROOT)
         here.mkdir(parents=True, exist_ok=True)
-        for name in files:
+        for name in (name for name in files if name != INSTALLER):
             (here / name).symlink_to(Path(parent) / name)
     (folder / ".venv").symlink_to(sys.prefix)
 
@@ -163,6 +165,7 @@ def run(step: Step, folder: Path) -> subprocess.CompletedProcess:
     """A step's whole run, offline and on the CPU."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, **CPU, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "VIRTUAL_ENV": sys.prefix}
+    env |= {"PIP_NO_INDEX": "1", "PIP_DRY_RUN": "1"}  # no command may change the environment
     env["PATH"] = f"{folder / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
     if step.python:
         (folder / "typed.py").write_text(step.text)

@@ -1,5 +1,6 @@
 """Every command and every block of Python of the pages is run as it stands, or listed with the reason why not."""
 
+import re
 from collections import Counter
 
 import documented
@@ -86,7 +87,8 @@ def test_commands_are_found_as_a_shell_reads_them():
 
 
 def test_steps_are_the_blocks_of_a_shell_and_of_python_in_their_order():
-    page = "x\n```bash\na\n```\n\n```text\nb\n```\n* item\n  ```python\n  c = 1\n  d\n  ```\n```\ne\n```\n```yaml\nf: 1\n```\n"
+    page = "x\n```bash\na\n```\n\n```text\nb\n```\n* item\n  ```python\n  c = 1\n  d\n  ```\n"
+    page += "```\ne\n```\n```yaml\nf: 1\n```\n"
     found = steps("P", page)
     assert found == [Step("P", False, "a"), Step("P", True, "c = 1\nd\n"), Step("P", False, "e")]
     assert [step.name for step in found] == ["a", "python: c = 1", "e"]
@@ -142,3 +144,12 @@ def test_a_page_is_run_until_a_command_fails(tmp_path, monkeypatch):
     found.append(Step("README.md", False, "semaim inspect nothing.pth"))
     with pytest.raises(AssertionError, match="exit status 2 of\nsemaim inspect nothing.pth\n(.|\n)*no such"):
         run_page("README.md", tmp_path / "second", before=tmp_path / "first")
+
+
+def test_nothing_is_installed_by_a_page(tmp_path):
+    installs = re.compile(r"\bpip3? install|tools/(setup|quickstart|test)\.sh|\buv\b|\bconda\b")
+    for page in pages():
+        assert not [step.name for step in to_run(page) if installs.search(step.text)]
+    documented.links(tmp_path)
+    for line in ("tools/setup.sh", "tools/quickstart.sh", "tools/test.sh"):
+        assert documented.run(Step("README.md", False, line), tmp_path).returncode == 127

@@ -84,7 +84,8 @@ def writing(out: Path) -> Iterator[None]:
 def run(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; returns the exit status.
 
-    0, a `UserError`'s (also outside of the environment), 128 and a signal's number after one has stopped it (130 after Ctrl-C), 141 after a closed pipe.
+    0, a `UserError`'s (also outside of the environment), 128 and a signal's number after one has stopped it (130 after
+    Ctrl-C), 141 after a closed pipe.
     """
     try:
         code = main() or 0

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 #: System errors of a disk without space.
@@ -15,6 +16,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, *FULL
 )  # fmt: skip
+
+#: Packages of the environment that every command needs.
+NEEDED = ("torch", "mmengine", "timm", "numpy")
 
 
 class UserError(Exception):
@@ -80,13 +84,19 @@ def writing(out: Path) -> Iterator[None]:
 def run(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; returns the exit status.
 
-    0, a `UserError`'s, 128 and a signal's number after one has stopped it (130 after Ctrl-C), 141 after a closed pipe.
+    0, a `UserError`'s (also outside of the environment), 128 and a signal's number after one has stopped it (130 after
+    Ctrl-C), 141 after a closed pipe.
     """
     try:
         code = main() or 0
         if sys.stdout:  # none with `>&-`
             sys.stdout.flush()
         return code
+    except ModuleNotFoundError:
+        if not (missing := _missing()):
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        return UserError.status
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_output()
         return 141
@@ -104,6 +114,23 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return getattr(error, "status", 130)
+
+
+def _missing() -> str:
+    """What to do where this Python lacks a package that every command needs; "" where it has them."""
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if not lacking:
+        return ""
+    from semaim.places import IN_CHECKOUT, ROOT, here
+
+    environment = ROOT / ".venv"
+    if not IN_CHECKOUT:
+        todo = "install the suite with its requirements: pip install semaim"
+    elif not environment.is_dir() or Path(sys.prefix).resolve() == environment.resolve():
+        todo = f"run {here(ROOT / 'tools/setup.sh')}, then source {here(environment / 'bin/activate')}"
+    else:
+        todo = f"activate the environment: source {here(environment / 'bin/activate')}"
+    return f"{sys.executable} has no {lacking[0]}: {todo}"
 
 
 def _drop_output() -> None:

@@ -30,6 +30,7 @@ from semaim.engine.training import prepare_training  # noqa: E402
 from semaim.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/library.md"
 DETECTOR, SEGMENTOR = "mmdet_configs/semaim_mask_rcnn_scenes.py", "mmseg_configs/semaim_upernet_scenes.py"
 RUN = {
     "num_workers": 0,
@@ -82,9 +83,8 @@ def encoder_of(file):
 
 
 def snippet(words):
-    """The code of README's section "As a library" that has these words."""
-    section = (ROOT / "README.md").read_text().partition("## As a library\n")[2].partition("\n## ")[0]
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL) if words in code]
+    """The code of docs/library.md that has these words."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if words in code]
     return code
 
 
@@ -101,7 +101,7 @@ def run(code, paths, names=None):
     for word, path in paths.items():
         assert word in code
         code = code.replace(word, str(path))
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, PAGE.name, "exec"), names)
     return names
 
 
@@ -115,7 +115,7 @@ def own_prediction(config, weights, image):
     return predict(model.eval(), build_pipeline(cfg), str(image))[1]
 
 
-def test_mmdets_own_functions_open_our_detector_as_the_readme_says(detector, data):
+def test_mmdets_own_functions_open_our_detector_as_the_page_says(detector, data):
     image = next((data / "coco/val2017").iterdir())
     expected = own_prediction(DETECTOR, detector, image).pred_instances
     code = snippet("init_detector").replace("semaim_mask_rcnn.py", Path(DETECTOR).name)
@@ -167,7 +167,7 @@ def bases(package):
 
 
 def stock(pretrained, tmp_path, **options):
-    """README's stock config of mmdet, with the encoder of the tests."""
+    """The page's stock config of mmdet, with the encoder of the tests."""
     (tmp_path / "stock.py").write_text(
         snippet("_base_").replace("FILE", str(pretrained)).replace("../_base_", bases("mmdet"))
     )
@@ -269,10 +269,18 @@ def test_our_own_runs_take_pretrained_and_no_init_cfg(data, pretrained, tmp_path
 # The library.
 
 
-def test_the_readmes_encoder_and_order(pretrained, data):
-    image = next((data / "coco/val2017").iterdir())
-    paths = {"FILE": pretrained, "image.jpg": image, "(224, 224)": (48, 48)}
+def test_the_pages_encoder_and_order(pretrained, data):
+    weights = {"work_dirs/tiny/latest.pth": pretrained}
+    paths = {**weights, "data/scenes/coco": data / "coco", "(64, 64)": (48, 48)}
     names = run(snippet("load_encoder"), paths)
     assert names["tokens"].shape == (1, 1 + 36, 32)
-    run(snippet("order_of"), {"FILE": pretrained}, names)
+    run(snippet("order_of"), weights, names)
     assert names["order"].sort().values.tolist() == [list(range(36))] and names["similarity"].shape == (1, 36)
+
+
+def test_timms_network_of_the_files_sizes_gives_the_librarys_tokens(pretrained):
+    names = run(snippet("load_state_dict"), {"work_dirs/tiny/latest.pth": pretrained})
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = names["network"].eval().forward_features(images)
+        torch.testing.assert_close(found, semaim.load_encoder(pretrained)(images), atol=1e-5, rtol=1e-5)

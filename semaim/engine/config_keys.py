@@ -26,15 +26,8 @@ BUILDER_KEYS = {
 
 #: Keys whose content belongs to another library, or has user-defined names.
 FOREIGN = {
-    "override",
-    "backend_args",
-    "file_client_args",
-    "init_kwargs",
-    "origin",
-    "cfg_options",
-    "overrides",
-    "own_data",
-}
+    "override", "backend_args", "file_client_args", "init_kwargs", "origin", "cfg_options", "overrides", "own_data",
+}  # fmt: skip
 
 #: Dicts that take keys which the config does not have yet: names of tasks, which are checked when they are used.
 OPEN = {"evaluations"}

@@ -32,7 +32,7 @@ WRITTEN = (
 
 
 #: The command, as its package installs it.
-COMMAND = "import sys\n\nfrom semaim.cli import main\n\nsys.exit(main())\n"
+COMMAND = "import sys\n\nfrom semaim.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
 
 
 def typed():

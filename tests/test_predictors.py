@@ -180,12 +180,12 @@ def test_values_follow_the_data_sets_rule_and_other_classes_are_refused(here, se
 # Classifiers
 
 
-def test_top_class_is_right_as_often_as_test_says(classifier, labelled, tmp_path):
+def test_top_class_is_right_as_often_as_test_says(here, classifier, labelled, tmp_path):
     options = flags(SMALL[CLASSIFIER])
-    done = tool("predict.py", CLASSIFIER, classifier, labelled / "val", "--out", tmp_path / "p", *options)
+    done = here("predict.py", ROOT / CLASSIFIER, classifier, labelled / "val", "--out", tmp_path / "p", *options)
     assert done.returncode == 0, done.stderr
     line = ["--data-root", labelled, "--work-dir", tmp_path / "test"]
-    assert tool("test.py", CLASSIFIER, classifier, *line, *options).returncode == 0
+    assert here("test.py", ROOT / CLASSIFIER, classifier, *line, *options).returncode == 0
     entries = read(tmp_path / "p")
     assert len(entries) == 10 == len(list((tmp_path / "p").glob("*.png")))
     right = [entry["classes"][0]["class"] == entry["image_id"].split("/")[-2] for entry in entries]
@@ -227,7 +227,7 @@ def test_a_video_is_predicted_frame_by_frame(here, classifier, video, tmp_path):
     assert read(tmp_path / "i")[0]["classes"] == read(tmp_path / "p")[0]["classes"]
 
 
-def test_a_segmentors_video_and_damaged_ones(segmentor, video, tmp_path):
+def test_a_segmentors_video_and_damaged_ones(here, segmentor, video, tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     content = video.read_bytes()
@@ -247,7 +247,8 @@ def test_a_segmentors_video_and_damaged_ones(segmentor, video, tmp_path):
     maps = sorted(path.name for path in (folder / "out/labels").glob("a_*"))
     assert maps == [f"a_{frame:06d}.png" for frame in range(8)]
     assert Image.open(folder / "out/labels/a_000000.png").size == (46, 32)
-    again = tool(*line)  # what it has written is not predicted again
+    line[1] = ROOT / SEGMENTOR
+    again = here(*line)  # what it has written is not predicted again
     assert "of 4 videos" in again.stderr
 
 

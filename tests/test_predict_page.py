@@ -10,7 +10,7 @@ import pytest
 from commands import CPU, ROOT, fork
 
 pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
-pytest.importorskip("pyarrow", reason="pyarrow is not installed: runs after tools/setup.sh --extras parquet")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: runs after tools/setup.sh")
 
 PAGE = (ROOT / "docs/predict.md").read_text()
 #: What a command of the page writes that the text names.

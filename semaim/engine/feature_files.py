@@ -211,8 +211,8 @@ class ParquetFile:
             import pyarrow.parquet
         except ImportError:
             raise UserError(
-                f"--out {path}: pyarrow is missing: install it with tools/setup.sh, or pip install 'semaim[parquet]', or"
-                " name a .npy file"
+                f"--out {path}: pyarrow is missing: install it with tools/setup.sh, or pip install 'semaim[parquet]',"
+                " or name a .npy file"
             ) from None
         self.arrow, self.path, self.part = pyarrow, path, _part(path)
         self.writer: Any = None

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -200,6 +201,24 @@ def test_threshold_names_and_broken_images(predicted, data, weights, tmp_path):
     assert len(kept) == 5 and [line["bbox"] for line in kept] == [line["bbox"] for line in whole[:5]]
     sizes = {line["file_name"]: line["segmentation"]["size"] for line in results}
     assert sizes["grey.png"] == [40, 64] and sizes["turned.jpg"] == [64, 32]
+
+
+def test_boxes_and_masks_of_a_reduced_image_are_in_pixels_of_the_original(here, data, weights, tmp_path):
+    """Each pixel is repeated four times along both sides: reduced again, the image is the small one to the bit."""
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    image = Image.open(sorted((data / "val2017").iterdir())[0]).convert("RGB").crop((0, 0, 64, 48))
+    image.save(small)
+    image.resize((256, 192), Image.Resampling.NEAREST).save(large)
+    line = ["predict.py", CONFIG, weights, small, large, "--score-thr", 0, "--max-side", 64, "--out", tmp_path / "out"]
+    assert here(*line, *OPTIONS).returncode == 0
+    found = {
+        name: [line for line in read(tmp_path / "out") if line["file_name"] == name] for name in os.listdir(tmp_path)
+    }
+    assert len(found["small.png"]) == len(found["large.png"]) == 10
+    for one, other in zip(found["small.png"], found["large.png"], strict=True):
+        assert other["bbox"] == pytest.approx([4 * side for side in one["bbox"]], abs=0.01)
+        assert (other["score"], other["category_id"]) == (one["score"], one["category_id"])
+        assert (one["segmentation"]["size"], other["segmentation"]["size"]) == ([48, 64], [192, 256])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from test_report import checked, put
 
 from semaim.drawing.curves import COLOURS
 from semaim.engine.config import load_config
+from semaim.errors import UserError
 from semaim.record import record_of
 from semaim.registry import task_named
 from semaim.results import load_published
@@ -129,6 +130,24 @@ def test_a_log_with_a_broken_table_is_passed_over():
     log = "| category | mAP | x |\n| cat | 0.5 |\n| dog | 0.25 | 3 |\n"
     (table,) = classes_of([f"Evaluating bbox...\n{log}\n"])
     assert table.head == ["class", "AP box, %", "x"] and table.rows == [["cat", "50.00"], ["dog", "25.00", "3"]]
+
+
+def test_figures_by_class_are_a_table_of_the_run_and_no_column(tmp_path):
+    by_class = {"IoU": {"road": 91.5, "tram": None}, "Acc": {"road": 95.25, "tram": None}}
+    found = {"task": "segmentation", "metrics": {"mIoU": 91.5}, "classwise": by_class, "seed": 0}
+    put(tmp_path / "run", {"results.json": found})
+    logged = "+---+---+---+\n| Class | IoU | Acc |\n+---+---+---+\n| road | 7.0 | 8.0 |\n+---+---+---+\n"
+    (tmp_path / "run/1").mkdir()
+    (tmp_path / "run/1/1.log").write_text(logged)
+    part = read_part(tmp_path / "run", "run", load_published())
+    [table] = part.classes
+    assert table.title == "IoU, Acc of each class" and table.head == ["class", "IoU, %", "Acc, %"]
+    assert table.rows == [["road", "91.50", "95.25"], ["tram", "–", "–"]], "the file's, not the log's"
+    assert [figure.label for figure in part.figures] == ["mIoU"] and "classwise" not in part.recorded
+    for broken in ({"IoU": 7}, {"IoU": {"road": "much"}}, [7]):
+        put(tmp_path / "run", {"results.json": {**found, "classwise": broken}})
+        with pytest.raises(UserError, match="is broken: classwise"):
+            read_part(tmp_path / "run", "run", load_published())
 
 
 def test_notes_and_origins_are_of_rows_that_are_shown(tmp_path):

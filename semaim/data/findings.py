@@ -1,6 +1,7 @@
 """The findings of a check of a data set, and checking many files at once."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -90,7 +91,10 @@ def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int]
     """Context with a function that moves a bar on by so many; the bar is shown if the standard error is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    # Lines printed meanwhile go above the bar; those of an output that is a file go there, and not to the terminal.
+    above = bool(sys.stdout and sys.stdout.isatty())
+    hidden = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=above) as bar:
         row = bar.add_task(title, total=total)
         yield lambda count: bar.advance(row, count)
 

@@ -19,6 +19,11 @@ class Bar(NamedTuple):
     colour: tuple[int, int, int]
 
 
+def shown(name: str) -> str:
+    """A name without signs that a font cannot draw, such as line breaks."""
+    return "".join(sign if sign.isprintable() else "?" for sign in name)
+
+
 def add_bars(picture: Image.Image, bars: Sequence[Bar], names: Iterable[str] = (), least: int = 1) -> Image.Image:
     """The picture with a white column on its right: each name with its percentage, and a bar of that length.
 
@@ -31,9 +36,10 @@ def add_bars(picture: Image.Image, bars: Sequence[Bar], names: Iterable[str] = (
         least: number of bars that are drawn.
     """
     size = text_size(picture.size)
+    bars = [bar._replace(name=shown(bar.name)) for bar in bars]
     font, pad, row = font_of(size), round(0.7 * size), round(2.5 * size)
     number = math.ceil(font.getlength("100%")) + pad
-    widest = max((font.getlength(name) for name in (tuple(names) or [bar.name for bar in bars])), default=0)
+    widest = max((font.getlength(name) for name in (tuple(map(shown, names)) or [bar.name for bar in bars])), default=0)
     width = min(math.ceil(widest) + number, max(16 * size, round(0.5 * picture.width)))
     height = max(picture.height, least * row + pad)
     whole = Image.new("RGB", (picture.width + width + 2 * pad, height), "white")

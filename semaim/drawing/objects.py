@@ -207,7 +207,9 @@ def add_legend(picture: Image.Image, shares: dict[int, float], names: Sequence[s
     """The picture with a legend on its right: colours, names and shares of its classes, in columns as needed."""
     size = text_size(picture.size)
     font, row = font_of(size), round(1.6 * size)
-    lines = [(colour_of(label), f"{name_of(names, label)}  {percent(share)}") for label, share in shares.items()]
+    widest = max(16 * size, picture.width // 2)  # names of several words would be wider than the picture
+    texts = {label: shorten(name_of(names, label), font, widest) for label in shares}
+    lines = [(colour_of(label), f"{texts[label]}  {percent(share)}") for label, share in shares.items()]
     per_column = max(1, (picture.height - size) // row)
     columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
     widths = [math.ceil(max(font.getlength(text) for _, text in column)) + round(2.8 * size) for column in columns]

@@ -21,7 +21,6 @@ from semaim.data.labelled import evaluation_transform
 from semaim.encoders.contract import Encoder
 from semaim.encoders.sources import open_source
 from semaim.errors import UserError
-from semaim.places import to_install
 
 
 class Prepared(NamedTuple):
@@ -212,7 +211,8 @@ class ParquetFile:
             import pyarrow.parquet
         except ImportError:
             raise UserError(
-                f"--out {path}: pyarrow is missing: install it with {to_install('parquet')}, or name a .npy file"
+                f"--out {path}: pyarrow is missing: install it with tools/setup.sh, or pip install 'semaim[parquet]',"
+                " or name a .npy file"
             ) from None
         self.arrow, self.path, self.part = pyarrow, path, _part(path)
         self.writer: Any = None

@@ -4,7 +4,8 @@ Its parts are imported on first use, so that `import semaim` takes no time and n
 
 * `open_checkpoint(file)`: what a checkpoint of any dialect holds.
 * `load_encoder(file)`: its encoder, a module from images to tokens.
-* `order_of(encoder, images)`: similarity map and order of the patches.
+* `find_images(folder)`: the images in a folder; `load_images(files, encoder)`: a normalised batch of them.
+* `order_of(encoder, images)`: similarity map and order of the patches; `draw_orders(files, encoder)`: their picture.
 * `list_tasks()`, `list_methods()`: names of what can be trained and measured, and of how encoders are pretrained.
 """
 
@@ -17,7 +18,10 @@ __version__ = "0.1.0"
 LAZY = {
     "open_checkpoint": "semaim.library",
     "load_encoder": "semaim.library",
+    "find_images": "semaim.data.folder",
+    "load_images": "semaim.library",
     "order_of": "semaim.library",
+    "draw_orders": "semaim.library",
     "list_tasks": "semaim.registry",
     "list_methods": "semaim.registry",
 }

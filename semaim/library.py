@@ -4,15 +4,18 @@ Shapes: B images, L patches, D channels; tokens are (B, prefix + L, D), the clas
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from semaim import checkpoints
 from semaim.checkpoints.consumers import buildable
 from semaim.checkpoints.normalisation import Statistics
+from semaim.data.folder import centre_crops
 from semaim.encoders.contract import Encoder
 from semaim.encoders.own import OwnEncoder
 from semaim.encoders.sources import open_source
@@ -97,6 +100,53 @@ def _partly_loaded(source: str | os.PathLike) -> Encoder:
 def _finished(encoder: Encoder, report: checkpoints.LoadReport, statistics: Statistics) -> Encoder:
     encoder.report, encoder.mean, encoder.std = report, statistics.mean, statistics.std
     return encoder.eval()
+
+
+def load_images(files: Sequence[str | os.PathLike], encoder: Any, img_size: int | None = None) -> Tensor:
+    """Photographs as an encoder takes them: the middle square of each, normalised.
+
+    Args:
+        files: of the images, as in `semaim.find_images`.
+        encoder: from `load_encoder`; its `mean` and `std` are used.
+        img_size: side in pixels, a multiple of the patch size; None for the encoder's own.
+
+    Returns:
+        Floats (B, 3, side, side).
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    pixels = _crops(files, encoder, img_size).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    return (pixels - mean) / std
+
+
+def draw_orders(
+    files: Sequence[str | os.PathLike],
+    encoder: Any,
+    order: str = "semantic",
+    similarity: str = "cls",
+    img_size: int | None = None,
+) -> Image.Image:
+    """A picture of the order in which pretraining would predict the patches of photographs: one row per image.
+
+    Image, similarity map, and order (bright first). Arguments as for `load_images` and `order_of`.
+    """
+    from semaim.drawing.columns import order_columns  # matplotlib takes a second to import
+    from semaim.drawing.panels import lay_out
+
+    images = load_images(files, encoder, img_size)
+    values, found = order_of(encoder, images, order, similarity)
+    height, width = (side // patch for side, patch in zip(images.shape[-2:], encoder.patch_size, strict=True))
+    return lay_out(order_columns(_crops(files, encoder, img_size), values, found, (height, width)))
+
+
+def _crops(files: Sequence[str | os.PathLike], encoder: Any, img_size: int | None) -> Tensor:
+    if isinstance(files, str | os.PathLike):
+        raise UserError(f"files is {files}: give a list of files")
+    if not files:
+        raise UserError("no files of images")
+    return centre_crops([os.fspath(file) for file in files], img_size or encoder.img_size[0])
 
 
 @torch.no_grad()

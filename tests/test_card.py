@@ -69,7 +69,8 @@ def test_a_card_has_what_the_file_and_the_results_hold_and_nothing_else(here, pr
     assert head["license"] == "cc-by-nc-4.0" and head["library_name"] == "timm"
     assert head["pipeline_tag"] == "image-feature-extraction" and "datasets" not in head
     metrics = results(measured / "ours")["metrics"]
-    _, listed = model_index_to_eval_results(head["model-index"])
+    name, listed = model_index_to_eval_results(head["model-index"])
+    assert name == "out"
     assert listed and {result.metric_value for result in listed} <= {round(value, 2) for value in metrics.values()}
     assert {result.task_type for result in listed} == {"image-classification"}
     assert {result.dataset_name for result in listed} == {Path(results(measured / "ours")["data"]).name}

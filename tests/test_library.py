@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torchvision.transforms.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -191,3 +195,27 @@ def test_tasks_and_methods_are_listed():
     assert semaim.list_tasks()[:2] == ["pretrain", "knn"] == semaim.list_tasks()[:2]
     assert semaim.list_methods()[:3] == ["SemAIM", "MAE", "SimMIM"]
     assert {"list_tasks", "list_methods", "load_encoder"} <= set(dir(semaim))
+
+
+def test_photographs_are_loaded_as_every_picture_crops_them_and_drawn(file, tmp_path):
+    """The middle square, by torchvision alone."""
+    encoder = semaim.load_encoder(file, img_size=64)
+    rng = np.random.default_rng(0)
+    for name, (height, width) in {"a.png": (80, 120), "b.png": (64, 64), "c.jpg": (200, 70)}.items():
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "page.txt").write_text("no image")
+    files = [path for path in semaim.find_images(tmp_path) if "model" not in path]
+    assert [Path(path).name for path in files] == ["a.png", "b.png", "c.jpg"]
+    images = semaim.load_images(files, encoder)
+    assert images.shape == (3, 3, 64, 64) and images.dtype == torch.float32
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    for path, found in zip(files, images, strict=True):
+        image = Image.open(path).convert("RGB")
+        resized = F.center_crop(F.resize(image, 64, F.InterpolationMode.BICUBIC), [64, 64])
+        torch.testing.assert_close(found, (F.to_tensor(resized) - mean) / std, atol=1e-5, rtol=0)
+    assert semaim.load_images(files[:1], encoder, 96).shape == (1, 3, 96, 96)
+    picture = semaim.draw_orders(files, encoder, "raster", "gap")
+    assert picture.mode == "RGB" and picture.height > picture.width * 0.9  # three rows, three columns
+    for wrong, message in ((files[0], "give a list of files"), ([], "no files of images"), (["x.png"], "x.png")):
+        with pytest.raises(UserError, match=message):
+            semaim.load_images(wrong, encoder)

@@ -16,9 +16,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             prog=prog,
             usage="%(prog)s [DIR] [flags of TensorBoard]",
             description="Show the curves and pictures of all runs in DIR (default: work_dirs), a work folder or a"
-            " folder of them, in the browser. This starts the TensorBoard of this environment, which prints its address;"
-            " Ctrl-C ends it. Flags are TensorBoard's own: --port 6007 for another port, --bind_all for browsers on"
-            " other machines.",
+            " folder of them, in the browser. This starts the TensorBoard of this environment, which prints its"
+            " address; Ctrl-C ends it. Flags are TensorBoard's own: --port 6007 for another port, --bind_all for"
+            " browsers on other machines.",
         ).print_help()
         return 0
     folder = words.pop(0) if words and not words[0].startswith("-") else "work_dirs"

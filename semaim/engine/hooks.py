@@ -4,6 +4,7 @@ import atexit
 import datetime
 import logging
 import math
+import os
 import re
 import resource
 import sys
@@ -155,7 +156,10 @@ class ProgressBar(Hook):
     def before_train(self, runner) -> None:
         """Show the bar, and pass the log lines through it so that they scroll above."""
         self.progress = None
-        if not (is_main_process() and sys.stdout and sys.stdout.isatty()):
+        terminal = (
+            sys.stdout and sys.stdout.isatty() and "JPY_PARENT_PID" not in os.environ
+        )  # a notebook keeps all lines
+        if not (is_main_process() and terminal):
             return
         self.progress = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.progress.start()

@@ -164,10 +164,10 @@ def write_card(
         pipeline_tag="image-classification" if classes else "image-feature-extraction",
         tags=["timm", "vision-transformer", *(["self-supervised-learning"] if origin.get("method") else [])],
         datasets=[IMAGENET] if _is_imagenet(origin, catalogue) else None,
-        model_name=source.partition(":")[2] if (results := measured.results()) else None,
+        model_name=_name(source) if (results := measured.results()) else None,
         eval_results=results or None,
     )
-    title = " ".join(filter(None, (origin.get("method"), describe(found.sizes))))
+    title = ": ".join(filter(None, (origin.get("method"), describe(found.sizes))))
     stated = f"The licence of the weights is {license_}." if license_ else "No licence of the weights was stated."
     parts = [
         f"# {escaped(title)}",
@@ -318,6 +318,12 @@ def _at(config: Mapping, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def _name(source: str) -> str:
+    """OWNER/REPO, or the name of a local folder."""
+    kind, _, rest = source.partition(":")
+    return rest if kind == "hf-hub" else Path(rest).resolve().name
 
 
 def _folder(path: Any) -> str | None:

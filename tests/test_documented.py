@@ -133,7 +133,7 @@ def test_wrong_commands_are_found(command):
 
 
 def test_a_page_is_run_until_a_command_fails(tmp_path, monkeypatch):
-    page = "```bash\nmkdir data\nsemaim scenes data/s --images 2 --size 32\nls data/s > data/list\n```\n"
+    page = "```bash\nmkdir -p data\nsemaim scenes data/s --images 2 --size 32\nls data/s > data/list\n```\n"
     page += "```python\nfrom pathlib import Path\nkept = Path('data/list').read_text()\n```\n"
     page += "```python\nPath('data/again').write_text(kept)\n```\n"
     found = steps("README.md", page)

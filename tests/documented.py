@@ -36,7 +36,7 @@ SCRIPTS = {
 NOT_SIMPLE = re.compile(r"[|&;<>*?~$`{]|^[A-Z_]+=")
 LISTED = ROOT / "tests/not_run.yaml"
 #: Not linked into a sandbox: what runs write, and what no page reads.
-OWN = ("data", "work_dirs", "build", "dist")
+OWN = ("data", "work_dirs", "build", "dist", "site")
 #: Not linked either: it, and what calls it, would install into the environment that the tests run in.
 INSTALLER = "setup.sh"
 

@@ -11,16 +11,8 @@ from documented import Step, check, commands_in, listed, pages, run_page, steps,
 from semaim.errors import UserError
 
 LISTED = listed()
-#: Pages whose commands take some seconds.
-FAST = ("README.md", "docs/index.md")
-
-
 #: The pages that are run here.
-RUN = [
-    pytest.param(page, marks=[] if page in FAST else pytest.mark.slow)
-    for page in pages()
-    if page not in LISTED.run_by and to_run(page)
-]
+RUN = [page for page in pages() if page not in LISTED.run_by and to_run(page)]
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +23,15 @@ def sandboxes(tmp_path_factory):
     def make(page):
         if page not in made:
             before = make(LISTED.continues[page]) if page in LISTED.continues else None
-            made[page] = tmp_path_factory.mktemp("page")
-            run_page(page, made[page], before)
+            folder = tmp_path_factory.mktemp("page")
+            run_page(page, folder, before)
+            made[page] = folder
         return made[page]
 
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
 def test_a_pages_commands_work_in_its_order(page, sandboxes):
     assert sandboxes(page).is_dir()
@@ -133,7 +127,7 @@ def test_wrong_commands_are_found(command):
 
 
 def test_a_page_is_run_until_a_command_fails(tmp_path, monkeypatch):
-    page = "```bash\nmkdir data\nsemaim scenes data/s --images 2 --size 32\nls data/s > data/list\n```\n"
+    page = "```bash\nmkdir -p data\nsemaim scenes data/s --images 2 --size 32\nls data/s > data/list\n```\n"
     page += "```python\nfrom pathlib import Path\nkept = Path('data/list').read_text()\n```\n"
     page += "```python\nPath('data/again').write_text(kept)\n```\n"
     found = steps("README.md", page)

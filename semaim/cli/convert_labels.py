@@ -8,7 +8,7 @@ from semaim.errors import UserError
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description="Write label maps with other numbers to a new folder.")
     commands = parser.add_subparsers(dest="what", required=True)
-    values = commands.add_parser("values", help="rename values: values MAPS OUT 255=1 for masks of 0 and 255")
+    values = commands.add_parser("values", help="rename values: values MAPS OUT 255=1 for label maps of 0 and 255")
     values.add_argument("maps", metavar="MAPS", help="folder of PNG label maps, with its subfolders")
     values.add_argument("out", metavar="OUT", help="folder to write to, new or empty")
     values.add_argument("renamed", nargs="+", metavar="OLD=NEW", help="others are kept; 255 is ignored in training")

@@ -17,7 +17,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " runs those, and the table has all. --iters and --epochs keep the shape of the schedule: warm-up and"
         " milestones keep their shares of the run, which is validated at its end.",
     )
-    parser.add_argument("config", help="config file of any stage with a base_lr that is validated")
+    parser.add_argument("config", metavar="CONFIG", help="config file of any stage with a base_lr that is validated")
     parser.add_argument("--lr", nargs="+", type=float, metavar="LR", help="values of base_lr (default: the config's)")
     parser.add_argument("--layer-decay", nargs="+", type=float, metavar="D", help="values of the layer decay")
     length = parser.add_mutually_exclusive_group()

@@ -10,11 +10,11 @@ from semaim.errors import UserError
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Measure a checkpoint: a classifier's accuracy, or k-NN or a fast linear probe on features, as the"
-        " config says.",
+        description="Measure an encoder or a trained network as CONFIG says: k-NN, probes and further tasks of frozen"
+        " features, a classifier's accuracy, box and mask AP, mIoU.",
         epilog=f"{NODES} {STATUSES}",
     )
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", metavar="CONFIG", help="config file")
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         help="checkpoint of any dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR; or: random",
     )
     parser.add_argument("processes", nargs="?", metavar="GPUS", help="the same as --gpus")
-    parser.add_argument("--pretrained", metavar="SOURCE", help="the same as SOURCE, as tools/train.py takes it")
+    parser.add_argument("--pretrained", metavar="SOURCE", help="the same as SOURCE, as semaim train takes it")
     parser.add_argument(
         "--tasks",
         metavar="NAME,...",

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
             help="a pretraining's checkpoint, such as work_dirs/NAME/latest.pth, or any encoder: a checkpoint of any"
             " dialect, timm:NAME[.TAG], hf-hub:OWNER/REPO, local-dir:DIR",
         )
-        look.add_argument("images", nargs="+", help="image files, or folders of them")
+        look.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
         look.add_argument("--size", type=int, metavar="PIXELS", help="side of the images (default: the encoder's)")
         add_flags(look, "--arch")
         look.add_argument("--across", action="store_true", help="one column per image instead of one row")
@@ -51,7 +51,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         description="A picture of what a detector or segmentor finds in images of its validation set, next to the"
         " annotations. For any other image, use tools/predict.py.",
     )
-    predictions.add_argument("checkpoint", help="of a detector or segmentor, such as work_dirs/NAME/latest.pth")
+    predictions.add_argument(
+        "checkpoint", metavar="FILE", help="of a detector or segmentor, such as work_dirs/NAME/latest.pth"
+    )
     predictions.add_argument(
         "images", nargs="*", help="image files of the validation set, or folders (default: spread over it)"
     )
@@ -67,7 +69,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         command.add_argument("--most", type=int, default=8, help="largest number of images (default: %(default)s)")
         add_flags(command, "--cfg-options")
     curve = commands.add_parser("curve", help="loss and learning rate over the iterations")
-    curve.add_argument("work_dir", help="work folder of a run")
+    curve.add_argument("work_dir", metavar="DIR", help="work folder of a run")
     for command in commands.choices.values():
         command.add_argument("--out", required=True, metavar="FILE.png", help="where to write the picture")
     return parser.parse_args(argv)

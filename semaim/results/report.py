@@ -148,7 +148,7 @@ def find_runs(folders: Iterable[Path], skipped: Skipped | None = None) -> dict[P
         inside = {path.parent if path.name == "results.json" else path.parents[2] for path in files}
         inside = {path for path in inside if path.is_relative_to(root)}  # if a folder inside a run was given
         if not inside:
-            raise UserError(f"no run in {given}: a run's folder holds results.json, or logged scalars and config")
+            raise UserError(f"no run in {given}: a work folder holds results.json, or logged scalars and config")
         for folder in sorted(inside):
             found.setdefault(folder, "/".join((root.name, *folder.relative_to(root).parts)))
     names = list(found.values())

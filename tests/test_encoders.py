@@ -267,8 +267,9 @@ def test_what_a_run_has_not_kept_is_missed_by_name(tmp_path):
     opened = PlainClassifier(source.description, pool="native", img_size=96)
     with pytest.raises(UserError, match="it lacks fc_norm.weight, fc_norm.bias"):
         opened.encoder.load(source)
+    assert open_source(file, arch).description == source.description  # as in the config that the run has written
     with pytest.raises(UserError, match="records its architecture, vit_so150m2_patch16_reg1_gap_256: leave --arch out"):
-        open_source(file, arch)
+        open_source(file, "vit_tiny_patch16_224")
 
 
 OWN = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16}

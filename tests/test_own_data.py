@@ -95,8 +95,17 @@ def test_the_pages_annotation_file_with_names_and_ids_of_its_own(typist):
 def test_the_pages_class_folders(typist):
     said = [typed(words, typist) for words in commands("Class folders")]
     trained, tested = (results(typist / folder) for folder in ("work_dirs/sorted", "work_dirs/sorted/test"))
-    assert trained["held_out"] == tested["held_out"] == 0.2 and "20% of each class" in said[-2]
+    assert trained["held_out"] == tested["held_out"] == 0.2 and "20% of each class" in said[1]
+    assert len(list((typist / "work_dirs/sorted/pictures").glob("*.png"))) == 20
     assert trained["metrics"]["top1"] == tested["metrics"]["top1"] and trained["val_images"] >= 10
+
+
+def test_every_command_of_the_page_is_typed_here():
+    titles = ("Three worked examples", "Label maps", "Boxes and masks: COCO's file", "Class folders", "What to give")
+    found = sum(len(commands(title)) for title in titles)
+    assert found == len(
+        re.findall(r"^(?!  )\w", "".join(re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.M | re.S)), re.M)
+    )
 
 
 def test_the_pages_yaml_is_read(tmp_path):

@@ -88,9 +88,9 @@ def parallel(
 @contextmanager
 def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Context with a function that moves a bar on by so many; the bar is shown if the standard error is a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # whose own answer FORCE_COLOR changes, which notebooks set
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.file.isatty())) as bar:
         row = bar.add_task(title, total=total)
         yield lambda count: bar.advance(row, count)
 

@@ -22,7 +22,7 @@ FINETUNE = "semaim/configs/finetune/vit_tiny_scenes.py"
 FEW = "semaim/configs/finetune/vit_tiny_scenes_easy.py"
 DETECTOR = "mmdet_configs/semaim_mask_rcnn_scenes.py"
 SEGMENTOR = "mmseg_configs/semaim_upernet_scenes.py"
-WANDB = "visualizer.vis_backends.0.type=WandbVisBackend"
+DVCLIVE = "visualizer.vis_backends.0.type=DVCLiveVisBackend"
 needs_mm = pytest.mark.skipif(
     not (importlib.util.find_spec("mmdet") and importlib.util.find_spec("mmseg")),
     reason="mmdet and mmseg are not installed: runs after tools/setup.sh --extras all",
@@ -88,7 +88,7 @@ def refused(done, *messages):
         (SEMAIM, "optim_wrapper.clip_grad.max_nrm=1", "did you mean max_norm?"),
         (SEMAIM, "model.backbone.drop_path_rate=0.1", "did you mean model.network.drop_path_rate?"),
         (SEMAIM, "dataset.root.x=1", "dataset.root is 'data/scenes/classes', which has no keys"),
-        (SEMAIM, WANDB, "WandbVisBackend needs wandb, which is missing: pip install wandb"),
+        (SEMAIM, DVCLIVE, "DVCLiveVisBackend needs dvclive, which is missing: pip install dvclive"),
         (FINETUNE, "num_classes=3", "did you mean model.network.num_classes?"),
         (FINETUNE, "optim_wrapper.paramwise_cfg.layr_decay=1", "did you mean layer_decay"),
         (FINETUNE, "model.network.depth=[1,(2]", "--cfg-options model.network.depth=[1,(2]: Imbalanced brackets"),
@@ -127,7 +127,7 @@ def refused(done, *messages):
                 (SEGMENTOR, "model.test_cfg.mode=foo", "mode is 'foo': choose whole or slide"),
                 (SEGMENTOR, "val_dataset=None", "val_dataset has keys: set val_dataset.type or another"),
                 (SEGMENTOR, "val_evaluator=[mIoU]", "val_evaluator is ['mIoU']: give one metric, dict(type=...)"),
-                (SEGMENTOR, WANDB, "WandbVisBackend needs wandb, which is missing: pip install wandb"),
+                (SEGMENTOR, DVCLIVE, "DVCLiveVisBackend needs dvclive, which is missing: pip install dvclive"),
             ]
         ),
     ],
@@ -135,8 +135,8 @@ def refused(done, *messages):
 def test_a_wrong_option_is_one_line_that_names_the_right_one(typed, data, tmp_path, config, option, message):
     folder = {DETECTOR: "coco", SEGMENTOR: "ade"}.get(config, "classes")
     words = [config, "--data-root", data / folder, "--work-dir", tmp_path / "out", "--cfg-options", option]
-    if "wandb" in message:
-        assert importlib.util.find_spec("wandb") is None, "an environment with wandb cannot show what is said without"
+    if "dvclive" in message:
+        assert importlib.util.find_spec("dvclive") is None, "an environment with it cannot show what is said without"
     refused(typed("train", *words, *(["2"] if option == "max_epochs" else [])), message)
     assert not (tmp_path / "out").exists()
 

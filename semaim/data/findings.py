@@ -89,11 +89,11 @@ def parallel(
 @contextmanager
 def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Context with a function that moves a bar on by so many; the bar is shown if the standard error is a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # whose own answer FORCE_COLOR changes, which notebooks set
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Lines printed meanwhile go above the bar; those of an output that is a file go there, and not to the terminal.
     above = bool(sys.stdout and sys.stdout.isatty())
-    hidden = not (shown and console.is_terminal)
+    hidden = not (shown and console.file.isatty())
     with Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=above) as bar:
         row = bar.add_task(title, total=total)
         yield lambda count: bar.advance(row, count)

@@ -169,7 +169,7 @@ def bases(package):
 def stock(pretrained, tmp_path, **options):
     """The page's stock config of mmdet, with the encoder of the tests."""
     (tmp_path / "stock.py").write_text(
-        snippet("_base_").replace("FILE", str(pretrained)).replace("../_base_", bases("mmdet"))
+        snippet("_base_ = [").replace("FILE", str(pretrained)).replace("../_base_", bases("mmdet"))
     )
     cfg = Config.fromfile(tmp_path / "stock.py")
     encoder = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 64, "pretrain_img_size": 32}

@@ -145,7 +145,7 @@ def enter(cfg: Config) -> None:
     ):
         warnings.filterwarnings("ignore", message=message)  # for mmseg's own developers
     check_named(cfg)
-    use_palette((cfg.val_dataset.get("metainfo") or {}).get("palette"))
+    use_palette(((cfg.get("val_dataset") or {}).get("metainfo") or {}).get("palette"))
     if cfg.get("keep_classes"):
         use_palette(None)  # its colours are those of all classes
         keep_classes(cfg)

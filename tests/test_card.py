@@ -120,6 +120,13 @@ def test_without_records_a_card_says_so(tmp_path):
     assert "ImageNet's by assumption" in card.text and "a guess" in told["width, depth, heads"]
 
 
+def test_changes_are_told_without_the_places_of_files():
+    own = {"root": "/home/me/roads", "train": {"images": "a/b"}, "classes": ["road", "car"]}
+    told = cards._changes({"dataset.skip": "/home/me/skip.txt", "own_data": own, "data_root": "/home/me", "seed": 1})
+    assert told == "dataset.skip=skip.txt, own_data={'root': 'roads', 'train': {'images': 'b'}, 'classes': ['road', 'car']}"
+    assert cards._changes({"work_dir": "/home/me"}) == "none" and cards._changes(None) is None
+
+
 def test_names_in_a_file_are_text_and_never_markup(tmp_path):
     names = ["a|b", "# x", "<script>alert(1)</script>", "---\nlicense: mit\n---", "`x` **y** _z_", "[l](http://x)"]
     state = {name: tensor * 0.1 for name, tensor in random_states()["tuned_cls"].items()}

@@ -341,8 +341,17 @@ def _changes(options: Any) -> str | None:
     """Options that were given on the command line, without paths."""
     if not isinstance(options, Mapping):
         return None
-    kept = [f"{key}={value}" for key, value in options.items() if not HARMLESS.fullmatch(str(key))]
+    kept = [f"{key}={_unplaced(value)}" for key, value in options.items() if not HARMLESS.fullmatch(str(key))]
     return ", ".join(kept) or "none"
+
+
+def _unplaced(value: Any) -> Any:
+    """A value with the last part alone of every path in it."""
+    if isinstance(value, Mapping):
+        return {key: _unplaced(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unplaced(one) for one in value]
+    return _folder(value) if isinstance(value, str) and "/" in value else value
 
 
 def _is_imagenet(origin: Mapping, catalogue: Catalogue) -> bool:

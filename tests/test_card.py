@@ -123,7 +123,10 @@ def test_without_records_a_card_says_so(tmp_path):
 def test_changes_are_told_without_the_places_of_files():
     own = {"root": "/home/me/roads", "train": {"images": "a/b"}, "classes": ["road", "car"]}
     told = cards._changes({"dataset.skip": "/home/me/skip.txt", "own_data": own, "data_root": "/home/me", "seed": 1})
-    assert told == "dataset.skip=skip.txt, own_data={'root': 'roads', 'train': {'images': 'b'}, 'classes': ['road', 'car']}"
+    assert (
+        told
+        == "dataset.skip=skip.txt, own_data={'root': 'roads', 'train': {'images': 'b'}, 'classes': ['road', 'car']}"
+    )
     assert cards._changes({"work_dir": "/home/me"}) == "none" and cards._changes(None) is None
 
 

@@ -47,7 +47,7 @@ SETTINGS = {
 
 
 def check_card(folder: str | os.PathLike) -> None:
-    """`UserError` if the folder has files that would be lost: a card that was edited by hand, or a model without one."""
+    """`UserError` if files in the folder would be lost: a card that was edited by hand, or a model without one."""
     card = Path(folder) / NAME
     if not card.is_file():
         for other in (card.with_name(name) for name in ("model.safetensors", "config.json")):

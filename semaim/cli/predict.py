@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " most probable classes, also in DIR/predictions.csv. Images whose long side is below 480 pixels are enlarged"
         " in the pictures. docs/predict.md has examples.",
     )
-    parser.add_argument("config", help="config file of the training")
+    parser.add_argument("config", metavar="CONFIG", help="config file of the training")
     parser.add_argument("checkpoint", metavar="FILE", help="its checkpoint, such as work_dirs/NAME/latest.pth")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, videos (.mp4, .avi, .mov), or folders of both"
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def check(args: argparse.Namespace) -> None:
-    """`UserError` for a flag whose value is none."""
+    """`UserError` for a flag with an impossible value."""
     if args.score_thr is not None and not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
     for flag in ("max_side", "every"):

@@ -120,6 +120,16 @@ def test_without_records_a_card_says_so(tmp_path):
     assert "ImageNet's by assumption" in card.text and "a guess" in told["width, depth, heads"]
 
 
+def test_changes_are_told_without_the_places_of_files():
+    own = {"root": "/home/me/roads", "train": {"images": "a/b"}, "classes": ["road", "car"]}
+    told = cards._changes({"dataset.skip": "/home/me/skip.txt", "own_data": own, "data_root": "/home/me", "seed": 1})
+    assert (
+        told
+        == "dataset.skip=skip.txt, own_data={'root': 'roads', 'train': {'images': 'b'}, 'classes': ['road', 'car']}"
+    )
+    assert cards._changes({"work_dir": "/home/me"}) == "none" and cards._changes(None) is None
+
+
 def test_names_in_a_file_are_text_and_never_markup(tmp_path):
     names = ["a|b", "# x", "<script>alert(1)</script>", "---\nlicense: mit\n---", "`x` **y** _z_", "[l](http://x)"]
     state = {name: tensor * 0.1 for name, tensor in random_states()["tuned_cls"].items()}
@@ -159,9 +169,26 @@ def test_what_a_card_cannot_take_is_one_line(here, pretrained, measured, tmp_pat
     one_line(here(*export, "--runs", measured / "random"), f"--runs: no results.json there is of {pretrained}")
     one_line(here(*export, "--runs", tmp_path / "none"), "no such folder")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
+    one_line(here(*export), "out/config.json is there without a card: move it away")
     with pytest.raises(UserError, match="not as `semaim export` writes it"):
         (tmp_path / "README.md").write_bytes(b"\xff mine")
         cards.check_card(tmp_path)
+
+
+def test_figures_of_a_run_are_not_those_of_its_earlier_checkpoints_nor_of_a_part(pretrained, measured, tmp_path):
+    content = results(measured / "ours")
+    for name in ("epoch_1.pth", "epoch_2.pth"):
+        (tmp_path / name).write_bytes(pretrained.read_bytes())
+    (tmp_path / "latest.pth").symlink_to("epoch_2.pth")
+    (tmp_path / "results.json").write_text(json.dumps({**content, "checkpoint": "started_from.pth"}))
+    assert cards.Measured(tmp_path / "epoch_2.pth", [tmp_path]).results()
+    with pytest.raises(UserError, match="they are of started_from.pth"):
+        cards.Measured(tmp_path / "epoch_1.pth", [tmp_path])
+    (tmp_path / "results.json").write_text(json.dumps({**content, "partly_loaded": "1 tensor left out"}))
+    partly = cards.Measured(tmp_path / "latest.pth", [tmp_path])
+    assert not partly.results() and any("1 tensor left out" in line for line in partly.lines())
 
 
 @pytest.mark.slow

@@ -99,6 +99,10 @@ def test_mistakes_are_a_line_and_leave_nothing(pretrained, images, here, tmp_pat
     one_line(here(*line, tmp_path / "x.parquet", "--tokens"), "patch tokens are written to a .npy file")
     one_line(here(*line, tmp_path / "x.npy", "--size", 30), "no whole number of 8 x 8 patches")
     one_line(here(*line, tmp_path / "x.npy", "--batch", 0), "--batch 0: give 1 or more")
+    (tmp_path / "x.txt").write_text("a list of the user's")
+    one_line(here(*line, tmp_path / "x.npy"), "x.txt, which is of no earlier x.npy: name another file")
+    assert (tmp_path / "x.txt").read_text() == "a list of the user's"
+    (tmp_path / "x.txt").unlink()
     one_line(here("features.py", "nothing.pth", images[0], "--out", tmp_path / "x.npy"), "no such checkpoint")
     (tmp_path / "broken.jpg").write_bytes(b"")
     done = here("features.py", pretrained, tmp_path / "broken.jpg", "--out", tmp_path / "x.npy", "--workers", 0)

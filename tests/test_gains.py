@@ -375,3 +375,16 @@ def test_seeds_that_were_measured_on_other_images_give_no_interval(tmp_path):
         write_outcomes(folder, names, {"top1": np.arange(100) % 2})
     (gain,) = gains(tmp_path)
     assert (gain.seeds, gain.over_seeds, gain.verdict) == (3, None, "no interval")
+
+
+def test_runs_on_other_classes_of_the_same_own_data_are_not_compared_nor_averaged(tmp_path):
+    own = {"root": "data/roads", "train": {"images": "images", "labels": "labels"}, "classes": ["road", "car"]}
+    pair(tmp_path / "same", [50.0, 51.0], [49.0, 49.5], own_data=own)
+    assert len(gains(tmp_path / "same")) == 1
+    pair(tmp_path / "one", [50.0], [49.0], own_data=own)
+    write(tmp_path / "one/other", WHOLE, **MAE, seed=1, own_data={**own, "classes": {"0": "road", "7": "car"}})
+    (gain,) = gains(tmp_path / "one")
+    assert len(gain.baseline.runs) == 1, "the other run is no second seed"
+    write(tmp_path / "none/ours", WHOLE, own_data=own)
+    write(tmp_path / "none/mae", WHOLE, **MAE, own_data={**own, "classes": ["road", "rest"]})
+    assert not gains(tmp_path / "none")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import cv2
@@ -177,7 +178,51 @@ def test_values_follow_the_data_sets_rule_and_other_classes_are_refused(here, se
     one_line(predict(here, SEGMENTOR, tmp_path / "other.pth", image, *out), "was trained on other classes")
 
 
+def test_values_of_own_data_are_those_of_its_label_maps(here, scenes, tmp_path):
+    pytest.importorskip("mmseg", reason="mmsegmentation is not installed: runs after tools/setup.sh --extras all")
+    from mmengine.registry import MODELS
+
+    from semaim.engine import own_data
+    from semaim.engine.dense import build, enter
+
+    data, photo = tmp_path / "data", sorted(scenes.rglob("*.jpg"))[0]
+    for folder in ("images", "labels"):
+        (data / folder).mkdir(parents=True)
+    for name in "abcd":
+        shutil.copyfile(photo, data / f"images/{name}.jpg")
+        Image.fromarray(np.full(Image.open(photo).size[::-1], 7, np.uint8)).save(data / f"labels/{name}.png")
+    described = f"root: {data}\nclasses: {{7: car, 8: car, 3: road}}\npalette: [[9, 0, 0], [0, 9, 0]]\n"
+    (tmp_path / "data.yaml").write_text(described)
+    cfg = load_config(ROOT / SEGMENTOR, {**SMALL[SEGMENTOR], "model.decode_head.in_channels": [32] * 4})
+    own_data.set_data(cfg, None, str(tmp_path / "data.yaml"))
+    cfg.dump(tmp_path / "config.py")  # as a training writes it
+    enter(cfg)
+    torch.save({"format": "semaim", "model": build(cfg.model, MODELS, "model").state_dict(),
+                "meta": {"dataset_meta": {"classes": ["car", "road"]}}}, tmp_path / "latest.pth")  # fmt: skip
+
+    line = ["predict.py", tmp_path / "config.py", tmp_path / "latest.pth", data / "images", "--labels", "--out"]
+    one_line(here(*line, data), "labels/a.png, which is of no earlier prediction: name another folder")
+    assert (np.asarray(Image.open(data / "labels/a.png")) == 7).all()
+    shutil.rmtree(data / "labels")  # what is not predicted need not be there
+    for _ in range(2):  # what it has written itself it writes again
+        done = here(*line, tmp_path / "p")
+        assert done.returncode == 0, done.stderr
+    written = [Image.open(path) for path in (tmp_path / "p/labels").iterdir()]
+    assert len(written) == 4 and {value for one in written for value in np.unique(one).tolist()} <= {3, 7}
+    assert written[0].getpalette()[9:12] == [0, 9, 0] and written[0].getpalette()[21:24] == [9, 0, 0]
+
+
 # Classifiers
+
+
+def test_a_path_that_is_no_utf_8_is_predicted_and_named(classifier, labelled, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    shutil.copyfile(sorted(labelled.rglob("val/*/*.*"))[0], folder / os.fsdecode(b"caf\xe9.png"))
+    done = tool("predict.py", CLASSIFIER, classifier, folder, "--out", tmp_path / "p", *flags(SMALL[CLASSIFIER]))
+    assert done.returncode == 0, done.stderr
+    assert b"/caf\xe9.png," in (tmp_path / "p/predictions.csv").read_bytes()
+    assert os.fsencode(read(tmp_path / "p")[0]["image_id"]).endswith(b"caf\xe9.png")
 
 
 def test_top_class_is_right_as_often_as_test_says(here, classifier, labelled, tmp_path):

@@ -14,9 +14,9 @@ COMMANDS = {
     "features": ("features", (), "write the features of images by any encoder"),
     "visualize": ("visualize", (), "pictures of orders, attention, reconstructions, predictions and curves"),
     "browse": ("browse", (), "a picture of training images after augmentation"),
-    "verify": ("verify_dataset", (), "find what is wrong with a data set in COCO's or ADE20K's layout"),
+    "verify": ("verify_dataset", (), "find what is wrong with a data set: images, annotations, label maps"),
     "shrink": ("shrink", (), "write a copy of a data set with smaller images, which load faster"),
-    "inspect": ("checkpoint", ("inspect",), "what a checkpoint is, and what each consumer would load from it"),
+    "inspect": ("checkpoint", ("inspect",), "what a checkpoint is, and what each task would load from it"),
     "convert": ("checkpoint", ("convert",), "write a checkpoint in another dialect"),
     "export": ("checkpoint", ("export",), "write an encoder as a folder that timm opens"),
     "convert-labels": ("convert_labels", (), "write label maps with other numbers"),
@@ -29,7 +29,7 @@ COMMANDS = {
     "bench": ("benchmark", (), "speed and memory compared with a baseline"),
     "env": ("check_env", (), "what is installed, and what works on this machine"),
     "parity": ("check_parity", (), "compare with recorded results of the reference implementations"),
-    "tags": ("check_tags", (), "whether each consumer loads every plain ViT of timm's correctly"),
+    "tags": ("check_tags", (), "whether each task loads every plain ViT of timm's correctly"),
 }
 OPTIONS = ("-h", "--help", "--version")
 

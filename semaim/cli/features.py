@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     for flag, least in (("size", 1), ("batch", 1), ("workers", 0)):
         if (value := getattr(args, flag)) is not None and value < least:
             raise UserError(f"--{flag} {value}: give {least} or more")
+    listed = out.with_suffix(".txt")
+    if out.suffix == ".npy" and listed.exists() and not out.exists():
+        raise UserError(f"--out {out} would overwrite {listed}, which is of no earlier {out.name}: name another file")
     from semaim.data.findings import progress_bar  # takes seconds, as what follows
     from semaim.data.folder import find_images
     from semaim.engine.feature_files import WRITERS, check_space, features_of, prepare

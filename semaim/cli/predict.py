@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         " most probable classes, also in DIR/predictions.csv. Images whose long side is below 480 pixels are enlarged"
         " in the pictures. docs/predict.md has examples.",
     )
-    parser.add_argument("config", help="config file of the training")
+    parser.add_argument("config", metavar="CONFIG", help="config file of the training")
     parser.add_argument("checkpoint", metavar="FILE", help="its checkpoint, such as work_dirs/NAME/latest.pth")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, videos (.mp4, .avi, .mov), or folders of both"
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def check(args: argparse.Namespace) -> None:
-    """`UserError` for a flag whose value is none."""
+    """`UserError` for a flag with an impossible value."""
     if args.score_thr is not None and not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: give a number from 0 to 1")
     for flag in ("max_side", "every"):
@@ -65,8 +65,21 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {value}: give 1 or more")
 
 
+def check_targets(out: Path, paths: Sequence[str], targets: Sequence[Path], labels: bool) -> None:
+    """`UserError` if a file would be overwritten that is predicted, or that no earlier prediction has written."""
+    if both := {path.resolve() for path in targets} & {Path(path).resolve() for path in paths}:
+        raise UserError(f"--out {out} would overwrite {sorted(both)[0]}: name another folder")
+    if any((out / name).exists() for name in ("predictions.json", "predictions.json.part")):
+        return  # of an earlier prediction, perhaps a killed one
+    names = [target.name if target.suffix == ".png" else f"{target.stem}_{0:06d}.png" for target in targets]
+    maps = [out / "labels" / name for name in names if labels]
+    if lost := next((path for path in (*targets, *maps) if path.exists()), None):
+        raise UserError(f"--out {out} would overwrite {lost}, which is of no earlier prediction: name another folder")
+
+
 def predict_image(predictor: Predictor, path: str, target: Path, results: Results) -> str:
     """Predict an image file and write what is found; returns a line about it."""
+    from semaim.data.shards import printable
     from semaim.prediction.predictor import Item
     from semaim.prediction.writing import save_whole
 
@@ -76,7 +89,7 @@ def predict_image(predictor: Predictor, path: str, target: Path, results: Result
     if found.label_map is not None:
         save_whole(found.label_map, target.parent / "labels" / target.name)
     results.add(item, found)
-    return f"{path} -> {target}: {found.words}"
+    return printable(f"{path} -> {target}: {found.words}")
 
 
 def predict_video(predictor: Predictor, path: str, target: Path, results: Results, every: int) -> Iterator[str]:
@@ -141,8 +154,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     paths = find_inputs(args.images, out)
     names = zip(paths, output_names(paths), strict=True)
     targets = [out / f"{name}{'.mp4' if is_video(path) else '.png'}" for path, name in names]
-    if both := {path.resolve() for path in targets} & {Path(path).resolve() for path in paths}:
-        raise UserError(f"--out {out} would overwrite {sorted(both)[0]}: name another folder")
+    check_targets(out, paths, targets, args.labels)
     predictor = task.predictor(cfg, args.checkpoint, options)
     print("\n".join(predictor.lines))
     try:

@@ -132,14 +132,14 @@ def _listed(file: StrPath) -> list[str]:
 
 def _files(folder: StrPath, other: StrPath) -> list[str]:
     """Files below a folder, relative to it, but for those in the other folder if that lies inside it."""
-    start, inner = os.path.join(folder, ""), os.path.join(os.path.realpath(other), "")
+    inner = os.path.join(os.path.realpath(other), "")
     within = os.path.realpath(other) != os.path.realpath(folder) and inner.startswith(
         os.path.join(os.path.realpath(folder), "")
     )
     found = every_file(Path(folder))
     if within:
         found = [path for path in found if not os.path.realpath(path).startswith(inner)]
-    return [path[len(str(Path(folder))) + 1 :] if str(Path(folder)) != "." else path for path in found if start]
+    return [os.path.relpath(path, folder) for path in found]
 
 
 def _stems(names: Iterable[str], end: str | None, suffixes: tuple[str, ...]) -> Mapping[str, str]:

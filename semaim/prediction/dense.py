@@ -117,7 +117,7 @@ class ClassMapPredictor(DensePredictor):
                 f"--labels: {self.weights} was trained on other classes than val_dataset names, whose values label maps"
                 " have: give the config of its training"
             )
-        trained = trained_as(images.reduce_zero_label, images.metainfo.get("label_map"), IGNORED)
+        trained = trained_as(images.reduce_zero_label, images.label_map, IGNORED)
         if lacking := [name for number, name in enumerate(own) if number not in trained]:
             raise UserError(f"--labels: no value of 8 bits trains the class {lacking[0]}")
         values = np.array([trained.index(number) for number in range(len(own))], dtype=np.uint8)

@@ -25,8 +25,11 @@ class Results:
         self.count = 0
         self.files = [folder / "predictions.json", *([folder / "predictions.csv"] if columns else [])]
         try:
-            # In the csv module's own line ends, and readable for spreadsheets, which need a mark for UTF-8.
-            self.open = [open(self.part(file), "w", encoding="utf-8", newline="") for file in self.files]
+            # A path that is no UTF-8 is written as the bytes that it has, and the csv module ends lines itself.
+            self.open = [
+                open(self.part(file), "w", encoding="utf-8", errors="surrogateescape", newline="")
+                for file in self.files
+            ]
         except OSError as error:
             raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
         self.json = self.open[0]

@@ -47,9 +47,12 @@ SETTINGS = {
 
 
 def check_card(folder: str | os.PathLike) -> None:
-    """`UserError` if the folder has a card that was edited by hand, which would be lost."""
+    """`UserError` if files in the folder would be lost: a card that was edited by hand, or a model without one."""
     card = Path(folder) / NAME
     if not card.is_file():
+        for other in (card.with_name(name) for name in ("model.safetensors", "config.json")):
+            if other.exists():
+                raise UserError(f"{other} is there without a card: move it away, or name another folder")
         return
     text = card.read_text(encoding="utf-8", errors="replace")
     sealed = SEAL.search(text)
@@ -94,7 +97,7 @@ class Measured:
         tell(skipped.lines)
         mine = [run for run in runs if is_of(run, file)]
         if not mine:
-            others = ", ".join(dict.fromkeys(str(run.record.checkpoint) for run in runs)) or "nothing"
+            others = ", ".join(dict.fromkeys(run.record.checkpoint or "random weights" for run in runs)) or "nothing"
             raise UserError(f"--runs: no results.json there is of {file}; they are of {others}")
         self.cells = make_cells(mine, catalogue)
         order = by_pipeline(cell.runs[0].task for cell in self.cells)
@@ -115,7 +118,9 @@ class Measured:
                 metric_value=round(cell.mean, 2),
             )
             for cell in self.cells
-            if cell.runs[0].kind.share and AGAIN not in cell.remarks
+            if cell.runs[0].kind.share
+            and AGAIN not in cell.remarks
+            and not any(run.record.partly_loaded for run in cell.runs)  # of another network than the file's
         ]
 
     def lines(self) -> list[str]:
@@ -135,10 +140,11 @@ class Measured:
 
 
 def is_of(run: Run, file: str | os.PathLike) -> bool:
-    """Whether a run has measured a checkpoint, or trained it and measured it at its end."""
+    """Whether a run has measured a checkpoint, or trained it to its end, where it measured it."""
     real = os.path.realpath(file)
     named = run.record.checkpoint
-    return bool(named and os.path.realpath(named) == real) or os.path.dirname(real) == os.path.realpath(run.folder)
+    last = os.path.join(run.folder, "latest.pth")  # an earlier one of the run has other figures
+    return bool(named and os.path.realpath(named) == real) or os.path.realpath(last) == real
 
 
 def write_card(
@@ -335,8 +341,17 @@ def _changes(options: Any) -> str | None:
     """Options that were given on the command line, without paths."""
     if not isinstance(options, Mapping):
         return None
-    kept = [f"{key}={value}" for key, value in options.items() if not HARMLESS.fullmatch(str(key))]
+    kept = [f"{key}={_unplaced(value)}" for key, value in options.items() if not HARMLESS.fullmatch(str(key))]
     return ", ".join(kept) or "none"
+
+
+def _unplaced(value: Any) -> Any:
+    """A value with the last part alone of every path in it."""
+    if isinstance(value, Mapping):
+        return {key: _unplaced(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unplaced(one) for one in value]
+    return _folder(value) if isinstance(value, str) and "/" in value else value
 
 
 def _is_imagenet(origin: Mapping, catalogue: Catalogue) -> bool:

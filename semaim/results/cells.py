@@ -98,7 +98,7 @@ def setting_of(run: Run) -> tuple:
     names = ("stage", "train_images", "val_images", "pretrain_config", "pretrain_images", "precision")
     recorded = [getattr(run.record, name) for name in names] + [run.scales]
     weights = run.record.pretrain_epochs if run.identified else run.record.checkpoint
-    return (run.method, run.backbone, run.task, run.metric, run.config, run.length, *recorded, weights)
+    return (run.method, run.backbone, run.task, run.metric, run.config, run.length, run.own_data, *recorded, weights)
 
 
 def figure_words(cell: Cell) -> str:

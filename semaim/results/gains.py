@@ -33,7 +33,7 @@ class Place(NamedTuple):
     train_images: float | None
     folder: str | None  #: of the data; None for a complete data set
     stage: str | None
-    kept: tuple  #: length, scales, changed options, and what was left out when weights were loaded
+    kept: tuple  #: length, scales, changed options, classes of own data, and what was left out when weights were loaded
 
 
 class Encoder(NamedTuple):
@@ -104,7 +104,7 @@ def place_of(run: Run, catalogue: Catalogue) -> Place:
     """The `Place` at which a run is compared."""
     options = {key: value for key, value in (run.record.cfg_options or {}).items() if not HARMLESS.fullmatch(key)}
     settings = json.dumps([options, run.record.overrides or {}], sort_keys=True, default=str)
-    kept = (run.length, run.scales, settings, run.record.partly_loaded)
+    kept = (run.length, run.scales, settings, run.own_data, run.record.partly_loaded)
     val, train, stage = (getattr(run.record, key) for key in ("val_images", "train_images", "stage"))
     data = data_of(run, catalogue)
     complete = any(data == whole.name for whole in catalogue.datasets.values())

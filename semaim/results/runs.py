@@ -1,5 +1,6 @@
 """Our own figures: `results.json` files -> runs, and reasons not to compare them with published figures."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -80,6 +81,13 @@ class Run:
             apart = [key for key in options if not HARMLESS.fullmatch(key) and not SCHEDULE.fullmatch(key)]
             found += [f"{whose}{key}={options[key]}" for key in apart]
         return found + [f"{key} overridden in mid-run" for key in self.record.overrides or {}]
+
+    @property
+    def own_data(self) -> str:
+        """What the classes of data of one's own are, and which files are read, as text; empty for other data."""
+        described = self.record.more.get("own_data")
+        kept = {key: value for key, value in described.items() if key != "root"} if isinstance(described, dict) else {}
+        return json.dumps(kept, sort_keys=True) if kept else ""
 
     @property
     def identified(self) -> bool:

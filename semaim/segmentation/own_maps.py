@@ -21,6 +21,9 @@ class OwnLabelMaps(BaseSegDataset):
         held_out: share of the images that is "val".
         image_suffix, label_suffix: of `semaim.data.pairs.pair_up`.
         **options: of mmseg's `BaseSegDataset`, without suffixes; `ann_file` is a list of names without suffix.
+
+    Attributes:
+        label_map: value of the files -> number of the class, of the values that differ from it; None if none does.
     """
 
     def __init__(
@@ -39,6 +42,11 @@ class OwnLabelMaps(BaseSegDataset):
         self.part, self.held_out = part, held_out
         self.suffixes = image_suffix, label_suffix
         super().__init__(**options)
+        self.label_map = self.renumbered()  # mmseg has set its own, from names alone
+
+    def renumbered(self) -> dict[int, int] | None:
+        """See `label_map`."""
+        return renumbered(self.values, self.ignored) or None
 
     def load_data_list(self) -> list[dict]:
         """mmseg's record of every pair, in the order of the names."""
@@ -48,8 +56,7 @@ class OwnLabelMaps(BaseSegDataset):
             names = {image: image[len(images) :].lstrip("/") for image, _ in pairs}
             kept = part_of(names.values(), self.part, self.held_out)
             pairs = [(image, label) for image, label in pairs if names[image] in kept]
-        label_map = renumbered(self.values, self.ignored) or None
-        shared: dict[str, Any] = {"label_map": label_map, "reduce_zero_label": False, "seg_fields": []}
+        shared: dict[str, Any] = {"label_map": self.renumbered(), "reduce_zero_label": False, "seg_fields": []}
         return [{"img_path": image, "seg_map_path": label, **shared} for image, label in pairs]
 
     def unclear(self, pixels: Mapping[int, int]) -> str | None:

@@ -77,10 +77,10 @@ def without_masks(cfg: Config) -> None:
 
 def _steps(pipeline: Any) -> Iterator[dict]:
     """The steps of a pipeline, also of those inside others."""
-    for node in pipeline.values() if isinstance(pipeline, Mapping) else pipeline or ():
-        if isinstance(node, Mapping) and "type" in node:
+    for node in pipeline.values() if isinstance(pipeline, dict) else pipeline or ():
+        if isinstance(node, dict) and "type" in node:
             yield node
-        if isinstance(node, Mapping | list | tuple):
+        if isinstance(node, dict | list | tuple):
             yield from _steps(node)
 
 

@@ -213,7 +213,8 @@ def test_a_run_on_boxes_by_two_processes(boxes, tmp_path):
     # Without a flag, the config of the work folder knows it all.
     done = tool("test.py", config, weights, "--work-dir", tmp_path / "test", **spied)
     assert done.returncode == 0 and results(tmp_path / "test")["metrics"] == trained["metrics"], done.stderr
-    done = tool("predict.py", config, weights, root / "photos", "--out", tmp_path / "pictures", **spied)
+    shown = ["--out", tmp_path / "pictures", "--score-thr", 0.01]
+    done = tool("predict.py", config, weights, root / "photos", *shown, **spied)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "pictures/predictions.json").read_text())
     assert found and not any("segmentation" in result for result in found)

@@ -218,5 +218,5 @@ def test_a_run_on_boxes_by_two_processes(boxes, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "pictures/predictions.json").read_text())
     assert found and not any("segmentation" in result for result in found)
-    task = task_of(Config.fromfile(run / "mine.py"))
+    task = task_of(load_config(SCENES))
     assert list(task.reported(trained["metrics"])) == ["coco/bbox_mAP"]

@@ -199,6 +199,11 @@ def _check(ann: StrPath, images: StrPath, masks: bool, measured: bool) -> Catego
         faults = list(undecodable(shapes, limits))
         if faults:
             text = f"{where(faults[0][0])} {faults[0][1]}, and masks are learned or measured"
+            bare = sum(not shape for shape in shapes)
+            hint += (
+                f"; {bare} of {len(shapes)} annotations have no mask: add them, or learn boxes alone, masks: false in a"
+                " YAML file of --data (docs/own_data.md)"
+            ) * (bare > 0)
             raise refuse(text, len(faults))
 
     check = _header_check(images)

@@ -25,6 +25,7 @@ KEYS = {
     "classes": "names in the order of their values 0, 1, ...; or value: name; for COCO's files they may be left out",
     "ignored": "values of the label maps that are neither trained nor measured, default [255]",
     "palette": "colours [red, green, blue] of the classes, in their order",
+    "masks": "for COCO's files: false to learn and measure boxes alone, as where no annotation has a mask",
     "held_out": f"share of the images that is validated on if there is no val, default {HELD_OUT}",
     "image_suffix": "end of the images' names, if it is more than a suffix such as .jpg",
     "label_suffix": "end of the label maps' names, such as _mask.png",
@@ -64,6 +65,8 @@ def check_description(found: Any, where: str) -> Description:
     share = found.get("held_out", HELD_OUT)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise UserError(f"{where}: held_out is {share!r}: give a share of the images, between 0 and 1")
+    if not isinstance(found.get("masks", True), bool):
+        raise UserError(f"{where}: masks is {found['masks']!r}: give true or false")
     if "val" in found and "held_out" in found:
         raise UserError(f"{where}: held_out is for a data set without val: leave one of them out")
     for name in ("train", "val"):

@@ -67,12 +67,14 @@ def check_paths(given: Mapping[str, Any], where: str) -> None:
 
 
 def _annotated(given: Description, where: str) -> Description:
-    """A description of COCO's files, with the names of their categories."""
+    """A description of COCO's files, with the names of their categories, and `masks`: false where they have none."""
     files: dict[str, list[str]] = {}
+    masked = False
     for name in SPLITS:
         if part := given.get(name):
             folder = os.path.join(given["root"], part["images"])
             document = read_coco(os.path.join(given["root"], part["annotations"]), folder)
+            masked |= any(isinstance(record, dict) and record.get("segmentation") for record in document["annotations"])
             records = (*document["images"], *document["categories"])
             if not all(isinstance(record, dict) for record in records):
                 continue  # the check before training says where
@@ -88,6 +90,8 @@ def _annotated(given: Description, where: str) -> Description:
                 )
             if name == "train":
                 given["classes"] = names
+    if not masked:
+        given.setdefault("masks", False)
     if "val" in files:
         check_apart(files.get("train", []), files["val"], where)
     elif len(set(files.get("train", []))) == 1:
@@ -98,6 +102,8 @@ def _annotated(given: Description, where: str) -> Description:
 def _mapped(given: Description, where: str, open_classes: bool) -> Description:
     """A description of label maps, with the palette and the end of their names."""
     root, pairs = given["root"], {}
+    if "masks" in given:
+        raise UserError(f"{where}: masks is for COCO's files, not for label maps: leave it out")
     for name in SPLITS:
         if part := given.get(name):
             images, labels = (os.path.join(root, part[key]) for key in ("images", "labels"))

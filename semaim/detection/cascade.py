@@ -91,7 +91,7 @@ class ViTDetCascade(ViTDetRoIHead):
         return labels, boxes.new_ones(len(boxes)), deltas, found[:, None].to(boxes).expand_as(boxes)
 
     def loss(self, x: tuple[Tensor, ...], rpn_results_list: Boxes, batch_data_samples: list[DetDataSample]) -> dict:
-        """Losses of every stage's boxes (`s0.loss_cls`, `s0.loss_bbox`, ...), and of the masks (`loss_mask`)."""
+        """Losses of every stage's boxes (`s0.loss_cls`, `s0.loss_bbox`, ...), and `loss_mask` with a mask head."""
         images, _, metas = unpack_gt_instances(batch_data_samples)
         proposals = with_objects(rpn_results_list, batch_data_samples)
         sampled = [self.sample(found, objects) for found, objects in zip(proposals, images, strict=True)]
@@ -105,7 +105,7 @@ class ViTDetCascade(ViTDetRoIHead):
             found = self.head_of(stage).loss(logits, deltas, rois, *matched)
             losses |= {f"s{stage}.{name}": value for name, value in found.items()}
             boxes = [part[nonempty(part)] for part in self.move(stage, boxes, deltas, metas)]
-        return losses | self.mask_loss(x, sampled, None, images)["loss_mask"]
+        return losses | (self.mask_loss(x, sampled, None, images)["loss_mask"] if self.with_mask else {})
 
     # Testing
 

@@ -1,13 +1,13 @@
-"""Checks that a detector's classes are the categories of its annotation files, or a chosen subset of them."""
+"""What a config's annotations hold: the classes of heads and files are the same, or a chosen subset; masks or not."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.registry import DATASETS, Registry
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS, Registry
 
 from semaim.data.categories import Categories, check_categories
 from semaim.data.coco import check_coco_file, read_json
@@ -49,6 +49,45 @@ def heads_of(cfg: Config) -> list[dict]:
     heads = [part.get(name) for part in parts for name in names]
     heads = [head for entry in heads for head in (entry if isinstance(entry, list | tuple) else [entry])]
     return [head for head in heads if head and "num_classes" in head]
+
+
+def without_masks(cfg: Config) -> None:
+    """Change a detector's config so that it learns and measures boxes alone: heads, pipelines, metric.
+
+    `UserError` for a detector that cannot do without masks.
+    """
+    steps = list(_steps([cfg.train_dataset.pipeline, cfg.val_dataset.pipeline, cfg.get("test_pipeline")]))
+    parts = {"model": cfg.model, "model.roi_head": cfg.model.get("roi_head") or {}}
+    found = [(where, name) for where, part in parts.items() for name in part if name.startswith("mask_")]
+    for where, name in found:
+        kind = registered(cfg, MODELS, parts[where]["type"], where)
+        if _default(kind, name) is not None:
+            raise UserError(f"masks: false: a {kind.__name__} needs its {name}: give the config of a detector of boxes")
+        del parts[where][name]
+    reads = found or any(step.get("with_mask") for step in steps)
+    if reads and not any("bbox_head" in part for part in parts.values()):
+        raise UserError(f"masks: false: {cfg.model.type} learns masks alone: give the config of a detector of boxes")
+    for step in steps:
+        kind = registered(cfg, TRANSFORMS, step["type"], "pipeline")
+        step.update({name: False for name in ("with_mask", "by_mask") if takes(kind, name)})
+    if "metric" in (metric := cfg.val_evaluator):
+        names = [metric.metric] if isinstance(metric.metric, str) else metric.metric
+        metric.metric = [name for name in names if name != "segm"] or ["bbox"]
+
+
+def _steps(pipeline: Any) -> Iterator[dict]:
+    """The steps of a pipeline, also of those inside others."""
+    for node in pipeline.values() if isinstance(pipeline, dict) else pipeline or ():
+        if isinstance(node, dict) and "type" in node:
+            yield node
+        if isinstance(node, dict | list | tuple):
+            yield from _steps(node)
+
+
+def _default(kind: type, argument: str) -> Any:
+    """The default of an argument of a class; `inspect.Parameter.empty` if it has none, or does not take it."""
+    found = (inspect.signature(function).parameters.get(argument) for function in initialisers(kind))
+    return next((parameter.default for parameter in found if parameter is not None), inspect.Parameter.empty)
 
 
 def keep_classes(cfg: Config) -> None:

@@ -16,7 +16,7 @@ from semaim.data.describing import describe, paired
 from semaim.data.findings import shortened
 from semaim.data.layouts import NotFound
 from semaim.drawing.objects import default_colour
-from semaim.engine.classes import heads_of, reads_coco, registered, takes
+from semaim.engine.classes import heads_of, reads_coco, registered, takes, without_masks
 from semaim.engine.config import data_roots, set_data_root, top_keys
 from semaim.errors import UserError
 
@@ -83,7 +83,7 @@ def kind_of(cfg: Config) -> str:
 
 
 def use(cfg: Config, description: Mapping[str, Any]) -> None:
-    """Change a config so that it reads these data: both data sets, sizes of the heads, the metric."""
+    """Change a config so that it reads these data: both data sets, sizes of the heads, the metric, without masks."""
     coco = "annotations" in description["train"]
     names, values = (description["classes"], []) if coco else classes_and_values(description)
     palette = description.get("palette") or [list(default_colour(label)) for label in range(len(names))]
@@ -110,6 +110,8 @@ def use(cfg: Config, description: Mapping[str, Any]) -> None:
         cfg.val_evaluator.type = of_part.get(kind, kind) if share is not None else kind
     for head in heads_of(cfg):
         head["num_classes"] = len(names)
+    if not description.get("masks", True):
+        without_masks(cfg)
     cfg.pop("most_ignored", None)  # of the config's own data
     cfg.own_data = ConfigDict(description)
 
@@ -138,6 +140,8 @@ def lines(cfg: Config, sizes: Mapping[str, int]) -> list[str]:
         among = ", ".join(f"{key} {path}" for key, path in own.train.items())
         counts = ", ".join(f"{count:,} images for {split.partition('_')[0]}" for split, count in sizes.items())
         found += [f"no validation split in {among}: {own.held_out:.0%} held out by the images' names: {counts}"]
+    if not own.get("masks", True):
+        found.append("boxes alone are learned and measured, no masks (own_data.masks)")
     if "labels" in own.train:
         for name in SPLITS.values():
             if name in own and (bare := paired(own, name)[1]):

@@ -185,8 +185,18 @@ def unclear(
     known = {value for group in values for value in group} | set(ignored)
     strange = sorted(set(pixels) - known)
     alone = [list(group) for group in values] == [[0], [1, 255]]
+    if set(pixels) == {0, 255} and list(values) == [[0], [1]] and 255 in ignored:
+        return (
+            f"the label maps hold 0 and 255 alone, and 255 is ignored, so all is {names[0]}: if 255 is {names[1]}, give"
+            f" this name alone, as --classes {names[1]}"
+        )
     if not strange and not (alone and {1, 255} <= set(pixels)):
         return None
+    if pixels and max(pixels) > 255:
+        return (
+            f"the label maps hold values up to {max(pixels)}, and 0 to 255 are read: write others first,"
+            f" semaim convert-labels values MAPS OUT {max(pixels)}=NEW ..., with NEW from 0 to 254"
+        )
     total = sum(pixels.values())
     found = [f"{value} ({pixels[value] / total:.1%})" for value in sorted(pixels)]
     stated = ", ".join(f"{'/'.join(map(str, group))} {name}" for group, name in zip(values, names, strict=True))

@@ -229,6 +229,16 @@ def test_a_description_from_a_checkpoint_is_not_trusted(maps, changed):
         own_data.checked({key: description[key] for key in ("root", "train")}, "latest.pth")
 
 
+def test_more_classes_than_values_are_refused(maps):
+    for count in (254, 255):
+        names = [f"class {number}" for number in range(count)]
+        if count == 254:
+            assert len(own_data.describe("labels", str(maps), None, names)["classes"]) == 254
+        else:
+            with pytest.raises(UserError, match="255 classes: label maps can have 254"):
+                own_data.describe("labels", str(maps), None, names)
+
+
 # What labelling tools write
 
 

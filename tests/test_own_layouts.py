@@ -263,6 +263,9 @@ def test_other_layouts_are_no_flat_class_folders(tree):
         ("{val: {images: a, labels: b}, held_out: 0.1}", "held_out is for a data set without val"),
         ("!!python/object/apply:os.getcwd []", "is no YAML"),
         ("[1", "is no YAML"),
+        ("classes: {0: a, 7: b, 7: c}", "is no YAML: 7 is given twice"),
+        ("{root: a, train: {images: a, labels: b}, root: b}", "'root' is given twice"),
+        ("{[1]: a}", "is no YAML"),
         ("", "give keys and values"),
     ],
 )

@@ -37,15 +37,25 @@ PARTS = {
     "list": "text file of names without suffix, as VOC's",
 }
 IGNORED = (255,)
-UNLISTED = 254  #: class number of a value that is neither a class nor ignored: no data set has so many classes
+UNLISTED = 254  #: class number of a value that is neither a class nor ignored, and the most classes of label maps
 BACKGROUND = "background"  #: the other class of a data set with one
 Description = dict[str, Any]
+
+
+class _Strict(yaml.SafeLoader):
+    """PyYAML's safe loader; a key that is given twice is an error, where it takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_description(file: str | os.PathLike) -> Description:
     """The content of a YAML file; `UserError` for what is not known, or of a wrong type."""
     try:
-        found = yaml.safe_load(Path(file).read_text("utf-8"))
+        found = yaml.load(Path(file).read_text("utf-8"), _Strict)
     except OSError as error:
         raise UserError(f"cannot read --data {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import CPU, ROOT, results
 from PIL import Image
 
 from semaim.data.described import as_yaml, read_description
+from semaim.data.verify_own import verify_own
 from semaim.engine import own_data
+from semaim.engine.classes import check_classes
 from semaim.engine.config import load_config
 from semaim.engine.dense import build_data, enter
 from semaim.engine.resuming import own_settings
@@ -224,3 +227,80 @@ def test_a_description_from_a_checkpoint_is_not_trusted(maps, changed):
         own_data.checked({**description, **changed}, "latest.pth")
     with pytest.raises(UserError, match="own_data is incomplete"):
         own_data.checked({key: description[key] for key in ("root", "train")}, "latest.pth")
+
+
+def test_more_classes_than_values_are_refused(maps):
+    for count in (254, 255):
+        names = [f"class {number}" for number in range(count)]
+        if count == 254:
+            assert len(own_data.describe("labels", str(maps), None, names)["classes"]) == 254
+        else:
+            with pytest.raises(UserError, match="255 classes: label maps can have 254"):
+                own_data.describe("labels", str(maps), None, names)
+
+
+# What labelling tools write
+
+
+@pytest.mark.parametrize("kind", ["PartCocoMetric", "PartFasterCocoMetric"])
+def test_an_annotation_with_the_id_0_is_measured_as_any_other(tmp_path, kind):
+    metrics = pytest.importorskip("semaim.detection.metrics", reason="no mmdet: runs after tools/setup.sh --extras all")
+    boxes = [[5, 5, 20, 30], [40, 10, 25, 25], [10, 50, 40, 30]]
+    document = {
+        "images": [{"id": 0, "file_name": "a.jpg", "width": 100, "height": 100}],
+        "categories": [{"id": 0, "name": "unused"}, {"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": number, "image_id": 0, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for number, box in enumerate(boxes)
+        ],
+    }
+    file = write(tmp_path / "_annotations.coco.json", json.dumps(document))
+    corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes], dtype=torch.float)
+    found = {"bboxes": corners, "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.tensor([1, 1, 1])}
+
+    def measured(metric):
+        metric.dataset_meta = {"classes": ("unused", "cat")}
+        metric.process({}, [{"img_id": 0, "ori_shape": (100, 100), "pred_instances": found}])
+        return metric.evaluate(size=1)["coco/bbox_mAP"]
+
+    assert measured(metrics.CocoMetric(ann_file=str(file), metric="bbox")) < 1  # why mmdet's own is refused
+    assert measured(getattr(metrics, kind)(ann_file=str(file), metric="bbox")) == 1
+
+
+def test_roboflows_files_pass_all_checks_before_training(tmp_path):
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / split / f"{split}.jpg")
+        polygon = {"bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 10, 1, 10, 10, 1, 10]], "iscrowd": 0}
+        document = {
+            "images": [{"id": 0, "file_name": f"{split}.jpg", "width": 40, "height": 30}],
+            "categories": [{"id": 0, "name": "things", "supercategory": "none"}, {"id": 1, "name": "cat"}],
+            "annotations": [{"id": 0, "image_id": 0, "category_id": 1, **polygon}],
+        }
+        write(tmp_path / split / "_annotations.coco.json", json.dumps(document))
+    text, reports = verify_own(str(tmp_path))
+    assert "classes: [things, cat]" in text and not any(report.problems or report.warnings for report in reports)
+    cfg = load_config(DETECTOR)
+    own_data.set_data(cfg, str(tmp_path))
+    for split in ("train_dataset", "val_dataset"):
+        check_classes(cfg, split)
+    cfg.val_evaluator.type = "CocoMetric"
+    with pytest.raises(UserError, match="has the id 0, which COCO's metric takes for no match"):
+        check_classes(cfg, "val_dataset")
+
+
+def test_what_verify_data_says_of_class_folders_and_of_masks(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "classes/train" / name).mkdir(parents=True)
+        (tmp_path / "classes/train" / name / "a.jpg").touch()
+    for root in ("classes", "classes/train"):
+        with pytest.raises(UserError, match=f"{root} has class folders: `semaim verify images"):
+            verify_own(str(tmp_path / root))
+    for folder in ("images", "masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "data" / folder / f"{name}.png")
+    assert "classes: [NAME OF 255]" in verify_own(str(tmp_path / "data"))[0]
+    Image.fromarray(np.eye(8, dtype=np.uint8) == 1).save(tmp_path / "data/masks/a.png")
+    found = verify_own(str(tmp_path / "data"))[1][0].problems["label map that is not one channel of 8 or 16 bits"]
+    assert found.examples == ["a.png: mode 1, which Pillow's convert('L') makes one channel of 0 and 255"]

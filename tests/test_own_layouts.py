@@ -139,7 +139,7 @@ def test_annotation_files_and_the_folders_of_their_images(tree, files, expected)
 
 def test_images_in_two_folders_and_two_training_files_are_refused(tree):
     root = tree("labels.json", content=(COCO % "a.jpg").encode())
-    with pytest.raises(UserError, match="no folder holds all its 1 images, such as a.jpg"):
+    with pytest.raises(UserError, match="holds all its 1 images: none of them is there, such as a.jpg"):
         find_coco(root)
     tree("one/a.jpg", "two/a.jpg")
     with pytest.raises(UserError, match="2 folders hold all its images, one, two: .*--data FILE.yaml"):
@@ -263,6 +263,9 @@ def test_other_layouts_are_no_flat_class_folders(tree):
         ("{val: {images: a, labels: b}, held_out: 0.1}", "held_out is for a data set without val"),
         ("!!python/object/apply:os.getcwd []", "is no YAML"),
         ("[1", "is no YAML"),
+        ("classes: {0: a, 7: b, 7: c}", "is no YAML: 7 is given twice"),
+        ("{root: a, train: {images: a, labels: b}, root: b}", "'root' is given twice"),
+        ("{[1]: a}", "is no YAML"),
         ("", "give keys and values"),
     ],
 )
@@ -339,6 +342,8 @@ def test_each_value_becomes_its_class_or_none(groups, ignored):
         (["a", "b"], {1: 5}, None),
         (["a", "b"], {0: 5, 2: 5}, "0 \\(50.0%\\), 2 \\(50.0%\\).* 2 is none of them.*classes: {0: NAME, 2: NAME}"),
         (["a", "b", "c"], {1: 1, 2: 1, 3: 1}, "3 is none of them"),
+        (["rest", "crack"], {0: 5, 255: 1}, "if 255 is crack, give this name alone, as --classes crack"),
+        (["a", "b"], {0: 5, 300: 1}, "semaim convert-labels values MAPS OUT 300=NEW"),
         (["crack"], {0: 5, 255: 1}, None),
         (["crack"], {0: 5, 1: 1}, None),
         (["crack"], {0: 5, 1: 1, 255: 1}, "1 and 255 both occur"),
@@ -366,3 +371,28 @@ def test_colours_of_paletted_label_maps_if_they_can_be_told_apart(tree):
     assert describe("labels", root, None, ["x", "y"])["palette"] == [[10, 0, 0], [0, 200, 0]]
     shutil.copy(f"{root}/labels/b.png", f"{root}/labels/a.png")
     assert "palette" not in describe("labels", root, None, ["x", "y"])
+
+
+# What labelling tools write
+
+
+def test_vocs_folder_of_xml_files_is_none_of_label_maps(tree):
+    root = tree("JPEGImages/a.jpg", "SegmentationClass/a.png", "Annotations/a.xml", "ImageSets/Segmentation/train.txt")
+    assert find_maps(root)["train"]["labels"] == "SegmentationClass"
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "message"),
+    [
+        (["a.jpg"], "a.jpg b.jpg", "images lacks 1, such as b.jpg$"),
+        (["b.jpg"], "a.jpg b.jpg", "images lacks 1, such as a.jpg$"),
+        ([], "a.jpg b.jpg", "none of them is there, such as a.jpg$"),
+        (["a.jpg"], r"images\\a.jpg", r"such as images\\a.jpg; write / in place of \\ in its file names"),
+    ],
+)
+def test_an_image_that_is_not_there_is_named(tree, files, listed, message):
+    content = '", "id": 1}, {"file_name": "'.join(listed.split())
+    root = tree("labels.json", content=(COCO % content).encode())
+    tree(*(f"images/{name}" for name in files))
+    with pytest.raises(UserError, match=message):
+        find_coco(root)

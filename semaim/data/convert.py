@@ -24,12 +24,12 @@ QUALITY = 95  #: of the JPEG images: CamVid's are PNG files, the config reads .j
 def convert_values(maps: StrPath, out: StrPath, renamed: Mapping[int, int]) -> str:
     """Write every PNG label map under `maps` to the same place under `out`, with some values replaced.
 
-    Returns a line that says how much was written; `UserError` if there is nothing to do, or a value is over 255.
+    Returns a line that says how much was written; `UserError` if there is nothing to do, or a new value is over 255.
     """
     files = sorted(path for path in Path(maps).rglob("[!.]*.png"))
     if not Path(maps).is_dir() or not files:
         raise UserError(f"no PNG files in {maps}")
-    if over := [value for pair in renamed.items() for value in pair if value > 255]:
+    if over := [value for value in renamed.values() if value > 255]:
         raise UserError(f"{over[0]} is not a value of a label map: mmseg reads 0 to 255")
     held = Counter(value for path in files for value in np.unique(read_labels(path)).tolist())
     if idle := sorted(renamed.keys() - held.keys()):

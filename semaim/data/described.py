@@ -38,15 +38,25 @@ PARTS = {
     "list": "text file of names without suffix, as VOC's",
 }
 IGNORED = (255,)
-UNLISTED = 254  #: class number of a value that is neither a class nor ignored: no data set has so many classes
+UNLISTED = 254  #: class number of a value that is neither a class nor ignored, and the most classes of label maps
 BACKGROUND = "background"  #: the other class of a data set with one
 Description = dict[str, Any]
+
+
+class _Strict(yaml.SafeLoader):
+    """PyYAML's safe loader; a key that is given twice is an error, where it takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_description(file: str | os.PathLike) -> Description:
     """The content of a YAML file; `UserError` for what is not known, or of a wrong type."""
     try:
-        found = yaml.safe_load(Path(file).read_text("utf-8"))
+        found = yaml.load(Path(file).read_text("utf-8"), _Strict)
     except OSError as error:
         raise UserError(f"cannot read --data {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -188,8 +198,18 @@ def unclear(
     known = {value for group in values for value in group} | set(ignored)
     strange = sorted(set(pixels) - known)
     alone = [list(group) for group in values] == [[0], [1, 255]]
+    if set(pixels) == {0, 255} and list(values) == [[0], [1]] and 255 in ignored:
+        return (
+            f"the label maps hold 0 and 255 alone, and 255 is ignored, so all is {names[0]}: if 255 is {names[1]}, give"
+            f" this name alone, as --classes {names[1]}"
+        )
     if not strange and not (alone and {1, 255} <= set(pixels)):
         return None
+    if pixels and max(pixels) > 255:
+        return (
+            f"the label maps hold values up to {max(pixels)}, and 0 to 255 are read: write others first,"
+            f" semaim convert-labels values MAPS OUT {max(pixels)}=NEW ..., with NEW from 0 to 254"
+        )
     total = sum(pixels.values())
     found = [f"{value} ({pixels[value] / total:.1%})" for value in sorted(pixels)]
     stated = ", ".join(f"{'/'.join(map(str, group))} {name}" for group, name in zip(values, names, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from semaim.data.coco import read_coco
-from semaim.data.described import Description, check_description, classes_and_values, read_description
+from semaim.data.described import UNLISTED, Description, check_description, classes_and_values, read_description
 from semaim.data.findings import shortened
 from semaim.data.layouts import annotation_files, find_coco, find_maps
 from semaim.data.pairs import HELD_OUT, check_apart, label_suffix_of, pair_up
@@ -117,6 +117,8 @@ def _mapped(given: Description, where: str, open_classes: bool) -> Description:
             f" or value: name in a YAML file, --data FILE.yaml (docs/own_data.md); `semaim verify data {root}` shows"
             " which values there are"
         )
+    if (count := len(classes_and_values(given)[0]) if "classes" in given else 0) > UNLISTED:
+        raise UserError(f"{where}: {count} classes: label maps can have {UNLISTED}, as their values end at 255")
     trained = [image for image, _ in pairs["train"]]
     if "val" in pairs:
         check_apart(trained, [image for image, _ in pairs["val"]], where)

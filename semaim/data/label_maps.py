@@ -20,6 +20,13 @@ from semaim.errors import UserError
 
 LABEL_MODES = ("L", "P", "I", "I;16", "I;16B")  # Pillow's modes of PNGs with one channel of 8 or 16 bits
 BROKEN_IMAGE = "broken image"
+ONE_CHANNEL = ", which Pillow's convert('L') makes one channel"
+#: What to do about other modes.
+REMEDIES = {
+    "1": f"{ONE_CHANNEL} of 0 and 255",
+    "LA": ONE_CHANNEL,
+    "RGB": f"{ONE_CHANNEL} only if red, green and blue are the class number; colours have to be replaced by numbers",
+}
 
 
 def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | None, dict[int, int]]:
@@ -36,7 +43,10 @@ def _check_pair(pair: tuple[Path, Path], whole: bool = True) -> tuple[Note | Non
         with Image.open(label) as file:  # the header; nothing of another size or mode is decoded
             mode, found = file.mode, file.size
             if mode not in LABEL_MODES:
-                return ("label map that is not one channel of 8 or 16 bits", f"{name}: mode {mode}"), {}
+                return (
+                    "label map that is not one channel of 8 or 16 bits",
+                    f"{name}: mode {mode}{REMEDIES.get(mode, '')}",
+                ), {}
             if found != size:
                 text = f"{name}: {size_text(found)}, its image {size_text(size)}"
                 return ("label map and image differ in size", text), {}
@@ -86,7 +96,7 @@ def _count_values(files: tuple[tuple, ...]) -> dict[str, dict[int, int]]:
 
     results = parallel(count, list(files), min(32, os.cpu_count() or 1), True, "label maps")
     if faults := [fault for fault, _ in results if fault]:
-        more = f"{len(faults)} of {len(files)} pairs are wrong; tools/verify_dataset.py ade20k lists them"
+        more = f"{len(faults)} of {len(files)} pairs are wrong; `semaim verify data`, or ade20k, lists them"
         raise UserError(f"{faults[0]} ({more})")
     return {label: found for (_, label, *_), (_, found) in zip(files, results, strict=True)}
 

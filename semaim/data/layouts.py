@@ -14,6 +14,7 @@ from typing import Any
 
 from semaim.data.coco import absent_files, read_coco
 from semaim.data.described import as_yaml
+from semaim.data.pairs import MAPS
 from semaim.data.shards import printable
 from semaim.errors import UserError
 
@@ -23,6 +24,7 @@ LABELS = ("labels", "label", "annotations", "masks", "mask", "labeltrainids", "s
 #: Names of a split's folder, or in the name of an annotation file, perhaps with a year behind them.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 TESTS = ("test", "testing")
+TRIED = 20  #: images of an annotation file of which a folder has to hold one, to be looked through for the others
 DEEPEST = 3  #: levels of folders below the root in which the images of an annotation file are looked for
 Description = dict[str, Any]
 
@@ -51,7 +53,16 @@ def find_maps(root: str) -> Description:
         f" maps ({', '.join(LABELS)}), with or without train and val folders inside or around them; or name the folders"
         " in a YAML file, --data FILE.yaml (docs/own_data.md)"
     )
-    return one_of(list(_readings(tree)), root, text)
+    found = list(_readings(tree))
+    if len(found) > 1:  # VOC's folder Annotations holds XML files
+        held = {part["labels"]: _holds_maps(tree / part["labels"]) for reading in found for part in reading.values()}
+        found = [reading for reading in found if all(held[part["labels"]] for part in reading.values())] or found
+    return one_of(found, root, text)
+
+
+def _holds_maps(folder: Path) -> bool:
+    """Whether there is a file below a folder that can be a label map by its suffix."""
+    return any(name.lower().endswith(MAPS) for _, _, names in os.walk(folder) for name in names)
 
 
 def _readings(root: Path) -> Iterator[Description]:
@@ -168,12 +179,16 @@ def images_of(root: str, annotations: str) -> str:
     named = [name for name in names if isinstance(name, str) and name and "\0" not in name]
     if not named:
         raise UserError(f"{root}/{annotations} is no COCO annotation file: its images have no file_name")
-    holding = [folder for folder in _below(Path(root)) if os.path.isfile(os.path.join(root, folder, named[0]))]
-    whole = [folder for folder in holding if not any(absent_files(os.path.join(root, folder), named))]
+    holding = [folder for folder in _below(Path(root))
+               if any(os.path.isfile(os.path.join(root, folder, name)) for name in named[:TRIED])]  # fmt: skip
+    absent = {folder: list(absent_files(os.path.join(root, folder), named)) for folder in holding}
+    whole = [folder for folder, names in absent.items() if not names]
     if not whole:
-        where = f"; {holding[0]} lacks others" if holding else f" in {root} or the folders below it"
-        raise UserError(f"{root}/{annotations}: no folder holds all its {len(named)} images, such as"
-                        f" {printable(named[0])}{where}")  # fmt: skip
+        best, lacking = min(absent.items(), key=lambda item: len(item[1]), default=("", named))
+        where = f"{best} lacks {len(lacking)}" if best else "none of them is there"
+        where += f", such as {printable(lacking[0])}"
+        where += "; write / in place of \\ in its file names" * all("\\" in name for name in named)
+        raise UserError(f"{root}/{annotations}: no folder in {root} holds all its {len(named)} images: {where}")
     if len(whole) > 1:
         raise UserError(
             f"{root}/{annotations}: {len(whole)} folders hold all its images, {', '.join(whole[:4])}: name the right"

@@ -17,7 +17,9 @@ RLE_SLACK = 2.0  # pixels between the edges of a mask and those of its box
 ID, NUMBER = (int, str), (int, float)
 
 
-def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool = False) -> Report:
+def verify_coco(
+    ann: StrPath, images: StrPath, workers: int = 4, progress: bool = False, any_id: bool = False
+) -> Report:
     """Check every record of a COCO annotation file and every image it names.
 
     Args:
@@ -25,6 +27,7 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
         images: folder that its file names are relative to.
         workers: threads.
         progress: show a bar if the standard error is a terminal.
+        any_id: whether annotations may have the id 0, as they may in data of one's own.
 
     `UserError` if there is nothing to check: no such file or folder, no JSON, no images or annotations.
     """
@@ -58,7 +61,7 @@ def verify_coco(ann: StrPath, images: StrPath, workers: int = 4, progress: bool 
     seen = set()
     for number, record in annotations.items():
         where = f"annotation {number}"
-        if number == 0:
+        if number == 0 and not any_id:
             report.warning("id 0, with which validation is refused: COCO's metric takes it for no match", where)
         image, category = listed.get(record["image_id"]), categories.get(record["category_id"])
         if image is None:

@@ -16,8 +16,11 @@ from semaim.data.describing import SPLITS, describe, paired
 from semaim.data.findings import Report, shortened
 from semaim.data.label_maps import verify_pairs
 from semaim.data.label_rules import Labels
+from semaim.data.labelled import is_flat
+from semaim.data.layouts import NotFound
 from semaim.data.pairs import part_of
 from semaim.data.verify import verify_coco
+from semaim.errors import UserError
 
 Counts = dict[str, dict[int, int]]  # label map -> value -> pixels
 
@@ -35,11 +38,16 @@ def verify_own(
 
     `UserError` if there is no layout to be seen, or more than one.
     """
-    given = describe(None, root, file, named)
+    try:
+        given = describe(None, root, file, named)
+    except NotFound:
+        if root and (is_flat(root) or is_flat(os.path.join(root, "train"))):
+            raise UserError(f"{root} has class folders: `semaim verify images {root}` reads all their images") from None
+        raise
     if "annotations" in given["train"]:
         places = [[os.path.join(given["root"], given[name][key]) for key in ("annotations", "images")]
                   for name in SPLITS if name in given]  # fmt: skip
-        return as_yaml(given), [verify_coco(ann, images, workers, True) for ann, images in places]
+        return as_yaml(given), [verify_coco(ann, images, workers, True, any_id=True) for ann, images in places]
     reports: list[Report] = []
     values: set[int] = set()
     trained = None
@@ -60,6 +68,8 @@ def verify_own(
         reports.append(report)
     if "classes" not in given:
         given["classes"] = {value: f"NAME OF {value}" for value in sorted(values - {255})}
+        if values == {0, 255}:  # one class against the background
+            given["classes"] = ["NAME OF 255"]
     return as_yaml(given), reports
 
 

@@ -61,9 +61,21 @@ class FasterCocoMetric(CocoMetric):
 
 
 class _OfPart(CocoMetric):
-    """Measures the images that were predicted, where mmdet's metric takes all of the annotation file."""
+    """Measures the images that were predicted, where mmdet's metric takes all of the annotation file.
 
+    Annotations may have the id 0, from which labelling tools number them: it is replaced, as the metric takes it for no
+    match.
+    """
+
+    any_id = True  #: read by the check of the annotations
     img_ids: list[int] | None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        annotations = self._coco_api.anns if self._coco_api is not None else {}
+        if (first := annotations.pop(0, None)) is not None:
+            first["id"] = max([0, *annotations]) + 1  # also in the lists by image, which hold the same record
+            annotations[first["id"]] = first
 
     def compute_metrics(self, results: list[tuple[dict, dict]]) -> dict[str, float]:
         """As the metric's, of the images in `results`."""

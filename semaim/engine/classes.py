@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.registry import DATASETS, MODELS, TRANSFORMS, Registry
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS, Registry
 
 from semaim.data.categories import Categories, check_categories
 from semaim.data.coco import check_coco_file, read_json
@@ -124,9 +124,12 @@ def read_categories(cfg: Config, split: str) -> Categories | None:
         return None
     root = Path(data.get("data_root") or "")
     measured = split == "val_dataset"
+    metric = registered(cfg, METRICS, cfg.val_evaluator.type, "val_evaluator")
     masks = measured and "segm" in cfg.val_evaluator.get("metric", ())
     masks = masks or any(step.get("with_mask") for step in data.pipeline)
-    return check_coco_file(root / data.ann_file, root / data.data_prefix["img"], masks, measured)
+    return check_coco_file(
+        root / data.ann_file, root / data.data_prefix["img"], masks, measured and not hasattr(metric, "any_id")
+    )
 
 
 def of_part(cfg: Config, split: str, found: Categories | None) -> Categories | None:

@@ -104,10 +104,8 @@ def use(cfg: Config, description: Mapping[str, Any]) -> None:
             data |= {key: description[key] for key in ("image_suffix", "label_suffix") if key in description}
         cfg[split] = ConfigDict(data)
     if coco:
-        whole = {"PartCocoMetric": "CocoMetric", "PartFasterCocoMetric": "FasterCocoMetric"}
-        of_part = {kind: part for part, kind in whole.items()}
-        kind = whole.get(cfg.val_evaluator.type, cfg.val_evaluator.type)
-        cfg.val_evaluator.type = of_part.get(kind, kind) if share is not None else kind
+        of_part = {"CocoMetric": "PartCocoMetric", "FasterCocoMetric": "PartFasterCocoMetric"}
+        cfg.val_evaluator.type = of_part.get(cfg.val_evaluator.type, cfg.val_evaluator.type)
     for head in heads_of(cfg):
         head["num_classes"] = len(names)
     if not description.get("masks", True):

@@ -220,3 +220,11 @@ def test_a_run_on_boxes_by_two_processes(boxes, tmp_path):
     assert found and not any("segmentation" in result for result in found)
     task = task_of(load_config(SCENES))
     assert list(task.reported(trained["metrics"])) == ["coco/bbox_mAP"]
+
+
+@pytest.mark.parametrize("metric", ["VOCMetric", "CocoPanopticMetric"])
+def test_a_metric_of_whole_files_is_refused(boxes, metric):
+    cfg = load_config(DETECTOR)
+    cfg.val_evaluator = {"type": metric}
+    with pytest.raises(UserError, match=f"val_evaluator is '{metric}': .* by CocoMetric or FasterCocoMetric"):
+        own_data.set_data(cfg, str(boxes()))

@@ -21,6 +21,8 @@ from semaim.engine.config import data_roots, set_data_root, top_keys
 from semaim.errors import UserError
 
 SPLITS = {"train_dataset": "train", "val_dataset": "val"}
+#: COCO's metrics -> those of a part of a file.
+OF_PART = {"CocoMetric": "PartCocoMetric", "FasterCocoMetric": "PartFasterCocoMetric"}
 #: Arguments of data sets that a description decides; the others, such as the pipeline, stay.
 DECIDED = {
     "type", "data_root", "ann_file", "data_prefix", "metainfo", "img_suffix", "seg_map_suffix", "reduce_zero_label",
@@ -104,14 +106,22 @@ def use(cfg: Config, description: Mapping[str, Any]) -> None:
             data |= {key: description[key] for key in ("image_suffix", "label_suffix") if key in description}
         cfg[split] = ConfigDict(data)
     if coco:
-        of_part = {"CocoMetric": "PartCocoMetric", "FasterCocoMetric": "PartFasterCocoMetric"}
-        cfg.val_evaluator.type = of_part.get(cfg.val_evaluator.type, cfg.val_evaluator.type)
+        cfg.val_evaluator = {**cfg.val_evaluator, "type": metric_of_part(cfg.val_evaluator)}
     for head in heads_of(cfg):
         head["num_classes"] = len(names)
     if not description.get("masks", True):
         without_masks(cfg)
     cfg.pop("most_ignored", None)  # of the config's own data
     cfg.own_data = ConfigDict(description)
+
+
+def metric_of_part(metric: Any) -> str:
+    """The metric that measures a part of a COCO file; `UserError` for one that would count the rest as missed."""
+    given = metric.get("type") if isinstance(metric, Mapping) else metric
+    for name, own in OF_PART.items():
+        if given in (name, own):
+            return own
+    raise UserError(f"val_evaluator is {given!r}: annotation files of your own are measured by {' or '.join(OF_PART)}")
 
 
 def check_named(cfg: Config) -> None:

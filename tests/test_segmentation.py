@@ -55,6 +55,7 @@ def options(**more):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_builds_and_its_name_tells_the_truth(path):
     cfg = load_config(path)
+    cfg.pop("own_data", None)  # of data that only a run names
     dense.enter(cfg)
     if path.stem.startswith("plain"):  # of any encoder: without weights by its name
         cfg.arch = "vit_tiny_patch16_224.augreg_in21k"

@@ -203,7 +203,8 @@ def test_check_env_needs_nothing_installed():
 STARTS = {
     "benchmark": "startup", "browse": "c.py --out x.png", "check_parity": "FOLDER", "check_tags": "x",
     "checkpoint": "inspect x.pth", "convert_labels": "values a b 255=1", "features": "x.pth x.jpg --out x.npy",
-    "predict": "c.py x.pth x.jpg --out preds", "report": "DIR --out x.html", "reproduce": "--scale quick --dry-run", "results_table": "DIR",
+    "predict": "c.py x.pth x.jpg --out preds", "report": "DIR --out x.html",
+    "reproduce": "--scale quick --dry-run", "results_table": "DIR",
     "shrink": "a b --side 32", "sweep": "c.py --lr 1 --iters 1", "test": "c.py x.pth", "train": "c.py",
     "verify_dataset": "coco DIR", "visualize": "curve DIR --out x.png",
 }  # fmt: skip

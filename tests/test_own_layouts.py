@@ -267,10 +267,11 @@ def test_other_layouts_are_no_flat_class_folders(tree):
         ("{root: a, train: {images: a, labels: b}, root: b}", "'root' is given twice"),
         ("{[1]: a}", "is no YAML"),
         ("", "give keys and values"),
+        ("root: \xe4", "no text in UTF-8: save it as UTF-8"),
     ],
 )
 def test_a_wrong_yaml_is_one_line_that_names_the_key(tree, text, message):
-    file = tree("data.yaml", content=text.encode()) + "/data.yaml"
+    file = tree("data.yaml", content=text.encode("latin-1")) + "/data.yaml"
     with pytest.raises(UserError, match=message) as caught:
         read_description(file)
     assert "\n" not in str(caught.value) and file in str(caught.value)

@@ -37,7 +37,7 @@ Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix,
 
 
 def settings():
-    return yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
+    return Loader((ROOT / "mkdocs.yml").read_text()).get_single_data()
 
 
 def in_navigation(node):

@@ -56,10 +56,12 @@ class _Strict(yaml.SafeLoader):
 def read_description(file: str | os.PathLike) -> Description:
     """The content of a YAML file; `UserError` for what is not known, or of a wrong type."""
     try:
-        found = yaml.load(Path(file).read_text("utf-8"), _Strict)
+        found = _Strict(Path(file).read_text("utf-8")).get_single_data()
     except OSError as error:
         raise UserError(f"cannot read --data {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"--data {file} is no text in UTF-8: save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--data {file} is no YAML: {' '.join(str(error).split())[:200]}") from None
     return check_description(found, str(file))
 

@@ -151,6 +151,13 @@ class Task:
             " an encoder see semaim visualize, for its features semaim features)"
         )
 
+    def browse(self, cfg: Any, count: int) -> Any:
+        """At most `count` training images as the model gets them, a `semaim.engine.browsing.Browsed`.
+
+        `UserError` if the task trains nothing.
+        """
+        raise UserError(f"{self.title} trains on no images: browse the config of a training")
+
     def matches(self, cfg: Mapping) -> bool:
         """Whether an old config without a `task` key belongs to this task; such configs come only from checkpoints."""
         return False

@@ -264,7 +264,6 @@ def test_other_configs_are_refused(here, weights, tmp_path):
     classifier, pretraining = (f"semaim/configs/{name}_tiny_scenes.py" for name in names)
     one_line(here("predict.py", classifier, weights, "x.jpg", "--out", tmp_path), "has no classifier")
     one_line(here("predict.py", pretraining, weights, "x.jpg", "--out", tmp_path), "pretraining predicts no images")
-    one_line(here("browse.py", classifier, "--out", tmp_path / "x.png"), "no detector's or segmentor's")
 
 
 # Names and ids

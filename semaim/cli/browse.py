@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="A picture of training images as a detector or segmentor gets them in its first epoch: augmented,"
-        " with their boxes, masks or class maps. Grey is padding.",
+        description="A picture of training images as the model gets them in its first epoch, augmented: of a detector"
+        " with boxes and masks, of a segmentor with class maps. Grey is padding. Mixup and cutmix, which act on a whole"
+        " batch, are not shown.",
     )
-    parser.add_argument("config", help="config file")
+    parser.add_argument("config", metavar="CONFIG", help="config file")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where to write the picture")
     parser.add_argument(
         "--images", type=int, default=8, metavar="N", help="number, spread over the data (default: %(default)s)"
     )
-    add_flags(parser, "--data-root", "--classes", "--data", "--cfg-options")
+    add_flags(parser, "--data-root", "--classes", "--data", "--pretrained", "--cfg-options")
     return parser.parse_args(argv)
 
 
@@ -59,54 +60,25 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         raise UserError(f"--out {out}: name a .png, .jpg or .webp file")
     if args.images < 1:
         raise UserError(f"--images {args.images}: give 1 or more")
-    import numpy as np  # takes seconds, as what follows
-    from mmengine.registry import DATASETS
-
-    from semaim.data.described import as_yaml
-    from semaim.drawing.objects import (
-        READABLE,
-        Instances,
-        add_legend,
-        draw_classes,
-        draw_instances,
-        shares_of,
-    )
+    from semaim.data.described import as_yaml  # takes seconds, as what follows
+    from semaim.drawing.objects import add_legend
     from semaim.engine.config import load_config
-    from semaim.engine.dense import SeededImages, build, check_dense, enter
     from semaim.engine.own_data import set_data
-    from semaim.engine.predicting import to_picture
     from semaim.reading import read_once
+    from semaim.registry import task_for
 
     cfg = load_config(args.config, args.cfg_options)
-    check_dense(cfg)
+    if args.pretrained:
+        cfg.pretrained = args.pretrained
     with read_once():
         set_data(cfg, args.data_root, args.data, args.classes)
-    enter(cfg)
-    images = SeededImages(build(cfg.train_dataset, DATASETS, "train_dataset"), cfg.seed)
-    if not len(images):
-        raise UserError(f"train_dataset: no images with annotations in {cfg.train_dataset.data_root}")
-    items = []
-    for index in np.linspace(0, len(images) - 1, min(args.images, len(images))).round().astype(int).tolist():
-        items.append(images[0, index])
-
-    scale = READABLE / max(side for item in items for side in item["inputs"].shape[-2:])
-    pictures, captions, maps = [], [], []
-    for item in items:
-        sample, image = item["data_samples"], to_picture(item["inputs"].permute(1, 2, 0).numpy())
-        if "gt_sem_seg" in sample:
-            maps.append(sample.gt_sem_seg.data.squeeze(0).numpy())
-            pictures.append(draw_classes(image, maps[-1], len(images.classes), scale))
-        else:
-            pictures.append(draw_instances(image, Instances.of(sample.gt_instances), images.classes, scale))
-        flipped = ", flipped" if sample.get("flip") else ""
-        captions.append(f"{image.width} x {image.height}{flipped}: {Path(sample.get('img_path', '')).name}")
-    picture = make_grid(pictures, captions)
-    if maps:
-        shares = shares_of(np.concatenate([classes.ravel() for classes in maps]), len(images.classes))
-        picture = add_legend(picture, shares, images.classes)
+        seen = task_for(cfg).browse(cfg, args.images)
+    picture = make_grid(seen.pictures, seen.captions)
+    if seen.shares is not None:
+        picture = add_legend(picture, seen.shares, seen.names)
     with writing(out):
         picture.save(out)
-    print(f"wrote {out}: {len(items)} of {len(images)} images")
+    print(f"wrote {out}: {len(seen.pictures)} of {seen.total} images")
     if cfg.get("own_data"):
         print(as_yaml(cfg.own_data.to_dict()))
     return 0

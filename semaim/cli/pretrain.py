@@ -12,8 +12,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     if {"-h", "--help"} & set(words):
         parser = train.make_parser(prog)
         parser.usage = "%(prog)s [CONFIG [GPUS]] [flags]"
-        parser.description = f"Pretrain. CONFIG defaults to {CONFIG}, and GPUS to all. Without a GPU, GPUS"
-        parser.description += " is the number of CPU processes. Flags:"
+        parser.description = f"Pretrain without labels. CONFIG defaults to {CONFIG}, and GPUS to all. Without a"
+        parser.description += " GPU, GPUS is the number of CPU processes."
         parser.print_help()
         return 0
     # Arguments before the first flag.

@@ -16,6 +16,7 @@ from semaim.checkpoints.consumers import load_backbone
 from semaim.data.folder import EndlessBatches
 from semaim.data.identity import identity_of
 from semaim.engine import dense, own_data
+from semaim.engine.browsing import Browsed, browse_dense
 from semaim.engine.classes import left_out, left_out_lines
 from semaim.engine.encoders import load_encoder, settle_images
 from semaim.engine.precision import check_precision
@@ -74,6 +75,13 @@ class DenseTask(Task):
         named = dict(zip(splits, sets, strict=True))
         found = own_data.lines(cfg, {split: len(images) for split, images in named.items()})
         return sets, [*found, *self.describe_data(cfg, named)]
+
+    def browse(self, cfg: Config, count: int) -> Browsed:
+        """See `Task.browse`."""
+        self.enter(cfg)
+        return browse_dense(
+            dense.SeededImages(dense.build(cfg.train_dataset, DATASETS, "train_dataset"), cfg.seed), count
+        )
 
     # Training
 

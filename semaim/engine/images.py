@@ -21,6 +21,7 @@ from semaim.checkpoints.consumers import NEW_IN_CLASSIFIERS
 from semaim.data.folder import PretrainImages, ResumableBatches
 from semaim.data.identity import identity_of
 from semaim.data.labelled import LabelledImages, check_classes, evaluation_transform
+from semaim.engine.browsing import Browsed, browse_images
 from semaim.engine.encoders import head_of, load_classifier, load_encoder, settle_images
 from semaim.engine.network import NetworkModel
 from semaim.engine.results import record_load, record_origin, write_results
@@ -48,6 +49,12 @@ class ImageTask(Task):
     def enter(self, cfg: Config) -> None:
         """Register the types that the config names."""
         init_default_scope(cfg.default_scope)
+
+    def browse(self, cfg: Config, count: int) -> Browsed:
+        """See `Task.browse`."""
+        self.enter(cfg)
+        statistics = settle_images(cfg, cfg.get("pretrained"))
+        return browse_images(build_datasets(cfg, self.labelled)[0], statistics, count)
 
     # Training
 

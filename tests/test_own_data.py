@@ -144,6 +144,12 @@ def maps(tmp_path):
     return tmp_path
 
 
+def test_a_background_is_grey_and_the_other_colours_differ():
+    colours = own_data.default_palette(["Background", "made", "grown"])
+    assert colours[0] == [128, 128, 128] and len({tuple(colour) for colour in colours}) == 3
+    assert own_data.default_palette(["made", "grown"])[1] == own_data.default_palette(["a", "b", "background"])[1]
+
+
 def test_values_are_loaded_as_the_classes_by_mmseg(maps):
     file = write(maps / "data.yaml", f"root: {maps}\nclasses: {{8: car, 0: road, 7: car}}\n")
     cfg = load_config(SEGMENTOR)

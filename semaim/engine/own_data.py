@@ -5,13 +5,13 @@ A description (`semaim.data.described`) is found in the folder or read from a YA
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
 
-from semaim.data.described import Description, check_description, classes_and_values, ignored_values
+from semaim.data.described import BACKGROUND, Description, check_description, classes_and_values, ignored_values
 from semaim.data.describing import describe, paired
 from semaim.data.findings import shortened
 from semaim.data.layouts import NotFound
@@ -21,6 +21,7 @@ from semaim.engine.config import data_roots, set_data_root, top_keys
 from semaim.errors import UserError
 
 SPLITS = {"train_dataset": "train", "val_dataset": "val"}
+GREY = (128, 128, 128)
 #: COCO's metrics -> those of a part of a file.
 OF_PART = {"CocoMetric": "PartCocoMetric", "FasterCocoMetric": "PartFasterCocoMetric"}
 #: Arguments of data sets that a description decides; the others, such as the pipeline, stay.
@@ -88,7 +89,7 @@ def use(cfg: Config, description: Mapping[str, Any]) -> None:
     """Change a config so that it reads these data: both data sets, sizes of the heads, the metric, without masks."""
     coco = "annotations" in description["train"]
     names, values = (description["classes"], []) if coco else classes_and_values(description)
-    palette = description.get("palette") or [list(default_colour(label)) for label in range(len(names))]
+    palette = description.get("palette") or default_palette(names)
     share = None if "val" in description else description["held_out"]
     for split, name in SPLITS.items():
         part = description.get(name) or description["train"]
@@ -113,6 +114,11 @@ def use(cfg: Config, description: Mapping[str, Any]) -> None:
         without_masks(cfg)
     cfg.pop("most_ignored", None)  # of the config's own data
     cfg.own_data = ConfigDict(description)
+
+
+def default_palette(names: Sequence[str]) -> list[list[int]]:
+    """Red, green, blue of each class where the data have no colours; grey for a background, to set off the others."""
+    return [list(GREY if name.lower() == BACKGROUND else default_colour(label)) for label, name in enumerate(names)]
 
 
 def metric_of_part(metric: Any) -> str:

@@ -116,6 +116,7 @@ def test_the_quick_scale_pretrains_in_bf16_where_the_processor_has_it(processor,
         assert not any(key.endswith("precision") for stage in others for key in stage.options)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_bf16_where_the_processor_has_it(here, processor, tmp_path):
     arguments = ["pretrain", "--precision", "bf16", "--model", "tiny", "--depth", 1, "--img-size", 32, "--batch", 1]
     processor(False)

@@ -161,6 +161,7 @@ def test_no_fake_tensor_stays_behind():
     assert type(bias_index((4, 4), torch.device("cpu"))) is torch.Tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["pretrain", "upernet"])
 def test_the_command_prints_and_writes_every_form(step, tmp_path):
     out = tmp_path / "counted.json"

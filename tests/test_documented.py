@@ -1,6 +1,7 @@
 """Every command and every block of Python of the pages is run as it stands, or listed with the reason why not."""
 
 import re
+import shlex
 from collections import Counter
 
 import documented
@@ -47,6 +48,13 @@ def test_what_is_listed_is_documented_once_and_has_a_known_reason():
     there = {*LISTED.run_by, *LISTED.continues, *LISTED.continues.values()}
     there |= {page for listed in LISTED.not_run.values() for page in listed}
     assert there <= {*pages()}, f"no such page: {sorted(there - {*pages()})}"
+
+
+def test_every_command_is_whole():
+    for page in pages():
+        for step in steps(page):
+            if not step.python:
+                assert shlex.split(step.text), f"{page}: {step.text}"  # it raises where a quotation is not closed
 
 
 def test_pages_that_another_test_runs_are_read_by_it():

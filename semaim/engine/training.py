@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import semaim.engine.hooks  # noqa: F401  registers what configs name
 import semaim.engine.optim  # noqa: F401
 from semaim.checkpoints import LoadReport
-from semaim.checkpoints.files import run_in
+from semaim.checkpoints.files import read_checkpoint
 from semaim.checkpoints.normalisation import Statistics
 from semaim.engine.compiling import CompileTime, compile_for
 from semaim.engine.launcher import join
@@ -214,6 +214,8 @@ def train(
         log("no --pretrained checkpoint: training starts from random weights")
     for line in run.lines:
         log(line)
+    before = read_checkpoint(resume_from, mmap=True).get("saving", {}).get("run") if resume_from else None
+    name = before or (saver.saving.run if saver else uuid.uuid4().hex)
     forget()
     # After an error of another process it is that one which saves: its files record the same.
     shared = [data, runner.cfg.to_dict().get("origin")]
@@ -221,7 +223,6 @@ def train(
     runner.data_identity, origin = shared
     for config in (cfg, runner.cfg) if origin else ():
         config.origin = origin
-    name = (run_in(resume_from) if resume_from else None) or (saver.saving.run if saver else uuid.uuid4().hex)
     with tracked(runner, cfg, name, resumed=resume_from is not None) as final:
         runner.train()
         if run.val is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from commands import one_line, results, tool
+from documented import listed, steps
 from PIL import Image
 
 import semaim.results
@@ -42,6 +43,11 @@ def test_an_order(monkeypatch):
     out = model(torch.randn(2, 3, 8, 12))
     out.loss.backward()
     assert out.order.tolist() == [[0, 3, 1, 4, 2, 5]] * 2 and model.cls_token.grad.abs().sum() > 0
+
+
+def test_every_command_is_listed():
+    """Only the Python and YAML here are run; docs/own_data.md and docs/predict.md are typed by their own tests."""
+    assert [step.name for step in steps("CONTRIBUTING.md") if not step.python and not listed().reason(step)] == []
 
 
 def test_orders_are_as_before():
